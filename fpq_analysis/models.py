@@ -1,0 +1,213 @@
+"""Float networks for small images: ResNet-18, ResNet-20 and MobileNetV2, and a door for the user's own.
+
+All three take any number of classes and input channels, and images from 8x8 up.  Activations are separate, named,
+out-of-place modules, so that a hook on any layer sees exactly that layer's output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpq_analysis.errors import UserError, did_you_mean
+
+
+class PadShortcut(nn.Module):
+    """Parameter-free shortcut (He et al. 2016, option A): stride by slicing, widen with zero channels."""
+
+    def __init__(self, extra_channels: int, stride: int) -> None:
+        super().__init__()
+        self.extra_channels = extra_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.extra_channels // 2
+        after = self.extra_channels - before
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, after))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual sum (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, projection: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.relu2 = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            if projection:
+                self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            else:
+                self.shortcut = PadShortcut(c_out - c_in, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Basic-block ResNet with a 3x3 stem and no max-pooling, for 32x32 images.
+
+    Args:
+        blocks: number of blocks in each stage.
+        widths: channels of each stage; every stage but the first halves the resolution.
+        projection: 1x1 convolutions on widening shortcuts (ResNet-18); otherwise zero padding (ResNet-20).
+    """
+
+    def __init__(
+        self, blocks: list[int], widths: list[int], projection: bool, num_classes: int = 10, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
+        stages: list[nn.Module] = []
+        c_in = widths[0]
+        for stage, (n, width) in enumerate(zip(blocks, widths, strict=True)):
+            stage_blocks: list[nn.Module] = []
+            for i in range(n):
+                stride = 2 if stage > 0 and i == 0 else 1
+                stage_blocks.append(BasicBlock(c_in, width, stride, projection))
+                c_in = width
+            stages.append(nn.Sequential(*stage_blocks))
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(c_in, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.pool(x).flatten(1))
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise 3x3, project 1x1 (Sandler et al. 2018, arXiv:1801.04381)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, expand: int) -> None:
+        super().__init__()
+        hidden = c_in * expand
+        layers: list[nn.Module] = []
+        if expand != 1:
+            layers += [nn.Conv2d(c_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+        layers += [
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, c_out, 1, bias=False),
+            nn.BatchNorm2d(c_out),
+        ]
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 with the strides usual for 32x32 images: stem and second stage keep the resolution."""
+
+    # expansion, output channels, blocks, stride of the first block
+    STAGES = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+        c_in = 32
+        for expand, c_out, n, first_stride in self.STAGES:
+            for i in range(n):
+                layers.append(InvertedResidual(c_in, c_out, first_stride if i == 0 else 1, expand))
+                c_in = c_out
+        layers += [nn.Conv2d(c_in, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()]
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(1280, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)).flatten(1))
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-18 with a 3x3 stem: 11.17 M parameters at 10 classes."""
+    return ResNet([2, 2, 2, 2], [64, 128, 256, 512], True, num_classes, in_channels)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-20 of He et al. 2016, section 4.2: 0.27 M parameters."""
+    return ResNet([3, 3, 3], [16, 32, 64], False, num_classes, in_channels)
+
+
+def mobilenet_v2(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
+    """MobileNetV2 at width 1: 2.3 M parameters at 10 classes."""
+    return MobileNetV2(num_classes, in_channels)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "mobilenet_v2": mobilenet_v2,
+}
+
+
+def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: bool = True) -> nn.Module:
+    """Build the float network `name`: one of `MODELS`, or a user's own `package.module:factory`.
+
+    The factory is called with those of `num_classes` and `in_channels` that it takes.
+
+    Args:
+        allow_import: whether `package.module:factory` may be imported.  False when the name comes out of a file: a
+            checkpoint must not choose which code runs.
+
+    Raises:
+        UserError: if the name is unknown, cannot be imported, or does not give an `nn.Module`.
+    """
+    if name in MODELS:
+        return MODELS[name](num_classes=num_classes, in_channels=in_channels)
+    if ":" not in name:
+        raise UserError(
+            f"Unknown model '{name}'{did_you_mean(name, MODELS)}. The built-in models are {', '.join(MODELS)}; "
+            "for your own network give package.module:factory."
+        )
+    if not allow_import:
+        raise UserError(
+            f"The checkpoint was made with the user's own model '{name}', and code named by a file is not run. "
+            f"If you trust that module, say so: --model {name}"
+        )
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"Cannot import the model '{name}': {error}. Give package.module:factory, where the package is installed "
+            "or lies in a folder on PYTHONPATH."
+        ) from error
+    try:
+        taken = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(f"'{name}' is not a function or class that makes a model.") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    wanted = {"num_classes": num_classes, "in_channels": in_channels}
+    model = factory(**{k: v for k, v in wanted.items() if takes_any or k in taken})
+    if not isinstance(model, nn.Module):
+        raise UserError(f"'{name}' gave a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; the CPU for a model that has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

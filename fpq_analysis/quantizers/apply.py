@@ -1,0 +1,125 @@
+"""Quantize any `nn.Module` without rewriting it.
+
+Weights go through `torch.nn.utils.parametrize`, inputs through a forward pre-hook: every layer stays the `nn.Conv2d` or
+`nn.Linear` it was, under the name it had, and hooks on it see the quantized input.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fpq_analysis.errors import UserError
+from fpq_analysis.quantizers.lsq import LSQ
+from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+INPUT_QUANTIZER = "input_quantizer"
+
+
+def quantize(model: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `model` whose convolution and linear layers are quantized; the original is not changed.
+
+    The first and the last such layer (in the order of `model.modules()`) get `spec.edge_bits`.  Weights are calibrated
+    here; inputs by `calibrate`, or by loading a state dict.
+
+    Raises:
+        UserError: if the model has no layer to quantize, or is quantized already.
+    """
+    if any(True for _ in quantizers(model)):
+        raise UserError("The model is quantized already; quantize its float original.")
+    model = copy.deepcopy(model)
+    layers = [m for m in model.modules() if isinstance(m, QUANTIZABLE)]
+    if not layers:
+        raise UserError("The model has no convolution or linear layer, so there is nothing to quantize.")
+    for layer in layers:
+        on_edge = layer is layers[0] or layer is layers[-1]
+        weight_bits, act_bits = (
+            spec.edge_bits if on_edge and bits != FLOAT_BITS else bits for bits in (spec.weight_bits, spec.act_bits)
+        )
+        if weight_bits != FLOAT_BITS:
+            quantizer = LSQ(weight_bits, rows=layer.weight.shape[0], ndim=layer.weight.ndim).to(layer.weight.device)
+            quantizer.calibrate(layer.weight, spec.weight_calibration)
+            parametrize.register_parametrization(layer, "weight", quantizer)
+        if act_bits != FLOAT_BITS:
+            layer.register_module(INPUT_QUANTIZER, LSQ(act_bits).to(layer.weight.device))
+            layer.register_forward_pre_hook(_quantize_input)
+    return model
+
+
+def _quantize_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (getattr(layer, INPUT_QUANTIZER)(args[0]), *args[1:])
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
+    """Set the step sizes of all inputs in one forward pass over `images`, in eval mode; the mode is restored.
+
+    Each input is observed behind layers that are quantized already, so it sees the values it will work on.
+    """
+    inputs = [q for _, q, is_weight in quantizers(model) if not is_weight]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for quantizer in inputs:
+            quantizer.observing = how
+        model(images)
+    finally:
+        for quantizer in inputs:
+            quantizer.observing = None
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, LSQ, bool]]:
+    """(name of the layer, quantizer, whether it is the weight's) for every quantizer of the model."""
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            for module in layer.parametrizations["weight"]:  # type: ignore[index]
+                if isinstance(module, LSQ):
+                    yield name, module, True
+        quantizer = getattr(layer, INPUT_QUANTIZER, None)
+        if isinstance(quantizer, LSQ):
+            yield name, quantizer, False
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The step sizes: everything a quantizer learns."""
+    return [p for _, quantizer, _ in quantizers(model) for p in quantizer.parameters()]
+
+
+@contextmanager
+def fused_quantizers(model: nn.Module) -> Iterator[None]:
+    """Inside, activations are quantized in the fast form that can be differentiated once only."""
+    inputs = [q for _, q, is_weight in quantizers(model) if not is_weight]
+    try:
+        for quantizer in inputs:
+            quantizer.fused = True
+        yield
+    finally:
+        for quantizer in inputs:
+            quantizer.fused = False
+
+
+def latent_weight(layer: nn.Module) -> nn.Parameter:
+    """The trained weight behind the quantized one."""
+    return layer.parametrizations["weight"].original  # type: ignore[index, return-value]
+
+
+@torch.no_grad()
+def clipped_fraction(model: nn.Module) -> float:
+    """Share of the quantized weights that lie outside their grid; 0 for a float model."""
+    modules = dict(model.named_modules())
+    clipped = total = 0
+    for name, quantizer, is_weight in quantizers(model):
+        if is_weight:
+            mask = quantizer.clipped(latent_weight(modules[name]))
+            clipped += int(mask.sum())
+            total += mask.numel()
+    return clipped / total if total else 0.0

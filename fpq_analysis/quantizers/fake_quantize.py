@@ -1,0 +1,84 @@
+"""Rounding to a grid with a straight-through gradient, in two forms of equal value and equal first derivative.
+
+`fake_quantize` is made of plain differentiable operations: it can be differentiated as often as needed and is what
+every analysis uses.  `FusedFakeQuantize` computes the same in fewer passes over memory and only once
+differentiable; the trainer switches it on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round to whole numbers; the derivative is one.
+
+    The usual `x + (round(x) - x).detach()` gives the whole number only up to rounding error, so that a value on the
+    last level can fall outside the clip by 1e-7 and lose its gradient.  `x - x.detach()` is exactly zero.
+    """
+    return x.round().detach() + (x - x.detach())
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` exactly, with its gradient multiplied by `factor`."""
+    return x.detach() + (x - x.detach()) * factor
+
+
+def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """(clip(round(x/s) + z, 0, levels) - z) s, the quantizer of FPQ Eq. 3, twice differentiable in x and s.
+
+    Gradients are LSQ's (Esser et al. 2020, arXiv:1902.08153), rounding before clipping: in range dx = 1 and
+    ds = round(x/s) - x/s; below and above dx = 0 and ds = -z and levels - z.
+
+    Args:
+        x: any shape.
+        step_size, zero_point: s > 0 and whole z, broadcastable to x.
+        levels: 2^bits - 1.
+    """
+    return torch.clamp(round_straight_through(x / step_size), -zero_point, levels - zero_point) * step_size
+
+
+class FusedFakeQuantize(torch.autograd.Function):
+    """`fake_quantize` for one scalar step size, in place where it can be, first derivatives only.
+
+    The clip is shifted to be symmetric about zero, so that its bounds are Python numbers: neither direction waits for
+    the device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step_size: Tensor, zero_point: Tensor, levels: int) -> Tensor:  # noqa: D102
+        centre = levels / 2 - zero_point
+        q = (x / step_size).round_().sub_(centre).clamp_(-levels / 2, levels / 2).add_(centre).mul_(step_size)
+        ctx.save_for_backward(x, q, step_size, centre)
+        ctx.levels = levels
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, q, step_size, centre = ctx.saved_tensors
+        bound = ctx.levels / 2 + 0.5
+        position = (x / step_size).round_().sub_(centre)
+        # The derivative of a clip: `grad` strictly inside the bounds, zero elsewhere; one vectorised pass.
+        dx = torch.ops.aten.hardtanh_backward(grad, position, -bound, bound)
+        ds = None
+        if ctx.needs_input_grad[1]:
+            # sum g (q - x) over all, plus sum g x over the clipped: no large terms that cancel.
+            ds = (_dot(grad, q - x) + _dot(grad - dx, x)) / step_size
+        return dx if ctx.needs_input_grad[0] else None, ds, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b without writing the product, where the layouts allow it."""
+    if a.stride() == b.stride() and a.numel() > 0 and _is_dense(a):
+        n = a.numel()
+        return torch.dot(a.as_strided((n,), (1,)), b.as_strided((n,), (1,)))
+    return (a * b).sum()
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -1,0 +1,90 @@
+"""What "the Hessian of a quantized network" means: three views of one model.
+
+Rounding makes the true loss piecewise constant in the trained weights, so every Hessian of a quantized network is that
+of a surrogate.  Each definition is a copy of the model in which ordinary curvature code finds the right variables:
+
+- `dequantized`: plain weights Q(w), those the network really uses.  Activation quantizers act through their
+  straight-through derivative.  The default.
+- `latent`: the trained w; straight-through, so clipped weights drop out: H_latent = M H_dequantized M with M the mask of
+  weights in range.  A method that clips more looks flatter; always read it with the clipped fraction.
+- `float`: the trained w with every quantizer taken off.
+
+For a model without quantizers the three are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, latent_weight, quantizers
+
+DEFINITIONS = ("dequantized", "latent", "float")
+
+
+def view(model: nn.Module, definition: str) -> nn.Module:
+    """An eval-mode copy of `model` for the named definition; the model itself is not touched.
+
+    Raises:
+        UserError: if the definition is unknown.
+    """
+    check_definition(definition)
+    model = copy.deepcopy(model).eval()
+    if definition == "latent":
+        return model
+    layers = dict(model.named_modules())
+    for name, _, is_weight in list(quantizers(model)):
+        if is_weight:
+            parametrize.remove_parametrizations(
+                layers[name], "weight", leave_parametrized=definition == "dequantized"
+            )
+        elif definition == "float":
+            setattr(layers[name], INPUT_QUANTIZER, nn.Identity())
+    return model
+
+
+def check_definition(definition: str) -> None:
+    """Raise `UserError` unless `definition` is one of `DEFINITIONS`."""
+    if definition not in DEFINITIONS:
+        raise UserError(
+            f"Unknown definition '{definition}'{did_you_mean(definition, DEFINITIONS)} of a quantized network's "
+            f"Hessian. Known: {', '.join(DEFINITIONS)}."
+        )
+
+
+def variables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters curvature is taken with respect to, by their plain names.
+
+    All trainable parameters but the quantizers' own; the trained weight behind `conv1`'s quantizer is `conv1.weight`.
+    """
+    own = {id(p) for _, quantizer, _ in quantizers(model) for p in quantizer.parameters()}
+    return {
+        name.replace(".parametrizations.weight.original", ".weight"): p
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in own
+    }
+
+
+def latent_derivatives(model: nn.Module) -> dict[str, Tensor]:
+    """dQ(w)/dw for every quantized weight, by plain name: one in range, zero where clipped.
+
+    Raises:
+        UserError: if a weight's quantizer is not element-wise, so that its derivative is not a mask.
+    """
+    layers = dict(model.named_modules())
+    masks = {}
+    for name, quantizer, is_weight in quantizers(model):
+        if is_weight:
+            if not quantizer.elementwise:
+                raise UserError(
+                    f"The weight quantizer of '{name}' mixes weights, so the latent Hessian has no simple diagonal. "
+                    "Use --definition dequantized, or a stochastic method."
+                )
+            w = latent_weight(layers[name]).detach().requires_grad_()
+            with torch.enable_grad():
+                (masks[f"{name}.weight"],) = torch.autograd.grad(quantizer(w).sum(), w)
+    return masks
