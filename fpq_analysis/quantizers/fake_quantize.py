@@ -62,13 +62,16 @@ class FusedFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, q, step_size, centre = ctx.saved_tensors
         bound = ctx.levels / 2 + 0.5
-        position = (x / step_size).round_().sub_(centre)
+        # Two buffers, each written several times: on a CPU, fresh memory costs more than the arithmetic.
+        first = (x / step_size).round_().sub_(centre)
         # The derivative of a clip: `grad` strictly inside the bounds, zero elsewhere; one vectorised pass.
-        dx = torch.ops.aten.hardtanh_backward(grad, position, -bound, bound)
+        dx = torch.ops.aten.hardtanh_backward.grad_input(grad, first, -bound, bound, grad_input=first)
         ds = None
         if ctx.needs_input_grad[1]:
             # sum g (q - x) over all, plus sum g x over the clipped: no large terms that cancel.
-            ds = (_dot(grad, q - x) + _dot(grad - dx, x)) / step_size
+            second = q - x
+            ds = _dot(grad, second)
+            ds = (ds + _dot(torch.sub(grad, dx, out=second), x)) / step_size
         return dx if ctx.needs_input_grad[0] else None, ds, None, None
 
 

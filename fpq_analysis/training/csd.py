@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from fpq_analysis.errors import UserError
 
@@ -22,19 +22,40 @@ EPS = 1e-5
 REDUCTIONS = ("mean", "sum")
 
 
-def standardize(z: Tensor) -> Tensor:
-    """Zero mean and unit variance for each channel of (N, C, ...), over all other axes (Eq. 15)."""
-    return F.batch_norm(z, None, None, training=True, eps=EPS)
+class StandardizedDistance(torch.autograd.Function):
+    """Mean squared distance between the standardised channels of student and teacher (Eq. 15-17); once differentiable.
+
+    With a, b the standardised features, v = mean(a^2) = 1 - eps / (var + eps), w likewise for b and r = mean(a b), all
+    for one channel, the distance is v + w - 2 r: a correlation loss.  Its gradient needs no pass through the
+    standardisation: d/ds = 2 / (sqrt(var + eps) n C) ((1 - v + r) a - b), n values a channel, C channels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:  # noqa: D102
+        a, _, a_scale = torch.native_batch_norm(student, None, None, None, None, True, 0.0, EPS)
+        b, _, b_scale = torch.native_batch_norm(teacher, None, None, None, None, True, 0.0, EPS)
+        dims = [d for d in range(a.ndim) if d != 1]
+        r = (a * b).mean(dims)
+        v, w = 1 - EPS * a_scale**2, 1 - EPS * b_scale**2
+        ctx.save_for_backward(a, b, a_scale, v, r)
+        return (v + w - 2 * r).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        a, b, a_scale, v, r = ctx.saved_tensors
+        shape = [1, -1] + [1] * (a.ndim - 2)
+        factor = 2 / a.numel() * grad * a_scale
+        return (a * ((1 - v + r) * factor).view(shape)).addcmul_(b, (-factor).view(shape)), None
 
 
 def csd_loss(student: list[Tensor], teacher: list[Tensor], reduction: str = "mean") -> Tensor:
-    """Sum over layers of the distance between standardised features (Eq. 17); scalar."""
-    return torch.stack(
-        [
-            F.mse_loss(standardize(s.float()), standardize(t.float()), reduction=reduction)
-            for s, t in zip(student, teacher, strict=True)
-        ]
-    ).sum()
+    """Sum over layers of the distance between standardised features, each (N, C, ...); scalar (Eq. 17)."""
+    total = student[0].new_zeros((), dtype=torch.float32)
+    for s, t in zip(student, teacher, strict=True):
+        distance = StandardizedDistance.apply(s.float(), t.float())
+        total = total + (distance * s.numel() if reduction == "sum" else distance)
+    return total
 
 
 class Features:
