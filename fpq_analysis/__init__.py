@@ -1,0 +1,57 @@
+"""Loss-landscape and Hessian analysis of quantized networks, with a compact trainer for FPQ and its baselines.
+
+Names are imported when they are first used, so that the command line answers without waiting for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fpq_analysis.checkpoint import load
+    from fpq_analysis.errors import UserError
+    from fpq_analysis.measurement import measure
+    from fpq_analysis.probes import HessianTrace, TraceEstimate, hessian_trace
+    from fpq_analysis.quantizers import QuantSpec, calibrate, quantize
+    from fpq_analysis.training import TrainConfig, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HessianTrace": "fpq_analysis.probes",
+    "QuantSpec": "fpq_analysis.quantizers",
+    "TraceEstimate": "fpq_analysis.probes",
+    "TrainConfig": "fpq_analysis.training",
+    "UserError": "fpq_analysis.errors",
+    "calibrate": "fpq_analysis.quantizers",
+    "hessian_trace": "fpq_analysis.probes",
+    "load": "fpq_analysis.checkpoint",
+    "measure": "fpq_analysis.measurement",
+    "quantize": "fpq_analysis.quantizers",
+    "train": "fpq_analysis.training",
+}
+
+__all__ = [
+    "HessianTrace",
+    "QuantSpec",
+    "TraceEstimate",
+    "TrainConfig",
+    "UserError",
+    "calibrate",
+    "hessian_trace",
+    "load",
+    "measure",
+    "quantize",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

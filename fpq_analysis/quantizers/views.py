@@ -39,12 +39,22 @@ def view(model: nn.Module, definition: str) -> nn.Module:
     layers = dict(model.named_modules())
     for name, _, is_weight in list(quantizers(model)):
         if is_weight:
-            parametrize.remove_parametrizations(
-                layers[name], "weight", leave_parametrized=definition == "dequantized"
-            )
+            _own_class(layers[name])
+            parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=definition == "dequantized")
         elif definition == "float":
             setattr(layers[name], INPUT_QUANTIZER, nn.Identity())
     return model
+
+
+def _own_class(layer: nn.Module) -> None:
+    """Give a copied layer a class of its own.
+
+    `parametrize` keeps the weight as a property of a class it makes for the layer; a deep copy shares that class, and
+    removing the parametrization from the copy would take the property from the original too.
+    """
+    shared = type(layer)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def check_definition(definition: str) -> None:

@@ -1,0 +1,48 @@
+"""The forms in which data may be handed over, brought to one; and the arithmetic curvature is measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fpq_analysis.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def as_batches(batches: Batch | Iterable[Batch], micro_batch: int) -> list[Batch]:
+    """Pairs (inputs, targets) of at most `micro_batch` samples each, in the order given.
+
+    Args:
+        batches: one pair of tensors, or an iterable of pairs (a list, a DataLoader); it is gone through once.
+
+    Raises:
+        UserError: if there is nothing in it, or something that is not a pair of tensors of equal length.
+    """
+    if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[0], Tensor):
+        batches = [batches]  # type: ignore[list-item]
+    found: list[Batch] = []
+    for pair in batches:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+            raise UserError("Data must be a pair of tensors (inputs, targets), or an iterable of such pairs.")
+        x, y = pair
+        if len(x) != len(y):
+            raise UserError(f"A batch has {len(x)} inputs and {len(y)} targets; each input needs one target.")
+        found += zip(x.split(micro_batch), y.split(micro_batch), strict=True)
+    if sum(len(x) for x, _ in found) == 0:
+        raise UserError("There is no data in the batches. Was an iterator used up before?")
+    return [pair for pair in found if len(pair[0])]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, float32 means float32: TF32, ten bits of mantissa and cuDNN's default, is off."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,331 @@
+"""The exact trace of the Hessian of a piecewise linear classifier, by sums of squared per-sample gradients.
+
+If every parameter enters the logits z piecewise linearly while the others are held fixed (convolution, linear layer,
+BatchNorm in eval mode, ReLU, pooling, residual sums, straight-through quantizers), the second derivative of z by any
+single parameter vanishes almost everywhere.  The diagonal of the Hessian of the cross-entropy is then that of the
+generalised Gauss-Newton matrix, and
+
+    Tr H = (1/N) sum_n sum_c || J_n^T l_nc ||^2 ,      sum_c l_nc l_nc^T = diag(p_n) - p_n p_n^T ,   p_n = softmax(z_n),
+
+with J_n the Jacobian of the logits of sample n.  C - 1 vectors l suffice for C classes (a Cholesky factor), so the
+trace costs one forward and C - 1 backward passes to the *activations*, with no random probe and no second derivative.
+It comes apart by sample, and so carries a standard error over the data, and by parameter.
+
+With many classes, l may be drawn instead: l = e_c - p with c ~ p has the same second moment, at one backward pass.
+
+A layer's share of the norm of a sample's gradient is || D^T P ||_F^2, D (positions x outputs) the gradient at the
+layer's output and P (positions x inputs) the patches it saw; or, where positions are few, the sum of (D D^T) * (P P^T),
+whose second factor serves all classes.  `certificate.py` checks the condition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from fpq_analysis.curvature.batches import Batch, full_precision
+
+
+class NotExactError(Exception):
+    """The model is outside the condition; the message names the layer and the reason."""
+
+
+def cross_entropy_factor(logits: Tensor) -> Tensor:
+    """L with L L^T = diag(p) - p p^T for each row of `logits` (N, C).
+
+    Returns:
+        (C - 1, N, C): column c of every sample's lower triangular factor, in closed form and without cancellation.
+    """
+    p = logits.softmax(1)
+    rest = p.flip(1).cumsum(1).flip(1)  # rest[c] = p[c] + ... + p[C-1]
+    n_classes = p.shape[1]
+    tiny = torch.finfo(p.dtype).tiny
+    columns = []
+    for c in range(n_classes - 1):
+        here, after = rest[:, c], rest[:, c + 1]
+        # Divide in two steps: here * after underflows long before either does.  An empty tail contributes nothing.
+        share = (p[:, c] / here.clamp(min=tiny)).sqrt()
+        root = after.sqrt()
+        column = torch.zeros_like(p)
+        column[:, c] = share * root
+        column[:, c + 1 :] = -share[:, None] * p[:, c + 1 :] / root.clamp(min=tiny)[:, None]
+        columns.append(column)
+    return torch.stack(columns)
+
+
+def sampled_factor(logits: Tensor, n_labels: int, generator: torch.Generator) -> Tensor:
+    """`n_labels` independent draws of e_c - p with c ~ p, whose outer products have the mean diag(p) - p p^T.
+
+    Returns:
+        (n_labels, N, C).
+    """
+    p = logits.softmax(1)
+    labels = torch.multinomial(p.to(generator.device), n_labels, replacement=True, generator=generator)
+    return F.one_hot(labels.to(p.device).T, p.shape[1]) - p
+
+
+def per_sample_traces(
+    model: nn.Module,
+    batches: list[Batch],
+    parameters: dict[str, Tensor],
+    *,
+    n_labels: int | None = None,
+    generator: torch.Generator | None = None,
+    derivatives: dict[str, Tensor] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Contributions of each sample and parameter to the trace of the Hessian of the mean cross-entropy.
+
+    Args:
+        model: in eval mode; its parameters' `requires_grad` is ignored.
+        batches: micro-batches (inputs, targets) on the model's device; the targets are not used.
+        parameters: the variables, by name.
+        n_labels: None for the exact sum over classes; M to draw M labels a sample with `generator`.
+        derivatives: by parameter name, factors d(parameter)/d(variable) of the parameter's shape: the trace is then
+            that with respect to the variable behind the parameter (a latent weight).
+
+    Yields:
+        For each micro-batch, by parameter name, a (draws, B) float64 tensor on the CPU; draws is M, or 1 when exact.
+        The sum over parameters, averaged over samples (and draws), is the trace.
+
+    Raises:
+        NotExactError: if a variable belongs to a layer without an exact form here, or a layer runs twice.
+    """
+    layers = find_layers(model, parameters)
+    passes = n_labels
+    for x, _ in batches:
+        with full_precision(), torch.enable_grad(), _frozen(model):
+            if passes is None:
+                with torch.no_grad():
+                    passes = _check_logits(model(x[:1]), 1).shape[1] - 1
+            with _Recorder(layers, parameters, derivatives or {}, passes) as recorder:
+                logits = recorder.run(model, x)
+            with torch.no_grad():
+                if n_labels is None:
+                    factor = cross_entropy_factor(logits.detach())
+                else:
+                    assert generator is not None
+                    factor = sampled_factor(logits.detach(), n_labels, generator)
+            parts = [recorder.squared_norms(logits, cotangent) for cotangent in factor]
+        stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        yield stacked if n_labels is not None else {k: v.sum(0, keepdim=True) for k, v in stacked.items()}
+
+
+def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn.Module]:
+    """The layers that own the variables, by name.
+
+    Raises:
+        NotExactError: if a variable is in no supported layer, or in two.
+    """
+    wanted = {id(p): name for name, p in parameters.items()}
+    owners: dict[str, str] = {}
+    layers = {}
+    for layer_name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            if id(p) not in wanted:
+                continue
+            if not isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)) or getattr(module, "transposed", False):
+                raise NotExactError(f"'{wanted[id(p)]}' belongs to a {type(module).__name__}, which has no exact form here")
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise NotExactError(f"'{layer_name}' is a BatchNorm that uses the batch's own statistics")
+            if wanted[id(p)] in owners:
+                raise NotExactError(f"'{wanted[id(p)]}' is shared by '{owners[wanted[id(p)]]}' and '{layer_name}'")
+            owners[wanted[id(p)]] = layer_name
+            layers[layer_name] = module
+    lost = [name for name in parameters if name not in owners]
+    if lost:
+        raise NotExactError(f"'{lost[0]}' is not a plain parameter of a layer")
+    return layers
+
+
+def _check_logits(logits: Tensor, n: int) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2:
+        raise NotExactError("the model's output is not one row of two or more logits for each input")
+    return logits
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter wants a gradient, so that backward passes reach activations only."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+
+
+class _Recorder:
+    """Keeps what each layer saw in a forward pass, and turns gradients at its output into squared norms.
+
+    What is kept is a fresh tensor made at once (patches, or their Gram matrix), and gradients are caught by tensor
+    hooks: both are safe from later in-place operations such as `ReLU(inplace=True)`.
+    """
+
+    def __init__(
+        self, layers: dict[str, nn.Module], parameters: dict[str, Tensor], derivatives: dict[str, Tensor], expected: int
+    ) -> None:
+        self.layers = layers
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.derivatives = derivatives
+        self.expected = expected  # number of backward passes, to choose between patches and Gram matrices
+        self.leaves: list[Tensor] = []
+        self.seen: dict[str, _Seen] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Recorder:
+        for name, layer in self.layers.items():
+            self.handles.append(layer.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def run(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The logits (B, C) with a graph that ends at the layers' outputs."""
+        logits = _check_logits(model(x), len(x))
+        idle = [name for name in self.layers if name not in self.seen]
+        if idle:
+            raise NotExactError(f"the layer '{idle[0]}' did not run in the forward pass")
+        return logits
+
+    def _hook(self, name: str) -> Any:
+        def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if name in self.seen:
+                raise NotExactError(f"the layer '{name}' runs more than once in a forward pass")
+            seen = self.seen[name] = _Seen(layer, args[0].detach(), output, self._variables(layer), self.expected)
+            if not output.requires_grad:
+                # Nothing before this layer wants gradients: the graph starts here.
+                leaf = output.detach().requires_grad_()
+                self.leaves.append(leaf)
+                output = leaf.clone()  # an in-place operation may follow, which a leaf does not allow
+            output.register_hook(lambda grad: self.norms.update(seen.squared_norms(grad)))
+            return output
+
+        return record
+
+    def _variables(self, layer: nn.Module) -> dict[str, tuple[str, Tensor | None]]:
+        own = {}
+        for kind, p in layer.named_parameters(recurse=False):
+            if id(p) in self.names:
+                name = self.names[id(p)]
+                own[kind] = (name, self.derivatives.get(name))
+        return own
+
+    def squared_norms(self, logits: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+        """||J_n^T cotangent_n||^2 by parameter name, (B,) float64 on the CPU each."""
+        self.norms = {}
+        torch.autograd.grad(logits, self.leaves, cotangent, retain_graph=True, allow_unused=True)
+        zeros = torch.zeros(len(logits), dtype=torch.float64)
+        return {name: self.norms.get(name, zeros) for name in self.names.values()}
+
+
+class _Seen:
+    """One layer in one forward pass.
+
+    B samples, G groups, T positions, I inputs a group and patch, O outputs a group.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        output: Tensor,
+        variables: dict[str, tuple[str, Tensor | None]],
+        expected: int,
+    ) -> None:
+        self.layer = layer
+        self.variables = variables
+        self.gram = False
+        self.derivative: Tensor | None = None
+        if "weight" not in variables:
+            return
+        if isinstance(layer, _BatchNorm):
+            shape = (1, -1) + (1,) * (x.ndim - 2)
+            assert layer.running_mean is not None and layer.running_var is not None
+            scale = (layer.running_var + layer.eps).rsqrt()
+            self.patches = (x - layer.running_mean.view(shape)) * scale.view(shape)
+            return
+        derivative = variables["weight"][1]
+        patches = _patches(layer, x)  # (B, G, T, I)
+        groups, positions, inputs = patches.shape[1:]
+        outputs = layer.weight.shape[0] // groups  # type: ignore[union-attr, operator]
+        if derivative is not None and not bool((derivative == 1).all()):
+            # A mask needs the entries of the gradient themselves, in the order (G, O, I).
+            self.derivative = _weight_as_patches(layer, derivative).reshape(groups, outputs, inputs)
+        self.gram = self.derivative is None and positions * (expected * outputs + inputs) < expected * outputs * inputs
+        self.patches = patches @ patches.mT if self.gram else patches
+
+    def squared_norms(self, grad: Tensor) -> dict[str, Tensor]:
+        """By parameter name, the squared norm of each sample's gradient, given that at the output."""
+        found = {}
+        with torch.no_grad():
+            if "bias" in self.variables:
+                per_channel = _positions_first(self.layer, grad).sum(1)
+                found[self.variables["bias"][0]] = per_channel.square().sum(1).double().cpu()
+            if "weight" in self.variables:
+                found[self.variables["weight"][0]] = self._weight_norms(grad).double().cpu()
+        return found
+
+    def _weight_norms(self, grad: Tensor) -> Tensor:
+        if isinstance(self.layer, _BatchNorm):
+            product = grad * self.patches
+            per_channel = product.flatten(2).sum(2) if product.ndim > 2 else product
+            return per_channel.square().sum(1)
+        d = _positions_first(self.layer, grad)  # (B, T, G O)
+        groups = self.patches.shape[1]
+        d = d.unflatten(2, (groups, -1)).transpose(1, 2)  # (B, G, T, O)
+        if self.gram:
+            return (d @ d.mT).mul_(self.patches).sum((1, 2, 3))
+        gradient = d.mT @ self.patches  # (B, G, O, I)
+        if self.derivative is not None:
+            gradient = gradient * self.derivative
+        return torch.linalg.vector_norm(gradient.flatten(1), dim=1).square()
+
+
+def _positions_first(layer: nn.Module, grad: Tensor) -> Tensor:
+    """(B, channels, *space) of a convolution or BatchNorm, or (B, *space, channels) of a linear layer, to (B, T, channels)."""
+    if isinstance(layer, nn.Linear):
+        return grad.reshape(len(grad), -1, grad.shape[-1])
+    return grad.movedim(1, -1).reshape(len(grad), -1, grad.shape[1])
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each output position of a convolution or linear layer sees: (B, G, T, I).
+
+    Within a patch the order is (kernel, channel), which is that of memory for channels-last images.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(len(x), 1, -1, x.shape[-1])
+    assert isinstance(layer, _ConvNd)
+    padding = layer._reversed_padding_repeated_twice
+    if any(padding):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, padding, mode=mode)
+    space = x.ndim - 2
+    for axis in range(space):
+        size, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # (B, channels, *positions, *kernel) to (B, *positions, *kernel, channels)
+    x = x.movedim(1, -1)
+    positions = math.prod(x.shape[1 : 1 + space])
+    x = x.reshape(len(x), positions, -1, layer.groups, x.shape[-1] // layer.groups)
+    return x.permute(0, 3, 1, 2, 4).flatten(3)
+
+
+def _weight_as_patches(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the weight's shape, its entries in the order of `_patches`: (outputs, I)."""
+    if isinstance(layer, nn.Linear):
+        return weight
+    return weight.movedim(1, -1).flatten(1)

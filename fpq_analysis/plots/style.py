@@ -1,0 +1,68 @@
+"""One style for all figures: sizes, fonts, and which colour and line mean which method and bit width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which survives the common forms of colour blindness and grey print; the hues are those the
+# paper names where it names any (FP blue, LSQ red, FPQ green).
+COLOURS = {"fp": "#0072B2", "lsq": "#D55E00", "fpq": "#009E73"}
+OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
+MARKERS = {"FP": "o", "W4A4": "o", "W2A4": "s", "W2A2": "^", "W8A8": "D"}
+NAMES = {"fp": "FP", "lsq": "LSQ", "fpq": "FPQ"}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Inside, figures are drawn in the project's style; the user's own settings come back afterwards."""
+    ours = {
+        **sns.axes_style("whitegrid"),
+        "axes.edgecolor": "#444444",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "figure.dpi": 150,
+        "grid.color": "#E6E6E6",
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 3.5,
+        "pdf.fonttype": 42,  # text stays text in PDF
+        "svg.fonttype": "none",
+        "savefig.bbox": "tight",
+    }
+    with mpl.rc_context(ours):
+        yield
+
+
+def colour(method: str, methods: list[str]) -> str:
+    """The method's own colour; methods without one share the spare ones, in order."""
+    if method in COLOURS:
+        return COLOURS[method]
+    spare = [m for m in methods if m not in COLOURS]
+    return OTHER_COLOURS[spare.index(method) % len(OTHER_COLOURS)]
+
+
+def label(method: str, bits: str) -> str:
+    """What a legend calls a run."""
+    name = NAMES.get(method, method)
+    return name if bits == "FP" else f"{name} {bits}"
+
+
+def save(figure: Figure, path: str | Path, caption: str) -> list[Path]:
+    """Write `path` with the suffixes .png and .pdf, and its caption as .txt; returns the three paths."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path.with_suffix(suffix) for suffix in (".png", ".pdf", ".txt")]
+    with style():
+        figure.savefig(written[0])
+        figure.savefig(written[1], metadata={"CreationDate": None})
+    written[2].write_text(caption + "\n")
+    return written

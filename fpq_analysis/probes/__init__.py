@@ -1,0 +1,8 @@
+"""Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
+
+from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
+from fpq_analysis.probes.point import Point, Probe
+
+PROBES = {probe.name: probe for probe in (HessianTrace,)}
+
+__all__ = ["PROBES", "HessianTrace", "Point", "Probe", "TraceEstimate", "hessian_trace"]

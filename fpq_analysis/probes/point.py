@@ -1,0 +1,35 @@
+"""Where a probe measures: one model, one loss, one fixed set of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in eval mode with the data to measure it on, on one device.
+
+    Attributes:
+        batches: (inputs, targets).
+        seed: of everything random in the measurement.
+    """
+
+    model: nn.Module
+    batches: tuple[Tensor, Tensor]
+    loss: str = "cross_entropy"
+    seed: int = 0
+
+
+class Probe(Protocol):
+    """A measurement: a frozen dataclass of settings, called on a `Point`, gives rows (`records.py` names the columns)."""
+
+    name: str
+
+    def __call__(self, point: Point) -> Rows:
+        """Measure; the last row is the total, whose presence on disk means that the measurement is complete."""
+        ...

@@ -1,0 +1,344 @@
+"""The trace of the Hessian: one public function, and the probe that runs it on a checkpoint.
+
+A rising trace means that the loss grows faster, on average over directions, when the weights are moved: a sharper
+minimum.  It scales with the weights' scale, so compare networks of one architecture.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpq_analysis.curvature import HessianOperator, NotExactError, as_batches, certify, per_sample_traces
+from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.operator import Loss
+from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
+from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.linalg import hutchinson
+from fpq_analysis.models import model_device
+from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.quantizers import check_definition, clipped_fraction, fused_quantizers, latent_derivatives, variables
+from fpq_analysis.quantizers import view as take_view
+
+METHODS = ("auto", "exact", "sampled", "hutchinson", "pyhessian")
+# Above this many classes `auto` draws labels: the exact sum then costs more than the error over the data is worth.
+MAX_EXACT_CLASSES = 20
+FIRST_LABELS = 4
+FIRST_PROBES = 100
+MAX_DRAWS = 100_000
+PROBES_A_ROUND = 10  # probes that share a gradient graph, and the memory they take
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """A trace with its errors and its definition.
+
+    Attributes:
+        value: estimate of Tr H of the mean loss over the given data.
+        sem: standard error of `value` as an estimate for *these data*: from random probes or labels; 0 when exact.
+        sem_data: standard error of `value` as an estimate for the distribution the data are a random sample of,
+            random labels included; NaN for methods that do not see samples one by one.
+        method: how it was measured; `reason`: why that method.
+        definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
+        per_layer, per_layer_sem: the same by layer; they add up to `value` (their errors do not).
+        per_sample: (n_data,) each sample's own trace, or None.
+        n_data: number of samples.
+        n_products: backward passes over the data (exact, sampled) or Hessian-vector products (the others).
+        seed: of probes or labels.
+        clipped_fraction: share of the quantized weights outside their grid.
+        converged: False if `tol` was asked for and not reached.
+    """
+
+    value: float
+    sem: float
+    sem_data: float
+    method: str
+    reason: str
+    definition: str
+    per_layer: dict[str, float]
+    per_layer_sem: dict[str, float]
+    per_sample: np.ndarray | None = field(repr=False)
+    n_data: int
+    n_products: int
+    seed: int
+    clipped_fraction: float = 0.0
+    converged: bool = True
+
+    @property
+    def error(self) -> float:
+        """Standard error to quote: over the data where it is known, otherwise over the probes."""
+        return self.sem if math.isnan(self.sem_data) else self.sem_data
+
+
+def hessian_trace(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    loss: str | Loss = "cross_entropy",
+    method: str = "auto",
+    definition: str = "dequantized",
+    tol: float | None = None,
+    n_probes: int = FIRST_PROBES,
+    n_labels: int = FIRST_LABELS,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    micro_batch: int = 64,
+) -> TraceEstimate:
+    """Trace of the Hessian of the mean loss of a classifier with respect to its parameters.
+
+    The model is measured as a copy in eval mode; the one handed over, its buffers, gradients and mode, and the global
+    random state are untouched.  For a model quantized by `quantize`, step sizes are not variables.
+
+    Args:
+        model: any `nn.Module`; for the exact methods one that gives (N, C) logits.
+        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        method: `exact` (`curvature/exact.py`), `sampled` (the same with drawn labels), `hutchinson`, `pyhessian` (as a
+            cross-check), or `auto`: exact where a numeric certificate says that it holds, with drawn labels for more
+            than 20 classes; Hutchinson elsewhere.
+        definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (`quantizers/views.py`).
+        tol: wanted `sem` relative to the value, for the random methods: probes or labels are doubled until it is
+            reached.  None: `n_probes` probes or `n_labels` labels.
+        seed: of the probes or labels.
+        device: where to compute; None for where the model is.
+        micro_batch: samples to hold at a time.
+
+    Raises:
+        UserError: for a method that does not apply to the model, unknown names, or a result that is not finite.
+    """
+    _check_name("method", method, METHODS)
+    check_definition(definition)
+    if tol is not None and tol <= 0:
+        raise UserError(f"tol is {tol}, and must be above zero (0.01 for one per cent).")
+    where = torch.device(device) if device is not None else model_device(model)
+    data = [(x.to(where), y.to(where)) for x, y in as_batches(batches, micro_batch)]
+    view = take_view(model, definition).to(where)
+    if not variables(view):
+        raise UserError("The model has no trainable parameter, so its Hessian is empty.")
+
+    function, cross_entropy = _loss(loss)
+    reason = "asked for"
+    if method == "auto":
+        method, reason = _choose(view, data, cross_entropy)
+    if method in ("exact", "sampled"):
+        if not cross_entropy:
+            raise UserError(f"The method '{method}' holds for the cross-entropy loss only; use method='hutchinson'.")
+        # Curvature in a latent weight is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone, piecewise linearly.
+        derivatives = latent_derivatives(model) if definition == "latent" else {}
+        if definition == "latent":
+            view = take_view(model, "dequantized").to(where)
+        try:
+            certify(view, data[0][0], variables(view))
+            draw = _sample_drawer(view, data, {k: d.to(where) for k, d in derivatives.items()}, method, seed)
+            samples, converged = _until(draw, max(n_labels, 2) if method == "sampled" else 1, tol, _label_error)
+        except NotExactError as outside:
+            raise UserError(
+                f"The method '{method}' does not hold for this model: {outside}. Use method='hutchinson', or 'auto'."
+            ) from outside
+        estimate = _estimate(samples, _label_error)
+        per_sample = torch.stack(list(samples.values())).sum(0).mean(0)
+        estimate["per_sample"] = per_sample.numpy()
+        # Each sample's mean over its labels already carries their noise.
+        estimate["sem_data"] = float(per_sample.std()) / math.sqrt(len(per_sample)) if len(per_sample) > 1 else math.nan
+        draws = len(next(iter(samples.values())))
+        n_products = _n_classes(view, data) - 1 if method == "exact" else draws
+    else:
+        draw = _probe_drawer(view, data, function, method, seed)
+        samples, converged = _until(draw, max(n_probes, 2), tol, _probe_error)
+        estimate = _estimate(samples, _probe_error)
+        if method == "pyhessian":
+            estimate["per_layer"], estimate["per_layer_sem"] = {}, {}
+        n_products = len(next(iter(samples.values())))
+    if not math.isfinite(estimate["value"]):
+        raise UserError(
+            "The trace is not finite: the loss or a derivative overflowed on these data. Check the inputs for NaN and "
+            "their normalisation, or measure in float64 (model.double(), inputs.double())."
+        )
+    return TraceEstimate(
+        **{"sem_data": math.nan, "per_sample": None, **estimate},
+        method=method,
+        reason=reason,
+        definition=definition,
+        n_data=sum(len(x) for x, _ in data),
+        n_products=n_products,
+        seed=seed,
+        clipped_fraction=clipped_fraction(model),
+        converged=converged,
+    )
+
+
+def _check_name(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"Unknown {what} '{value}'{did_you_mean(value, known)}. Known: {', '.join(known)}.")
+
+
+def _loss(loss: str | Loss) -> tuple[Loss, bool]:
+    """The loss as a function, and whether it is the cross-entropy."""
+    if isinstance(loss, str):
+        if loss != "cross_entropy":
+            raise UserError(f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean.")
+        return F.cross_entropy, True
+    return loss, loss is F.cross_entropy
+
+
+def _choose(view: nn.Module, data: list[Batch], cross_entropy: bool) -> tuple[str, str]:
+    """`auto`: a method, and why."""
+    if not cross_entropy:
+        return "hutchinson", "the loss is not the cross-entropy"
+    # The latent view is parametrized; it differs from the plain one by masks only, which `latent_derivatives` vouches for.
+    plain = take_view(view, "dequantized")
+    try:
+        certify(plain, data[0][0], variables(plain))
+    except NotExactError as outside:
+        return "hutchinson", f"not exact: {outside}"
+    n_classes = _n_classes(view, data)
+    if n_classes > MAX_EXACT_CLASSES:
+        return "sampled", f"{n_classes} classes: drawn labels are cheaper than the exact sum"
+    return "exact", "the certificate holds: piecewise linear in every parameter"
+
+
+@torch.no_grad()
+def _n_classes(view: nn.Module, data: list[Batch]) -> int:
+    return int(view(data[0][0][:1]).shape[1])
+
+
+# Samples of a trace by parameter name: (draws,) for probes, (draws, N) for labels.
+Samples = dict[str, Tensor]
+
+
+def _until(
+    draw: Callable[[int], Samples], first: int, tol: float | None, error: Callable[[Tensor], float]
+) -> tuple[Samples, bool]:
+    """Draw `first` samples, then as many again as there are, until the error is small enough.
+
+    Doubling keeps the looks few: stopping at the first small error found by looking after every draw would stop early
+    by chance.
+    """
+    samples = draw(first)
+    while True:
+        total = torch.stack(list(samples.values())).sum(0)
+        value = abs(float(total.mean()))
+        if tol is None or error(total) <= tol * value or not math.isfinite(value):
+            return samples, True
+        if 2 * len(total) > MAX_DRAWS:
+            return samples, False
+        more = draw(len(total))
+        samples = {name: torch.cat([old, more[name]]) for name, old in samples.items()}
+
+
+def _estimate(samples: Samples, error: Callable[[Tensor], float]) -> dict[str, Any]:
+    layers: Samples = {}
+    for name, draws in samples.items():
+        layer = name.rpartition(".")[0] or "(model)"
+        layers[layer] = layers[layer] + draws if layer in layers else draws
+    total = torch.stack(list(samples.values())).sum(0)
+    return {
+        "value": float(total.mean()),
+        "sem": error(total),
+        "per_layer": {layer: float(draws.mean()) for layer, draws in layers.items()},
+        "per_layer_sem": {layer: error(draws) for layer, draws in layers.items()},
+    }
+
+
+def _label_error(draws: Tensor) -> float:
+    """Standard error over the labels of the mean of (draws, N); 0 for a single row, which is exact."""
+    m, n = draws.shape
+    return 0.0 if m == 1 else math.sqrt(float(draws.var(0).sum()) / m) / n
+
+
+def _probe_error(draws: Tensor) -> float:
+    """Standard error of the mean of (draws,)."""
+    return float(draws.std()) / math.sqrt(len(draws))
+
+
+def _sample_drawer(
+    view: nn.Module, data: list[Batch], derivatives: dict[str, Tensor], method: str, seed: int
+) -> Callable[[int], Samples]:
+    generator = torch.Generator(data[0][0].device).manual_seed(seed)
+
+    def draw(n: int) -> Samples:
+        labels = n if method == "sampled" else None
+        with fused_quantizers(view):
+            parts = list(
+                per_sample_traces(
+                    view, data, variables(view), n_labels=labels, generator=generator, derivatives=derivatives
+                )
+            )
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+    return draw
+
+
+def _probe_drawer(
+    view: nn.Module, data: list[Batch], loss: Loss, method: str, seed: int
+) -> Callable[[int], Samples]:
+    names = variables(view)
+    if method == "pyhessian":
+        seeds = itertools.count(seed)
+        return lambda n: {"": pyhessian_trace_samples(view, loss, data, dict(names), n, next(seeds))}
+    operator = HessianOperator(view, loss, data, dict(names))
+    generator = torch.Generator(operator.device).manual_seed(seed)
+
+    def draw(n: int) -> Samples:
+        rounds = [min(PROBES_A_ROUND, n - i) for i in range(0, n, PROBES_A_ROUND)]
+        blocks = list(operator.slices.values())
+        parts = hutchinson(
+            operator.matmat, operator.size, blocks, rounds=rounds, generator=generator, dtype=operator.dtype
+        )
+        columns = torch.cat(list(parts)).cpu().unbind(1)
+        return dict(zip(names, columns, strict=True))
+
+    return draw
+
+
+@dataclass(frozen=True)
+class HessianTrace:
+    """The probe: `hessian_trace` on a checkpoint.
+
+    Attributes: see `hessian_trace`.
+    """
+
+    definition: str = "dequantized"
+    method: str = "auto"
+    tol: float | None = None
+    n_probes: int = FIRST_PROBES
+    n_labels: int = FIRST_LABELS
+
+    name = "hessian_trace"
+
+    def __call__(self, point: Point) -> Rows:
+        """Rows: the trace of every layer, the clipped fraction, and last the total."""
+        estimate = hessian_trace(
+            point.model,
+            point.batches,
+            loss=point.loss,
+            method=self.method,
+            definition=self.definition,
+            tol=self.tol,
+            n_probes=self.n_probes,
+            n_labels=self.n_labels,
+            seed=point.seed,
+        )
+        common = {
+            "definition": estimate.definition,
+            "estimator": estimate.method,
+            "n_data": estimate.n_data,
+            "n_products": estimate.n_products,
+        }
+        rows = [
+            {"layer": layer, "quantity": "trace", "value": value, "sem": estimate.per_layer_sem[layer], **common}
+            for layer, value in estimate.per_layer.items()
+        ]
+        rows.append({"layer": "all", "quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common})
+        total = {"value": estimate.value, "sem": estimate.sem, "sem_data": estimate.sem_data}
+        status = "ok" if estimate.converged else "tolerance not reached"
+        rows.append({"layer": "all", "quantity": "trace", "status": status, **total, **common})
+        return rows

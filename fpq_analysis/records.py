@@ -1,0 +1,93 @@
+"""Tidy rows of what was measured: one JSON object a line, appended, one file a probe and run.
+
+`<run>/records/<probe>.jsonl`; a measurement is the group of rows with one `key`, whose last row (layer "all") says that
+it is complete.  What a kill tore off is not complete and is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fpq_analysis.files import append_jsonl, read_jsonl
+
+# Columns, in order, of every table of records.
+COLUMNS = {
+    "run": "folder name of the run",
+    "method": "training method",
+    "model": "network",
+    "dataset": "data it was trained and measured on",
+    "bits": "WxAy, or FP",
+    "train_seed": "seed of the training run",
+    "epoch": "finished epochs; 0 is before training",
+    "checkpoint": "SHA-256 of the file",
+    "probe": "which measurement",
+    "definition": "which Hessian of a quantized network: dequantized, latent, float",
+    "estimator": "how it was computed",
+    "layer": "layer's name, or all",
+    "quantity": "what the value is",
+    "value": "the number; None if it is not finite",
+    "sem": "standard error from random probes or labels, for these data; 0 when exact",
+    "sem_data": "standard error over the data, random labels included; None if unknown",
+    "n_data": "samples",
+    "n_products": "backward passes or Hessian-vector products over them",
+    "seed": "of the sample and of the probes",
+    "key": "hash of checkpoint, probe, settings and data: what makes two measurements the same",
+    "status": "ok, or what is wrong",
+    "seconds": "time of the whole measurement",
+}
+
+
+def measurement_key(checkpoint: str, probe: str, settings: dict[str, Any]) -> str:
+    """Short hash of everything that decides a measurement's result."""
+    text = json.dumps([checkpoint, probe, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def append(run: Path, probe: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Add one measurement's rows in one write; a non-finite number becomes None with a status that says so."""
+    append_jsonl(_file(run, probe), [_clean(row) for row in rows])
+
+
+def _clean(row: dict[str, Any]) -> dict[str, Any]:
+    full = {column: row.get(column) for column in COLUMNS}
+    full["status"] = row.get("status", "ok")
+    for column in ("value", "sem", "sem_data", "seconds"):
+        number = full[column]
+        if isinstance(number, float) and not math.isfinite(number):
+            full[column] = None
+            if column == "value":
+                full["status"] = f"not finite ({number})"
+    return full
+
+
+def done(run: Path, probe: str) -> set[str]:
+    """Keys of the complete measurements."""
+    return {row["key"] for row in read_jsonl(_file(run, probe)) if row.get("layer") == "all" and row.get("quantity") != "clipped_fraction"}
+
+
+def read(runs: Path | Iterable[Path], probe: str) -> pd.DataFrame:
+    """All complete measurements of one probe on the given runs; of repeated ones the newest.
+
+    Returns:
+        A table with the columns of `COLUMNS`, by run and epoch; empty if nothing was measured.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in [runs] if isinstance(runs, Path) else runs:
+        complete = done(run, probe)
+        rows += [row for row in read_jsonl(_file(run, probe)) if row.get("key") in complete]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column in ("value", "sem", "sem_data", "seconds"):
+        frame[column] = frame[column].astype(float)
+    frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
+    return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
+
+
+def _file(run: Path, probe: str) -> Path:
+    return run / "records" / f"{probe}.jsonl"
