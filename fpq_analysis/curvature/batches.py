@@ -13,11 +13,18 @@ from fpq_analysis.errors import UserError
 Batch = tuple[Tensor, Tensor]
 
 
-def as_batches(batches: Batch | Iterable[Batch], micro_batch: int) -> list[Batch]:
+# Scalars of input a micro-batch may hold by default: 32 CIFAR images.  On a CPU, larger ones leave its cache and are
+# slower for it; much smaller images are bounded by the cost of a call instead.
+INPUT_SCALARS = 32 * 3 * 32 * 32
+LARGEST = 256
+
+
+def as_batches(batches: Batch | Iterable[Batch], micro_batch: int | None = None) -> list[Batch]:
     """Pairs (inputs, targets) of at most `micro_batch` samples each, in the order given.
 
     Args:
         batches: one pair of tensors, or an iterable of pairs (a list, a DataLoader); it is gone through once.
+        micro_batch: the most samples in a pair; None for as many as `INPUT_SCALARS` allows.
 
     Raises:
         UserError: if there is nothing in it, or something that is not a pair of tensors of equal length.
@@ -31,10 +38,12 @@ def as_batches(batches: Batch | Iterable[Batch], micro_batch: int) -> list[Batch
         x, y = pair
         if len(x) != len(y):
             raise UserError(f"A batch has {len(x)} inputs and {len(y)} targets; each input needs one target.")
-        found += zip(x.split(micro_batch), y.split(micro_batch), strict=True)
-    if sum(len(x) for x, _ in found) == 0:
+        if len(x):
+            most = micro_batch or max(1, min(LARGEST, INPUT_SCALARS // max(1, x[0].numel())))
+            found += zip(x.split(most), y.split(most), strict=True)
+    if not found:
         raise UserError("There is no data in the batches. Was an iterator used up before?")
-    return [pair for pair in found if len(pair[0])]
+    return found
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def certify(model: nn.Module, x: Tensor, parameters: dict[str, Tensor], seed: in
         with _frozen(model), _Recorder(layers, parameters, {}, 1) as recorder:
             logits = recorder.run(model, x)
         r = torch.randn(logits.shape, generator=generator).to(logits)
-        formula = recorder.squared_norms(logits, r)
+        formula = recorder.squared_norms(logits, r.unsqueeze(0))
         _check_first_derivatives(model, x, r, parameters, formula)
         _check_second_derivatives(model, x, r, parameters, layers, generator)
 

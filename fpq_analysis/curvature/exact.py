@@ -113,9 +113,10 @@ def per_sample_traces(
                 else:
                     assert generator is not None
                     factor = sampled_factor(logits.detach(), n_labels, generator)
-            parts = [recorder.squared_norms(logits, cotangent) for cotangent in factor]
-        stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        yield stacked if n_labels is not None else {k: v.sum(0, keepdim=True) for k, v in stacked.items()}
+            # The classes are summed, so all their gradients go through one product; draws are kept apart.
+            groups = [factor] if n_labels is None else factor.split(1)
+            parts = [recorder.squared_norms(logits, cotangents) for cotangents in groups]
+        yield {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn.Module]:
@@ -172,15 +173,14 @@ class _Recorder:
     """
 
     def __init__(
-        self, layers: dict[str, nn.Module], parameters: dict[str, Tensor], derivatives: dict[str, Tensor], expected: int
+        self, layers: dict[str, nn.Module], parameters: dict[str, Tensor], derivatives: dict[str, Tensor], passes: int
     ) -> None:
         self.layers = layers
         self.names = {id(p): name for name, p in parameters.items()}
         self.derivatives = derivatives
-        self.expected = expected  # number of backward passes, to choose between patches and Gram matrices
+        self.passes = passes  # backward passes to come, to choose between patches and Gram matrices
         self.leaves: list[Tensor] = []
         self.seen: dict[str, _Seen] = {}
-        self.norms: dict[str, Tensor] = {}
         self.handles: list[Any] = []
 
     def __enter__(self) -> _Recorder:
@@ -204,13 +204,13 @@ class _Recorder:
         def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if name in self.seen:
                 raise NotExactError(f"the layer '{name}' runs more than once in a forward pass")
-            seen = self.seen[name] = _Seen(layer, args[0].detach(), output, self._variables(layer), self.expected)
+            seen = self.seen[name] = _Seen(layer, args[0].detach(), self._variables(layer), self.passes)
             if not output.requires_grad:
                 # Nothing before this layer wants gradients: the graph starts here.
                 leaf = output.detach().requires_grad_()
                 self.leaves.append(leaf)
                 output = leaf.clone()  # an in-place operation may follow, which a leaf does not allow
-            output.register_hook(lambda grad: self.norms.update(seen.squared_norms(grad)))
+            output.register_hook(seen.take)
             return output
 
         return record
@@ -223,39 +223,44 @@ class _Recorder:
                 own[kind] = (name, self.derivatives.get(name))
         return own
 
-    def squared_norms(self, logits: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-        """||J_n^T cotangent_n||^2 by parameter name, (B,) float64 on the CPU each."""
-        self.norms = {}
-        torch.autograd.grad(logits, self.leaves, cotangent, retain_graph=True, allow_unused=True)
-        zeros = torch.zeros(len(logits), dtype=torch.float64)
-        return {name: self.norms.get(name, zeros) for name in self.names.values()}
+    def squared_norms(self, logits: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
+        """sum_k ||J_n^T cotangents[k, n]||^2 by parameter name, (B,) float64 on the CPU each.
+
+        Args:
+            cotangents: (K, B, C).
+        """
+        for cotangent in cotangents:
+            torch.autograd.grad(logits, self.leaves, cotangent, retain_graph=True, allow_unused=True)
+        norms: dict[str, Tensor] = {}
+        for seen in self.seen.values():
+            norms.update(seen.squared_norms())
+        zeros = torch.zeros(len(logits), dtype=torch.float64)  # for a layer that does not reach the logits
+        return {name: norms.get(name, zeros).double().cpu() for name in self.names.values()}
 
 
 class _Seen:
-    """One layer in one forward pass.
+    """One layer in one forward pass, and the gradients that come back to it.
 
-    B samples, G groups, T positions, I inputs a group and patch, O outputs a group.
+    B samples, G groups, T positions, I inputs a group and patch, O outputs a group, K backward passes.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        output: Tensor,
-        variables: dict[str, tuple[str, Tensor | None]],
-        expected: int,
+        self, layer: nn.Module, x: Tensor, variables: dict[str, tuple[str, Tensor | None]], passes: int
     ) -> None:
         self.layer = layer
         self.variables = variables
         self.gram = False
         self.derivative: Tensor | None = None
+        # From each backward pass: the bias's gradient (B, channels), the weight's of a BatchNorm (B, channels), or for
+        # other layers the gradient at the output (B, T, channels), from which all passes' weights are done at once.
+        self.bias: list[Tensor] = []
+        self.scale: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         if "weight" not in variables:
             return
         if isinstance(layer, _BatchNorm):
-            shape = (1, -1) + (1,) * (x.ndim - 2)
             assert layer.running_mean is not None and layer.running_var is not None
-            scale = (layer.running_var + layer.eps).rsqrt()
-            self.patches = (x - layer.running_mean.view(shape)) * scale.view(shape)
+            self.patches = (_positions_first(layer, x) - layer.running_mean) * (layer.running_var + layer.eps).rsqrt()
             return
         derivative = variables["weight"][1]
         patches = _patches(layer, x)  # (B, G, T, I)
@@ -264,33 +269,48 @@ class _Seen:
         if derivative is not None and not bool((derivative == 1).all()):
             # A mask needs the entries of the gradient themselves, in the order (G, O, I).
             self.derivative = _weight_as_patches(layer, derivative).reshape(groups, outputs, inputs)
-        self.gram = self.derivative is None and positions * (expected * outputs + inputs) < expected * outputs * inputs
+        columns = passes * outputs
+        self.gram = self.derivative is None and positions * (columns + inputs) < columns * inputs
         self.patches = patches @ patches.mT if self.gram else patches
 
-    def squared_norms(self, grad: Tensor) -> dict[str, Tensor]:
-        """By parameter name, the squared norm of each sample's gradient, given that at the output."""
+    @torch.no_grad()
+    def take(self, grad: Tensor) -> None:
+        """Keep what is needed of the gradient at the layer's output."""
+        d = _positions_first(self.layer, grad)
+        if "bias" in self.variables:
+            self.bias.append(d.sum(1))
+        if "weight" in self.variables:
+            if isinstance(self.layer, _BatchNorm):
+                self.scale.append((d * self.patches).sum(1))
+            else:
+                self.outputs.append(d)
+
+    @torch.no_grad()
+    def squared_norms(self) -> dict[str, Tensor]:
+        """By parameter name, (B,): squared norms of each sample's gradients, summed over the passes since last time."""
         found = {}
-        with torch.no_grad():
-            if "bias" in self.variables:
-                per_channel = _positions_first(self.layer, grad).sum(1)
-                found[self.variables["bias"][0]] = per_channel.square().sum(1).double().cpu()
-            if "weight" in self.variables:
-                found[self.variables["weight"][0]] = self._weight_norms(grad).double().cpu()
+        if self.bias:
+            found[self.variables["bias"][0]] = torch.stack(self.bias).square().sum((0, 2))
+        if self.scale:
+            found[self.variables["weight"][0]] = torch.stack(self.scale).square().sum((0, 2))
+        if self.outputs:
+            found[self.variables["weight"][0]] = self._weight_norms(torch.stack(self.outputs, 2))
+        for kept in (self.bias, self.scale, self.outputs):
+            kept.clear()
         return found
 
-    def _weight_norms(self, grad: Tensor) -> Tensor:
-        if isinstance(self.layer, _BatchNorm):
-            product = grad * self.patches
-            per_channel = product.flatten(2).sum(2) if product.ndim > 2 else product
-            return per_channel.square().sum(1)
-        d = _positions_first(self.layer, grad)  # (B, T, G O)
-        groups = self.patches.shape[1]
-        d = d.unflatten(2, (groups, -1)).transpose(1, 2)  # (B, G, T, O)
+    def _weight_norms(self, d: Tensor) -> Tensor:
+        """Of (B, T, K, channels) gradients at the output."""
+        groups, outputs = self.patches.shape[1], d.shape[3] // self.patches.shape[1]
+        if groups == 1:
+            d = d.flatten(2).unsqueeze(1)  # (B, 1, T, K O)
+        else:
+            d = d.unflatten(3, (groups, outputs)).permute(0, 3, 1, 2, 4).flatten(3)  # (B, G, T, K O)
         if self.gram:
             return (d @ d.mT).mul_(self.patches).sum((1, 2, 3))
-        gradient = d.mT @ self.patches  # (B, G, O, I)
+        gradient = d.mT @ self.patches  # (B, G, K O, I)
         if self.derivative is not None:
-            gradient = gradient * self.derivative
+            gradient = gradient.unflatten(2, (-1, outputs)).mul_(self.derivative.unsqueeze(1))
         return torch.linalg.vector_norm(gradient.flatten(1), dim=1).square()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
 
@@ -15,23 +16,21 @@ def totals(records: pd.DataFrame) -> pd.DataFrame:
     return whole[whole["value"].notna()]
 
 
-def figure5(records: pd.DataFrame, *, include_fp: bool = True) -> Figure:
+def figure5(records: pd.DataFrame) -> Figure:
     """Trace against epoch, a panel for each network and data set, a line for each run.
 
-    The band is the 95 % interval over the data (1.96 standard errors; over the probes where the error over the data is
-    unknown).  All lines of a panel see the same images, so that the difference of two lines is surer than their
-    bands suggest.
+    Where a panel has quantized runs, the float run they may have started from is a horizontal line at its last epoch's
+    trace.  The band is the 95 % interval over the data (1.96 standard errors; over the probes where the error over the
+    data is unknown).  All lines of a panel see the same images, so that the difference of two lines is surer than
+    their bands suggest.  The axis is logarithmic where the traces span more than a factor of ten.
 
     Args:
         records: of the probe `hessian_trace`; columns as in `records.COLUMNS`.
-        include_fp: draw the float runs too.
 
     Raises:
         ValueError: if there is nothing to draw.
     """
     rows = totals(records)
-    if not include_fp:
-        rows = rows[rows["method"] != "fp"]
     if rows.empty:
         raise ValueError("no finite trace among the records")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
@@ -39,37 +38,58 @@ def figure5(records: pd.DataFrame, *, include_fp: bool = True) -> Figure:
         figure = Figure(figsize=(5.2 * len(panels), 3.2), layout="constrained")
         for index, ((model, dataset), panel) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
-            methods = sorted(panel["method"].unique())
-            ends = []
-            for (run, method, bits, definition, estimator), line in panel.groupby(
-                ["run", "method", "bits", "definition", "estimator"], sort=True
-            ):
-                line = line.sort_values("epoch")
-                error = 1.96 * line["sem_data"].fillna(line["sem"])
-                tint = colour(method, methods)
-                text = label(method, bits)
-                if panel["definition"].nunique() > 1:
-                    text += f", {definition}"
-                if panel["estimator"].nunique() > 1:
-                    text += f", {estimator}"
-                if panel[(panel["method"] == method) & (panel["bits"] == bits)]["run"].nunique() > 1:
-                    text += f" ({run})"
-                (drawn,) = axes.plot(
-                    line["epoch"], line["value"], LINES.get(bits, "-"), marker=MARKERS.get(bits, "o"), color=tint, label=text
-                )
-                axes.fill_between(
-                    line["epoch"], line["value"] - error, line["value"] + error, color=tint, alpha=0.15, linewidth=0
-                )
-                ends.append((line["value"].iloc[-1], drawn))
-            axes.set_xlabel("Epoch (0: before training)")
-            axes.set_ylabel("Trace of the Hessian")
+            _draw_panel(axes, panel)
             axes.set_title(f"{model}, {dataset}")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_ylim(bottom=min(0.0, float(panel["value"].min()) * 1.1))
-            # The legend in the order of the lines' right ends, so that it can be read without matching colours.
-            handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
-            axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
+    methods = sorted(panel["method"].unique())
+    quantized = bool((panel["bits"] != "FP").any())
+    ends = []
+    drawn_values = []
+    for (_, method, bits, *_), line in panel.groupby(["run", "method", "bits", "definition", "estimator"], sort=True):
+        line = line.sort_values("epoch")
+        tint = colour(method, methods)
+        error = 1.96 * line["sem_data"].fillna(line["sem"])
+        text = _legend(line, panel)
+        if quantized and bits == "FP":
+            value, spread = line["value"].iloc[-1], error.iloc[-1]
+            drawn = axes.axhline(value, color=tint, linewidth=1.2, label=f"{text}, epoch {line['epoch'].iloc[-1]}")
+            axes.axhspan(value - spread, value + spread, color=tint, alpha=0.12, linewidth=0)
+            drawn_values.append(value)
+        else:
+            mark = {"linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o"), "color": tint}
+            (drawn,) = axes.plot(line["epoch"], line["value"], label=text, **mark)
+            low, high = line["value"] - error, line["value"] + error
+            axes.fill_between(line["epoch"], low, high, color=tint, alpha=0.15, linewidth=0)
+            drawn_values += list(line["value"])
+        ends.append((line["value"].iloc[-1], drawn))
+    axes.set_xlabel("Epoch (0: before training)")
+    axes.set_ylabel("Trace of the Hessian")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if min(drawn_values) > 0 and max(drawn_values) > 10 * min(drawn_values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_ylim(0.5 * min(drawn_values), 2 * max(drawn_values))
+    else:
+        axes.set_ylim(bottom=min(0.0, 1.1 * min(drawn_values)))
+    # The legend in the order of the lines' right ends, so that it can be read without matching colours.
+    handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _legend(line: pd.DataFrame, panel: pd.DataFrame) -> str:
+    """Method and bits, and as much more as tells this line from the panel's others."""
+    first = line.iloc[0]
+    text = label(first["method"], first["bits"])
+    for column in ("definition", "estimator"):
+        if panel[column].nunique() > 1:
+            text += f", {first[column]}"
+    twins = panel[(panel["method"] == first["method"]) & (panel["bits"] == first["bits"])]
+    return f"{text} ({first['run']})" if twins["run"].nunique() > 1 else text
 
 
 def caption5(records: pd.DataFrame) -> str:

@@ -90,7 +90,7 @@ def hessian_trace(
     n_labels: int = FIRST_LABELS,
     seed: int = 0,
     device: str | torch.device | None = None,
-    micro_batch: int = 64,
+    micro_batch: int | None = None,
 ) -> TraceEstimate:
     """Trace of the Hessian of the mean loss of a classifier with respect to its parameters.
 
@@ -109,7 +109,7 @@ def hessian_trace(
             reached.  None: `n_probes` probes or `n_labels` labels.
         seed: of the probes or labels.
         device: where to compute; None for where the model is.
-        micro_batch: samples to hold at a time.
+        micro_batch: samples to hold at a time; None chooses by the size of an input.
 
     Raises:
         UserError: for a method that does not apply to the model, unknown names, or a result that is not finite.

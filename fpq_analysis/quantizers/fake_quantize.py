@@ -39,14 +39,17 @@ def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor, levels: int)
         step_size, zero_point: s > 0 and whole z, broadcastable to x.
         levels: 2^bits - 1.
     """
-    return torch.clamp(round_straight_through(x / step_size), -zero_point, levels - zero_point) * step_size
+    # The clip is made symmetric about zero so that its bounds are Python numbers: with tensors as bounds, torch.clamp
+    # halves the gradient of values on a bound, which on a grid are many.
+    centre = levels / 2 - zero_point
+    q = torch.clamp(round_straight_through(x / step_size) - centre, -levels / 2, levels / 2) + centre
+    return q * step_size
 
 
 class FusedFakeQuantize(torch.autograd.Function):
     """`fake_quantize` for one scalar step size, in place where it can be, first derivatives only.
 
-    The clip is shifted to be symmetric about zero, so that its bounds are Python numbers: neither direction waits for
-    the device.
+    Neither direction waits for the device.
     """
 
     @staticmethod

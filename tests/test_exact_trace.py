@@ -1,0 +1,260 @@
+"""The exact trace against the dense Hessian, and what keeps it from being used where it does not hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
+from fpq_analysis.curvature import NotExactError, as_batches, certify, per_sample_traces
+from fpq_analysis.curvature.exact import cross_entropy_factor, sampled_factor
+from fpq_analysis.quantizers import DEFINITIONS, variables, view
+from tests.nets import OUTSIDE, Product, dense_hessian, networks, tiny
+
+
+def dense_traces(model: nn.Module, definition: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    seen = view(model, definition)
+    names = variables(seen)
+    diagonal = dense_hessian(seen, list(names.values()), x, y).diagonal()
+    traces: dict[str, float] = {}
+    for name, part in zip(names, diagonal.split([p.numel() for p in names.values()]), strict=True):
+        layer = name.rpartition(".")[0]
+        traces[layer] = traces.get(layer, 0.0) + float(part.sum())
+    return traces
+
+
+@given(networks(), st.sampled_from(["W32A32", "W8A8", "W4A4", "W2A2"]), st.sampled_from(["mse", "minmax"]))
+def test_exact_equals_dense(net, bits, how):
+    model, x, y = net
+    spec = QuantSpec.parse(bits, weight_calibration=how, act_calibration=how)
+    # The edge layers too: on networks this small they are most of the weights.
+    spec = QuantSpec(**{**vars(spec), "edge_bits": min(8, spec.weight_bits)})
+    if bits != "W32A32":
+        model = quantize(model, spec).double()
+        calibrate(model, x, how)
+    for definition in DEFINITIONS:
+        truth = dense_traces(model, definition, x, y)
+        ours = hessian_trace(model, as_batches((x, y), 3), method="auto", definition=definition)
+        assert ours.method == "exact", ours.reason
+        total = sum(truth.values())
+        assert ours.value == pytest.approx(total, rel=1e-10, abs=1e-13)
+        assert set(ours.per_layer) == set(truth)
+        for layer, value in truth.items():
+            assert ours.per_layer[layer] == pytest.approx(value, rel=1e-10, abs=1e-10 * abs(total) + 1e-13)
+        assert ours.sem == 0
+        assert ours.n_data == len(x)
+        assert ours.per_sample.mean() == pytest.approx(ours.value, rel=1e-12)
+
+
+def test_per_sample_is_each_samples_own_trace():
+    model = tiny(4).double().eval()
+    x, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    together = hessian_trace(model, (x, y), method="exact")
+    alone = [hessian_trace(model, (x[i : i + 1], y[i : i + 1]), method="exact").value for i in range(5)]
+    np.testing.assert_allclose(together.per_sample, alone, rtol=1e-12)
+    assert together.sem_data == pytest.approx(np.std(alone, ddof=1) / 5**0.5)
+
+
+def test_patches_and_gram_matrices_agree(monkeypatch):
+    """Both forms of a layer's norm, whichever the sizes would choose."""
+    from fpq_analysis.curvature import exact
+
+    model = tiny(4).double().eval()
+    x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
+    chosen = []
+    original = exact._Seen.__init__
+
+    def forced(self, *args):
+        original(self, *args)
+        chosen.append(self.gram)
+        if self.gram:
+            self.gram = False
+            self.patches = exact._patches(self.layer, args[1])
+
+    automatic = hessian_trace(model, (x, y), method="exact").value
+    monkeypatch.setattr(exact._Seen, "__init__", forced)
+    explicit = hessian_trace(model, (x, y), method="exact").value
+    assert True in chosen
+    assert False in chosen
+    assert automatic == pytest.approx(explicit, rel=1e-12)
+
+
+@pytest.mark.parametrize("build", OUTSIDE)
+def test_outside_the_condition_is_recognised(build):
+    model = build().double()
+    data = (torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,)))
+    ours = hessian_trace(model, data, n_probes=10)
+    assert ours.method == "hutchinson"
+    assert "not exact" in ours.reason
+    for method in ("exact", "sampled"):
+        with pytest.raises(UserError, match="does not hold"):
+            hessian_trace(model, data, method=method)
+
+
+def test_product_of_two_branches_is_inside():
+    model = Product().double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+    ours = hessian_trace(model, (x, y))
+    assert ours.method == "exact"
+    assert ours.value == pytest.approx(sum(dense_traces(model, "float", x, y).values()), rel=1e-10)
+
+
+def test_transposed_convolution_and_bare_parameters_are_not_exact():
+    transposed = nn.Sequential(nn.ConvTranspose2d(1, 2, 2), nn.Flatten(), nn.Linear(2 * 81, 3))
+    x = torch.randn(3, 1, 8, 8)
+    with pytest.raises(NotExactError, match="ConvTranspose2d"):
+        certify(transposed.eval(), x, variables(transposed))
+
+
+@given(st.integers(2, 12), st.integers(0, 1000), st.sampled_from([1.0, 30.0, 1000.0]))
+def test_factor_of_the_softmax_covariance(n_classes, seed, scale):
+    logits = scale * torch.randn(6, n_classes, generator=torch.Generator().manual_seed(seed))
+    for dtype in (torch.float32, torch.float64):
+        factor = cross_entropy_factor(logits.to(dtype))
+        assert factor.shape == (n_classes - 1, 6, n_classes)
+        assert torch.isfinite(factor).all()
+        p = logits.to(dtype).softmax(1)
+        truth = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+        torch.testing.assert_close(torch.einsum("knc,knd->ncd", factor, factor), truth, atol=tolerance, rtol=0)
+
+
+def test_saturated_logits_have_a_finite_trace():
+    """Probabilities that underflow: their products did so first and gave NaN."""
+    model = nn.Linear(4, 6)
+    with torch.no_grad():
+        model.weight.mul_(500)
+    ours = hessian_trace(model, (torch.randn(20, 4), torch.randint(6, (20,))), method="exact")
+    assert np.isfinite(ours.per_sample).all()
+
+
+def test_drawn_labels_have_the_right_second_moment():
+    logits = torch.randn(1, 4, dtype=torch.float64)
+    draws = sampled_factor(logits, 40_000, torch.Generator().manual_seed(0))[:, 0]
+    p = logits.softmax(1)[0]
+    torch.testing.assert_close(draws.T @ draws / len(draws), p.diag() - p.outer(p), atol=5e-3, rtol=0)
+
+
+def test_sampled_interval_covers_the_exact_trace():
+    model = tiny(10).eval()
+    data = (torch.randn(40, 1, 8, 8), torch.randint(10, (40,)))
+    truth = hessian_trace(model, data, method="exact").value
+    inside = 0
+    for seed in range(60):
+        ours = hessian_trace(model, data, method="sampled", n_labels=16, seed=seed)
+        assert ours.n_products == 16
+        inside += abs(ours.value - truth) < 1.96 * ours.sem
+    # Binomial(60, 0.95): 52 or fewer has a probability of 1 %.
+    assert inside >= 53
+
+
+def test_sampled_reaches_a_tolerance():
+    model = tiny(10).eval()
+    data = (torch.randn(40, 1, 8, 8), torch.randint(10, (40,)))
+    ours = hessian_trace(model, data, method="sampled", tol=0.05)
+    assert ours.converged
+    assert 0 < ours.sem <= 0.05 * ours.value
+
+
+def test_many_classes_are_sampled():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 30)).eval()
+    ours = hessian_trace(model, (torch.randn(10, 1, 8, 8), torch.randint(30, (10,))))
+    assert ours.method == "sampled"
+    assert "30 classes" in ours.reason
+
+
+def test_in_place_activations_do_not_disturb(monkeypatch):
+    def build(inplace):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 3),
+            nn.ReLU(inplace),
+            nn.Conv2d(3, 3, 3),
+            nn.BatchNorm2d(3),
+            nn.ReLU(inplace),
+            nn.Flatten(),
+            nn.Linear(48, 3),
+        ).double()
+
+    data = (torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
+    a, b = (hessian_trace(build(inplace), data, method="exact") for inplace in (True, False))
+    assert a.per_layer == b.per_layer
+
+
+def test_the_model_is_left_as_it_was():
+    model = quantize(tiny(10), QuantSpec.parse("W4A4"))
+    x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    calibrate(model, x, "mse")
+    model.train()
+    nn.functional.cross_entropy(model(x), y).backward()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    grads = {k: p.grad.clone() for k, p in model.named_parameters()}
+    rng = torch.random.get_rng_state()
+    model[0].eval()  # an odd mix of modes must survive too
+    modes = [m.training for m in model.modules()]
+    for definition in DEFINITIONS:
+        for method in ("exact", "sampled", "hutchinson", "pyhessian"):
+            hessian_trace(model, (x, y), definition=definition, method=method, n_probes=2)
+    assert torch.equal(rng, torch.random.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    assert all(torch.equal(g, dict(model.named_parameters())[k].grad) for k, g in grads.items())
+    assert all(p.requires_grad for p in model.parameters())
+    model(x)  # its layers still work: the copies share nothing with it
+
+
+def test_data_in_any_form_give_the_same():
+    model = tiny(3).double().eval()
+    x, y = torch.randn(10, 1, 8, 8, dtype=torch.float64), torch.randint(3, (10,))
+    whole = hessian_trace(model, (x, y)).value
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    ragged = [(x[:7], y[:7]), (x[7:], y[7:])]
+    for batches in (loader, ragged, iter(ragged)):
+        assert hessian_trace(model, batches).value == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no data"),
+        ([torch.zeros(3)], "pair"),
+        ((torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long)), "3 inputs and 2 targets"),
+    ],
+)
+def test_bad_batches(batches, message):
+    with pytest.raises(UserError, match=message):
+        hessian_trace(tiny(), batches)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "exakt"}, "did you mean 'exact'"),
+        ({"definition": "lattent"}, "did you mean 'latent'"),
+        ({"loss": "mse"}, "Unknown loss"),
+        ({"tol": 0.0}, "above zero"),
+        ({"method": "exact", "loss": nn.functional.multi_margin_loss}, "cross-entropy loss only"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        hessian_trace(tiny(), (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)), **options)
+
+
+def test_nan_inputs_are_an_error_not_a_number():
+    x = torch.full((2, 1, 8, 8), torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        hessian_trace(tiny(), (x, torch.zeros(2, dtype=torch.long)))
+
+
+def test_per_sample_traces_need_no_labels():
+    model = tiny(3).eval()
+    x = torch.randn(4, 1, 8, 8)
+    a, b = (
+        next(per_sample_traces(model, [(x, torch.full((4,), label))], variables(model)))["0.weight"] for label in (0, 2)
+    )
+    assert torch.equal(a, b)
