@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +22,6 @@ from fpq_analysis.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fpq_analysis.probes import Probe
 
 app = typer.Typer(
     name="fpq-analyze",
@@ -38,15 +39,11 @@ def _say(text: str) -> None:
 
 
 def _fail(error: Exception) -> None:
-    import textwrap
-
     width = min(100, _columns())
     _say(textwrap.fill(f"Error: {error}", width=width, break_long_words=False, break_on_hyphens=False))
 
 
 def _columns() -> int:
-    import shutil
-
     return shutil.get_terminal_size((80, 24)).columns
 
 
@@ -105,7 +102,9 @@ def _main(
 @_guarded
 def train(
     method: Annotated[str, typer.Option(help="fp, lsq or fpq.")] = "fp",
-    model: Annotated[str, typer.Option(help="resnet20, resnet18, mobilenet_v2 or package.module:factory.")] = "resnet20",
+    model: Annotated[
+        str, typer.Option(help="resnet20, resnet18, mobilenet_v2 or package.module:factory.")
+    ] = "resnet20",
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")] = "digits",
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option(help="Fetch CIFAR into --data-root.")] = False,
@@ -152,9 +151,7 @@ def train(
         for key, value in options.items():
             _say(f"  {key} = {value}")
         return
-    frame = run_training(
-        config, run, device=device, download=download, resume=resume, overwrite=overwrite, log=_say
-    )
+    frame = run_training(config, run, device=device, download=download, resume=resume, overwrite=overwrite, log=_say)
     if json:
         _print_json(frame)
     last = frame.iloc[-1]
@@ -209,7 +206,9 @@ def hessian(
     _say(f"{plan.n_done} done, {len(plan.jobs)} to do" + (f", {len(plan.faults)} unreadable" if plan.faults else ""))
     options |= {"device": device, "data_root": data_root, "model": model}
     if dry_run:
-        _print_forecast(measurement.forecast(plan, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model))
+        _print_forecast(
+            measurement.forecast(plan, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
+        )
         return
     faults: list[tuple[Path, UserError]] = []
     frame = measurement.measure(ckpt_dir, probe, on_fault=lambda path, fault: faults.append((path, fault)), **options)
@@ -260,6 +259,7 @@ def _draw_figure5(frame: pd.DataFrame, folder: Path) -> None:
 
 
 def _print_json(frame: pd.DataFrame) -> None:
+    frame = frame.drop(columns="samples", errors="ignore")
     print(frame.to_json(orient="records", lines=True), end="")
 
 
@@ -268,13 +268,21 @@ def _print_traces(frame: pd.DataFrame) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fpq_analysis.comparison import against_baseline
     from fpq_analysis.plots.figure5 import totals
 
     rows = totals(frame)
     if rows.empty:
         return
     clipped = frame[frame["quantity"] == "clipped_fraction"].set_index("key")["value"]
-    columns = {"Run": "left", "Epoch": "right", "Trace": "right", "± 95 %": "right", "Clipped": "right", "Method": "left"}
+    columns = {
+        "Run": "left",
+        "Epoch": "right",
+        "Trace": "right",
+        "± 95 %": "right",
+        "Clipped": "right",
+        "Method": "left",
+    }
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in columns.items():
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -286,10 +294,22 @@ def _print_traces(frame: pd.DataFrame) -> None:
             error = row["sem_data"] if row["sem_data"] == row["sem_data"] else row["sem"]
             how = row["estimator"] if row["definition"] == "dequantized" else f"{row['estimator']}, {row['definition']}"
             share = f"{100 * clipped.get(row['key'], 0.0):.1f} %"
-            table.add_row(row["run"], str(row["epoch"]), f"{row['value']:.5g}", f"{1.96 * error:.2g}", share, how)
+            table.add_row(row["run"], str(row["epoch"]), _number(row["value"], 4), _number(1.96 * error, 2), share, how)
         table.add_section()
     Console(width=None if sys.stdout.isatty() else max(80, _columns())).print(table)
-    print("± 95 %: over the images measured on, not over training runs. Clipped: weights outside their grid.")
+    print("± 95 %: over the images measured on, not over training runs.")
+    print("Clipped: share of the weights outside their quantizer's grid.")
+    differences = against_baseline(rows)
+    if differences:
+        print("\nOn the same images, image by image (± 95 %; one training run each):")
+        for difference in differences:
+            print(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
+
+
+def _number(x: float, digits: int) -> str:
+    """`x` to so many significant digits, without an exponent where it is of a common size."""
+    rounded = float(f"{x:.{digits}g}")
+    return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e7 else f"{rounded:.{digits}g}"
 
 
 def _print_forecast(frame: pd.DataFrame) -> None:

@@ -13,6 +13,7 @@ from fpq_analysis.training import TrainConfig, train
 
 BITS = ("W4A4", "W2A4")
 METHODS = ("lsq", "fpq")
+N_DATA = 512
 
 
 def configs(out: Path) -> dict[str, TrainConfig]:
@@ -33,4 +34,4 @@ def run_demo(out: str | Path, *, device: str = "auto", log: Callable[[str], None
     for name, config in configs(out).items():
         train(config, out / name, device=device, resume=True, log=log)
     log("Measuring the Hessian trace of every checkpoint ...")
-    return measure(out, HessianTrace(), device=device)
+    return measure(out, HessianTrace(), n_data=N_DATA, device=device)

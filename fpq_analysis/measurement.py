@@ -20,7 +20,6 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.probes import Point, Probe
 from fpq_analysis.progress import Progress
 
-
 # Images a forecast measures before it extrapolates; as many as fill one micro-batch.
 FORECAST_IMAGES = 64
 
@@ -52,9 +51,7 @@ class Plan:
 Fault = Callable[[Path, UserError], None]
 
 
-def plan(
-    ckpt_dir: str | Path, probe: Probe, *, n_data: int = 1024, seed: int = 0, overwrite: bool = False
-) -> Plan:
+def plan(ckpt_dir: str | Path, probe: Probe, *, n_data: int = 1024, seed: int = 0, overwrite: bool = False) -> Plan:
     """List the measurements of `probe` on every checkpoint at or below `ckpt_dir`.
 
     Raises:
@@ -219,8 +216,8 @@ class _Sampler:
         data, batch = self._cache[key]
         if data.fingerprint() != content.data["fingerprint"]:
             raise UserError(
-                f"The data in '{root or data.name}' are not those the checkpoint was trained on ({len(data.train)} training "
-                f"images in {data.num_classes} classes here, {content.data['n_train']} in {len(content.data['classes'])} "
-                "then, or other pixels). Point --data-root at the data set of the training run."
+                f"The data in '{root or data.name}' are not those the checkpoint was trained on ({len(data.train)} "
+                f"training images in {data.num_classes} classes here, {content.data['n_train']} in "
+                f"{len(content.data['classes'])} then, or other pixels). Point --data-root at the data set of the training run."
             )
         return batch

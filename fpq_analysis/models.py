@@ -116,7 +116,7 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 with the strides usual for 32x32 images: stem and second stage keep the resolution."""
 
     # expansion, output channels, blocks, stride of the first block
-    STAGES = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
@@ -195,7 +195,14 @@ def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: 
         raise UserError(f"'{name}' is not a function or class that makes a model.") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     wanted = {"num_classes": num_classes, "in_channels": in_channels}
-    model = factory(**{k: v for k, v in wanted.items() if takes_any or k in taken})
+    given = {k: v for k, v in wanted.items() if takes_any or k in taken}
+    try:
+        model = factory(**given)
+    except Exception as error:  # the user's code: anything can happen
+        raise UserError(
+            f"'{name}' called with {given or 'no arguments'} failed: {type(error).__name__}: {error}. It must give the "
+            "network when called with those of num_classes and in_channels that it takes."
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"'{name}' gave a {type(model).__name__}, not a torch.nn.Module.")
     return model

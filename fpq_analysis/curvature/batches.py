@@ -30,7 +30,7 @@ def as_batches(batches: Batch | Iterable[Batch], micro_batch: int | None = None)
         UserError: if there is nothing in it, or something that is not a pair of tensors of equal length.
     """
     if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[0], Tensor):
-        batches = [batches]  # type: ignore[list-item]
+        batches = [batches]
     found: list[Batch] = []
     for pair in batches:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):

@@ -127,13 +127,15 @@ def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn
     """
     wanted = {id(p): name for name, p in parameters.items()}
     owners: dict[str, str] = {}
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for layer_name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             if id(p) not in wanted:
                 continue
             if not isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)) or getattr(module, "transposed", False):
-                raise NotExactError(f"'{wanted[id(p)]}' belongs to a {type(module).__name__}, which has no exact form here")
+                raise NotExactError(
+                    f"'{wanted[id(p)]}' belongs to a {type(module).__name__}, which has no exact form here"
+                )
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 raise NotExactError(f"'{layer_name}' is a BatchNorm that uses the batch's own statistics")
             if wanted[id(p)] in owners:
@@ -259,18 +261,20 @@ class _Seen:
         if "weight" not in variables:
             return
         if isinstance(layer, _BatchNorm):
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             self.patches = (_positions_first(layer, x) - layer.running_mean) * (layer.running_var + layer.eps).rsqrt()
             return
         derivative = variables["weight"][1]
         patches = _patches(layer, x)  # (B, G, T, I)
         groups, positions, inputs = patches.shape[1:]
-        outputs = layer.weight.shape[0] // groups  # type: ignore[union-attr, operator]
+        assert isinstance(layer.weight, Tensor)
+        outputs = layer.weight.shape[0] // groups
         if derivative is not None and not bool((derivative == 1).all()):
             # A mask needs the entries of the gradient themselves, in the order (G, O, I).
             self.derivative = _weight_as_patches(layer, derivative).reshape(groups, outputs, inputs)
         columns = passes * outputs
-        self.gram = self.derivative is None and positions * (columns + inputs) < columns * inputs
+        self.gram = self.derivative is None and bool(positions * (columns + inputs) < columns * inputs)
         self.patches = patches @ patches.mT if self.gram else patches
 
     @torch.no_grad()
@@ -315,7 +319,7 @@ class _Seen:
 
 
 def _positions_first(layer: nn.Module, grad: Tensor) -> Tensor:
-    """(B, channels, *space) of a convolution or BatchNorm, or (B, *space, channels) of a linear layer, to (B, T, channels)."""
+    """(B, channels, *space), or (B, *space, channels) for a linear layer, to (B, T, channels)."""
     if isinstance(layer, nn.Linear):
         return grad.reshape(len(grad), -1, grad.shape[-1])
     return grad.movedim(1, -1).reshape(len(grad), -1, grad.shape[1])

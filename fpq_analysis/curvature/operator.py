@@ -48,9 +48,7 @@ class HessianOperator:
         self.dtype = self.parameters[0].dtype
         self.device = self.parameters[0].device
         ends = torch.tensor(sizes).cumsum(0).tolist()
-        self.slices = {
-            name: slice(end - size, end) for name, size, end in zip(self.names, sizes, ends, strict=True)
-        }
+        self.slices = {name: slice(end - size, end) for name, size, end in zip(self.names, sizes, ends, strict=True)}
         self._kept: _Graph | None = None
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,7 +61,7 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
             axes.axhspan(value - spread, value + spread, color=tint, alpha=0.12, linewidth=0)
             drawn_values.append(value)
         else:
-            mark = {"linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o"), "color": tint}
+            mark: dict[str, Any] = {"linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o"), "color": tint}
             (drawn,) = axes.plot(line["epoch"], line["value"], label=text, **mark)
             low, high = line["value"] - error, line["value"] + error
             axes.fill_between(line["epoch"], low, high, color=tint, alpha=0.15, linewidth=0)

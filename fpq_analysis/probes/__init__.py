@@ -1,7 +1,7 @@
 """Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
 
-from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 from fpq_analysis.probes.point import Point, Probe
+from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 
 PROBES = {probe.name: probe for probe in (HessianTrace,)}
 

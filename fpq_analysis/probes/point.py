@@ -26,7 +26,7 @@ class Point:
 
 
 class Probe(Protocol):
-    """A measurement: a frozen dataclass of settings, called on a `Point`, gives rows (`records.py` names the columns)."""
+    """A measurement: a frozen dataclass of settings, called on a `Point`, gives rows (columns: `records.py`)."""
 
     name: str
 

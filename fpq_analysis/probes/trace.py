@@ -118,6 +118,8 @@ def hessian_trace(
     check_definition(definition)
     if tol is not None and tol <= 0:
         raise UserError(f"tol is {tol}, and must be above zero (0.01 for one per cent).")
+    if min(n_probes, n_labels) < 2:
+        raise UserError("An error needs at least 2 probes (n_probes) and 2 labels a sample (n_labels).")
     where = torch.device(device) if device is not None else model_device(model)
     data = [(x.to(where), y.to(where)) for x, y in as_batches(batches, micro_batch)]
     view = take_view(model, definition).to(where)
@@ -138,7 +140,7 @@ def hessian_trace(
         try:
             certify(view, data[0][0], variables(view))
             draw = _sample_drawer(view, data, {k: d.to(where) for k, d in derivatives.items()}, method, seed)
-            samples, converged = _until(draw, max(n_labels, 2) if method == "sampled" else 1, tol, _label_error)
+            samples, converged = _until(draw, n_labels if method == "sampled" else 1, tol, _label_error)
         except NotExactError as outside:
             raise UserError(
                 f"The method '{method}' does not hold for this model: {outside}. Use method='hutchinson', or 'auto'."
@@ -152,7 +154,7 @@ def hessian_trace(
         n_products = _n_classes(view, data) - 1 if method == "exact" else draws
     else:
         draw = _probe_drawer(view, data, function, method, seed)
-        samples, converged = _until(draw, max(n_probes, 2), tol, _probe_error)
+        samples, converged = _until(draw, n_probes, tol, _probe_error)
         estimate = _estimate(samples, _probe_error)
         if method == "pyhessian":
             estimate["per_layer"], estimate["per_layer_sem"] = {}, {}
@@ -184,7 +186,9 @@ def _loss(loss: str | Loss) -> tuple[Loss, bool]:
     """The loss as a function, and whether it is the cross-entropy."""
     if isinstance(loss, str):
         if loss != "cross_entropy":
-            raise UserError(f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean.")
+            raise UserError(
+                f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean."
+            )
         return F.cross_entropy, True
     return loss, loss is F.cross_entropy
 
@@ -193,7 +197,7 @@ def _choose(view: nn.Module, data: list[Batch], cross_entropy: bool) -> tuple[st
     """`auto`: a method, and why."""
     if not cross_entropy:
         return "hutchinson", "the loss is not the cross-entropy"
-    # The latent view is parametrized; it differs from the plain one by masks only, which `latent_derivatives` vouches for.
+    # The latent view is parametrized.  It differs from the plain one by masks, which `latent_derivatives` vouches for.
     plain = take_view(view, "dequantized")
     try:
         certify(plain, data[0][0], variables(plain))
@@ -277,14 +281,12 @@ def _sample_drawer(
     return draw
 
 
-def _probe_drawer(
-    view: nn.Module, data: list[Batch], loss: Loss, method: str, seed: int
-) -> Callable[[int], Samples]:
+def _probe_drawer(view: nn.Module, data: list[Batch], loss: Loss, method: str, seed: int) -> Callable[[int], Samples]:
     names = variables(view)
     if method == "pyhessian":
         seeds = itertools.count(seed)
-        return lambda n: {"": pyhessian_trace_samples(view, loss, data, dict(names), n, next(seeds))}
-    operator = HessianOperator(view, loss, data, dict(names))
+        return lambda n: {"": pyhessian_trace_samples(view, loss, data, names, n, next(seeds))}
+    operator = HessianOperator(view, loss, data, names)
     generator = torch.Generator(operator.device).manual_seed(seed)
 
     def draw(n: int) -> Samples:
@@ -338,7 +340,9 @@ class HessianTrace:
             for layer, value in estimate.per_layer.items()
         ]
         rows.append({"layer": "all", "quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common})
-        total = {"value": estimate.value, "sem": estimate.sem, "sem_data": estimate.sem_data}
+        total: dict[str, Any] = {"value": estimate.value, "sem": estimate.sem, "sem_data": estimate.sem_data}
+        if estimate.per_sample is not None:
+            total["samples"] = [float(f"{value:.7g}") for value in estimate.per_sample]
         status = "ok" if estimate.converged else "tolerance not reached"
         rows.append({"layer": "all", "quantity": "trace", "status": status, **total, **common})
         return rows

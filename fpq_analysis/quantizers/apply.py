@@ -81,7 +81,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, LSQ, bool]]:
     """(name of the layer, quantizer, whether it is the weight's) for every quantizer of the model."""
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
-            for module in layer.parametrizations["weight"]:  # type: ignore[index]
+            for module in layer.parametrizations["weight"]:
                 if isinstance(module, LSQ):
                     yield name, module, True
         quantizer = getattr(layer, INPUT_QUANTIZER, None)
@@ -109,7 +109,7 @@ def fused_quantizers(model: nn.Module) -> Iterator[None]:
 
 def latent_weight(layer: nn.Module) -> nn.Parameter:
     """The trained weight behind the quantized one."""
-    return layer.parametrizations["weight"].original  # type: ignore[index, return-value]
+    return layer.parametrizations["weight"].original  # type: ignore[union-attr, index]
 
 
 @torch.no_grad()

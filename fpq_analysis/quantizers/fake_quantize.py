@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def round_straight_through(x: Tensor) -> Tensor:
@@ -39,11 +38,23 @@ def fake_quantize(x: Tensor, step_size: Tensor, zero_point: Tensor, levels: int)
         step_size, zero_point: s > 0 and whole z, broadcastable to x.
         levels: 2^bits - 1.
     """
-    # The clip is made symmetric about zero so that its bounds are Python numbers: with tensors as bounds, torch.clamp
-    # halves the gradient of values on a bound, which on a grid are many.
-    centre = levels / 2 - zero_point
-    q = torch.clamp(round_straight_through(x / step_size) - centre, -levels / 2, levels / 2) + centre
-    return q * step_size
+    q = round_straight_through(x / step_size)
+    # Not q.clamp(): what torch gives as its derivative on a bound is one, a half or zero, by release and overload, and
+    # values on a bound are many here (every zero behind a ReLU).  The published gradient is one.
+    clipped = torch.clamp(q.detach(), -zero_point, levels - zero_point)
+    return torch.where(q.detach() == clipped, q, clipped) * step_size
+
+
+def refuse_second_derivative(function: type) -> None:
+    """Raise if the backward pass under way is itself to be differentiated.
+
+    torch's `once_differentiable` does not: where the incoming gradient is a constant it gives zero, silently.
+
+    Raises:
+        RuntimeError: in a backward pass with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{function.__name__} can be differentiated once only; leave the trainer's fast form off.")
 
 
 class FusedFakeQuantize(torch.autograd.Function):
@@ -61,8 +72,8 @@ class FusedFakeQuantize(torch.autograd.Function):
         return q
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        refuse_second_derivative(FusedFakeQuantize)
         x, q, step_size, centre = ctx.saved_tensors
         bound = ctx.levels / 2 + 0.5
         # Two buffers, each written several times: on a CPU, fresh memory costs more than the arithmetic.

@@ -51,7 +51,7 @@ class LSQ(nn.Module):
         # Half-precision activations carry too few digits for x/s; the layer that follows casts back by itself.
         if x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
-        s = self.step_size
+        s: Tensor = self.step_size
         if self.training:
             s = scale_gradient(s, self.gradient_scale(x))
         if self.fused and s.ndim == 0:

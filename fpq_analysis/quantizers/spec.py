@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fpq_analysis.errors import UserError
 
@@ -28,15 +29,17 @@ class QuantSpec:
     act_calibration: str = "mse"
 
     @classmethod
-    def parse(cls, text: str, **options: str) -> QuantSpec:
-        """Read `W4A4` (4-bit weights, 4-bit activations); case does not matter.
+    def parse(cls, text: str, **options: Any) -> QuantSpec:
+        """Read `W4A4` (4-bit weights, 4-bit activations); case does not matter.  `options` are the other fields.
 
         Raises:
             UserError: if the text has another form, or a width is neither 2..16 nor 32.
         """
         match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
         if match is None:
-            raise UserError(f"'{text}' is not a bit width. Write WxAy, for example W4A4 or W2A4 (W: weights, A: inputs).")
+            raise UserError(
+                f"'{text}' is not a bit width. Write WxAy, for example W4A4 or W2A4 (W: weights, A: inputs)."
+            )
         weight_bits, act_bits = int(match[1]), int(match[2])
         for bits, what in ((weight_bits, "weights"), (act_bits, "activations")):
             if not (2 <= bits <= MAX_BITS or bits == FLOAT_BITS):

@@ -5,8 +5,8 @@ of a surrogate.  Each definition is a copy of the model in which ordinary curvat
 
 - `dequantized`: plain weights Q(w), those the network really uses.  Activation quantizers act through their
   straight-through derivative.  The default.
-- `latent`: the trained w; straight-through, so clipped weights drop out: H_latent = M H_dequantized M with M the mask of
-  weights in range.  A method that clips more looks flatter; always read it with the clipped fraction.
+- `latent`: the trained w; straight-through, so clipped weights drop out: H_latent = M H_dequantized M with M the mask
+  of weights in range.  A method that clips more looks flatter; always read it with the clipped fraction.
 - `float`: the trained w with every quantizer taken off.
 
 For a model without quantizers the three are the same.
@@ -66,7 +66,7 @@ def check_definition(definition: str) -> None:
         )
 
 
-def variables(model: nn.Module) -> dict[str, nn.Parameter]:
+def variables(model: nn.Module) -> dict[str, Tensor]:
     """The parameters curvature is taken with respect to, by their plain names.
 
     All trainable parameters but the quantizers' own; the trained weight behind `conv1`'s quantizer is `conv1.weight`.

@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.quantizers.fake_quantize import refuse_second_derivative
 
 EPS = 1e-5
 REDUCTIONS = ("mean", "sum")
+
+
+def standardize(z: Tensor) -> Tensor:
+    """Zero mean and unit variance for each channel of (N, C, ...), over all other axes (Eq. 15)."""
+    return torch.native_batch_norm(z, None, None, None, None, True, 0.0, EPS)[0]
 
 
 class StandardizedDistance(torch.autograd.Function):
@@ -41,8 +46,8 @@ class StandardizedDistance(torch.autograd.Function):
         return (v + w - 2 * r).mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        refuse_second_derivative(StandardizedDistance)
         a, b, a_scale, v, r = ctx.saved_tensors
         shape = [1, -1] + [1] * (a.ndim - 2)
         factor = 2 / a.numel() * grad * a_scale

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,9 @@ def train(
         ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", made_with=f"'{last.model['name']}'")
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
-        teacher = teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+        teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
-    scales = quantizer_parameters(model)
-    scale_ids = {id(p) for p in scales}
-    weights = [p for p in model.parameters() if id(p) not in scale_ids]
-    # Weight decay would pull a step size towards zero, that is towards clipping everything.
-    optimizer = torch.optim.SGD(
-        [{"params": weights, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}],
-        lr=config.lr,
-        momentum=config.momentum,
-    )
+    optimizer = make_optimizer(config, model)
     if done < 0:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", _describe(config, data))
@@ -143,8 +136,9 @@ def _train_epoch(
             gates = epoch_generator(config.seed, epoch, "sfp gates")
             noise = torch.Generator(device).manual_seed(epoch_generator(config.seed, epoch, "sfp noise").initial_seed())
             stack.enter_context(StochasticFeaturePerturbation(model, config.sfp_p, gates, noise))
-        distill = method.csd and config.csd_weight > 0 and teacher is not None
+        distill = method.csd and config.csd_weight > 0
         if distill:
+            assert teacher is not None  # TrainConfig sees to it
             student_features = stack.enter_context(Features(model))
             teacher_features = stack.enter_context(Features(teacher))
 
@@ -155,7 +149,7 @@ def _train_epoch(
                 group["lr"] = lr
 
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                if distill:
+                if distill and teacher is not None:
                     with torch.no_grad():
                         teacher(x)
                 logits = model(x).float()
@@ -191,6 +185,15 @@ def _train_epoch(
     }
 
 
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.SGD:
+    """SGD in two groups: weight decay would pull a step size towards zero, that is towards clipping everything."""
+    scales = quantizer_parameters(model)
+    scale_ids = {id(p) for p in scales}
+    weights = [p for p in model.parameters() if id(p) not in scale_ids]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
 def cosine(lr: float, step: int, steps: int) -> float:
     """Cosine annealing from `lr` at step 0 towards zero at `steps`."""
     return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
@@ -201,8 +204,8 @@ def _check_finite(losses: Tensor, n: int, epoch: int, lr: float) -> None:
     if len(bad):
         raise UserError(
             f"The loss became {losses[bad[0, 0], 0].item()} at epoch {epoch}, step {int(bad[0, 0])}, learning rate "
-            f"{lr:.3g}. Training stopped; the checkpoint of epoch {epoch - 1} is the last good one. Try a smaller --lr; "
-            "at 2 bits also more calibration images, or --csd-weight lower for FPQ."
+            f"{lr:.3g}. Training stopped; the checkpoint of epoch {epoch - 1} is the last good one. Try a smaller "
+            "--lr; at 2 bits also more calibration images, or --csd-weight lower for FPQ."
         )
 
 
@@ -249,48 +252,46 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
 
 def _open_run(config: TrainConfig, run: Path, *, resume: bool, overwrite: bool) -> int:
     """Last finished epoch of `run` after clearing what a kill left behind; -1 for nothing."""
-    existing = ckpt.checkpoints(run) if run.is_dir() else {}
-    if (run.exists() and not run.is_dir()) or (run.is_dir() and not existing and any(run.iterdir()) and not (run / "run.json").exists()):
+    if run.exists() and not (run.is_dir() and ((run / "run.json").exists() or not any(run.iterdir()))):
         raise UserError(f"'{run}' exists and is not a run. Choose another --out.")
-    if overwrite:
-        for path in [*existing.values(), run / "manifest.json", run / "train.jsonl", run / "resume.pt", run / "run.json"]:
-            path.unlink(missing_ok=True)
-        return -1
-    if not existing:
-        return -1
-    if not resume:
+    existing = ckpt.checkpoints(run) if run.is_dir() else {}
+    if existing and not (resume or overwrite):
         raise UserError(f"'{run}' holds a run already. Go on with --resume, or start anew with --overwrite.")
+    done = -1
+    if existing and not overwrite:
+        _check_unchanged(config, run)
+        if (run / "resume.pt").exists():
+            done = int(ckpt.load_tensors(run / "resume.pt")["epoch"])
+        elif config.epochs in existing:
+            done = config.epochs  # the optimiser's state goes once it is not needed
+    # Whatever a kill left after the last complete epoch is made again.
+    for epoch, path in existing.items():
+        if epoch > done:
+            path.unlink()
+    if done < 0:
+        for name in ("manifest.json", "train.jsonl", "resume.pt"):
+            (run / name).unlink(missing_ok=True)
+    else:
+        _keep_rows(run, done)
+    return done
+
+
+def _check_unchanged(config: TrainConfig, run: Path) -> None:
     before = ckpt.read_run(run)["config"]
     now = asdict(config)
     changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         key = changed[0]
         raise UserError(
-            f"'{run}' was started with {key} = {before.get(key)}, and now {key} = {now[key]} is asked for. A resumed run "
-            "must keep its settings; give the old ones, or another --out for the new ones."
+            f"'{run}' was started with {key} = {before.get(key)}, and now {key} = {now[key]} is asked for. A resumed "
+            "run must keep its settings; give the old ones, or another --out for the new ones."
         )
-    rows = read_jsonl(run / "train.jsonl")
-    if (run / "resume.pt").exists():
-        done = int(ckpt.load_tensors(run / "resume.pt")["epoch"])
-    else:
-        # No optimiser state: either everything is done, or not even epoch 0 was.
-        done = config.epochs if config.epochs in existing and len(rows) > config.epochs else -1
-    # What a kill left after the last complete epoch is made again.
-    for epoch, path in existing.items():
-        if epoch > done:
-            path.unlink()
-    atomic_write(
-        run / "train.jsonl",
-        lambda file: None,
-    ) if done < 0 else _keep_rows(run, rows, done)
-    return done
 
 
-def _keep_rows(run: Path, rows: list[dict[str, Any]], done: int) -> None:
-    kept = [row for row in rows if row["epoch"] <= done]
-    if len(kept) != len(rows):
-        (run / "train.jsonl").unlink()
-        append_jsonl(run / "train.jsonl", kept)
+def _keep_rows(run: Path, done: int) -> None:
+    """Cut `train.jsonl` back to the finished epochs."""
+    text = "".join(json.dumps(row) + "\n" for row in read_jsonl(run / "train.jsonl") if row["epoch"] <= done)
+    atomic_write(run / "train.jsonl", lambda file: file.write(text.encode()))
 
 
 def _describe(config: TrainConfig, data: Dataset) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def _describe(config: TrainConfig, data: Dataset) -> dict[str, Any]:
         "data": _describe_data(data),
         "versions": ckpt.versions(),
         "threads": torch.get_num_threads(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -1,0 +1,76 @@
+"""Differences between two runs, on the same images.
+
+Two traces measured on the same images share most of their error over the data: images that are sharp for one network
+are sharp for the other.  The difference is therefore taken image by image, and its interval is that of the mean of
+these differences.  It speaks of these two trained networks; how the *methods* differ needs several training seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`run` minus `baseline` at one epoch.
+
+    Attributes:
+        value: difference of the traces.
+        sem: its standard error over the images, paired.
+        baseline_value: the baseline's trace.
+    """
+
+    run: str
+    baseline: str
+    epoch: int
+    value: float
+    sem: float
+    baseline_value: float
+
+    def sentence(self) -> str:
+        """The difference in plain words, with its 95 % interval."""
+        half = 1.96 * self.sem
+        where = f"at epoch {self.epoch}"
+        if abs(self.value) <= half:
+            return (
+                f"{self.run} and {self.baseline} do not differ measurably {where}: "
+                f"{self.value:+.3g} ± {half:.2g} of {self.baseline_value:.3g}."
+            )
+        word = "lower" if self.value < 0 else "higher"
+        percent = 100 * abs(self.value / self.baseline_value)
+        return (
+            f"{self.run}'s trace is {abs(self.value):.3g} ± {half:.2g} {word} than {self.baseline}'s {where} "
+            f"({percent:.0f} % of {self.baseline_value:.3g})."
+        )
+
+
+def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Difference]:
+    """Every quantized run against the baseline method's run of equal model, data, bits and training seed.
+
+    The last epoch that both were measured at, under equal definition, estimator, images and seed.
+
+    Args:
+        totals: whole-network traces with their `samples`, see `plots.figure5.totals`.
+    """
+    same = ["model", "dataset", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
+    rows = totals[totals["samples"].notna() & (totals["bits"] != "FP")]
+    found = []
+    for _, group in rows.groupby(same, sort=False):
+        theirs = group[group["method"] == baseline]
+        if theirs["run"].nunique() != 1:
+            continue
+        for run, ours in group[group["method"] != baseline].groupby("run", sort=True):
+            both = sorted(set(ours["epoch"]) & set(theirs["epoch"]))
+            if both:
+                a = ours[ours["epoch"] == both[-1]].iloc[-1]
+                b = theirs[theirs["epoch"] == both[-1]].iloc[-1]
+                gap = np.asarray(a["samples"]) - np.asarray(b["samples"])
+                sem = float(gap.std(ddof=1)) / math.sqrt(len(gap))
+                found.append(
+                    Difference(str(run), str(b["run"]), int(both[-1]), float(gap.mean()), sem, float(b["value"]))
+                )
+    return found

@@ -1,0 +1,214 @@
+"""The command line as a user meets it: what is printed, what is left on disk, how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fpq_analysis import records
+from fpq_analysis.cli import app
+from fpq_analysis.probes import HessianTrace
+from tests.test_files import Canary
+
+MODEL = ["--model", "tests.nets:tiny"]
+FAST = [*MODEL, "--n-data", "32", "--device", "cpu"]
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture
+def runs(tiny_runs, tmp_path):
+    shutil.copytree(tiny_runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def test_train_then_hessian(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["train", *MODEL, "--device", "cpu", "--epochs", 1, "--batch-size", 64]
+    call(*common, "--lr", 0.1, "--out", "checkpoints/fp")
+    result = call(*common, "--method", "lsq", "--bits", "w4a4", "--init", "checkpoints/fp", "--json")
+    assert [json.loads(line)["epoch"] for line in result.stdout.splitlines()] == [0, 1]
+    assert (tmp_path / "checkpoints" / "tests.nets.tiny-digits-lsq-w4a4-s0" / "epoch_0001.pt").exists()
+    result = call("hessian", *FAST)
+    assert "0 done, 4 to do" in result.stderr
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    for suffix in (".png", ".pdf", ".txt"):
+        assert (tmp_path / "figures" / f"figure5{suffix}").stat().st_size > 0
+
+
+def test_hessian_measures_once(runs, tmp_path):
+    arguments = ["hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path / "figures"]
+    assert "0 done, 9 to do" in call(*arguments).stderr
+    first = records.read(sorted(runs.iterdir()), "hessian_trace")
+    result = call(*arguments, "--json")
+    assert "9 done, 0 to do" in result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == len(first)
+    totals = [row for row in rows if row["layer"] == "all" and row["quantity"] == "trace"]
+    assert len(totals) == 9
+    assert {row["run"] for row in totals} == {"fp", "lsq-w4a4", "fpq-w4a4"}
+    assert all(row["estimator"] == "exact" and row["sem"] == 0 and row["sem_data"] > 0 for row in totals)
+    # Layers add up, and another seed or definition is another measurement.
+    for total in totals:
+        parts = [r["value"] for r in rows if r["key"] == total["key"] and r["layer"] != "all"]
+        assert sum(parts) == pytest.approx(total["value"], rel=1e-5)
+    assert "0 done, 9 to do" in call(*arguments, "--definition", "latent", "--dry-run").stderr
+    assert "0 done, 9 to do" in call(*arguments, "--overwrite", "--dry-run").stderr
+
+
+def test_sentence_about_fpq_and_lsq(runs, tmp_path):
+    result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path)
+    text = " ".join(result.stdout.split())
+    assert "On the same images" in text
+    assert "lsq-w4a4" in text.split("On the same images")[1]
+    assert "at epoch 2" in text
+
+
+def test_pyhessian_engine(runs, tmp_path):
+    arguments = ["hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path]
+    call(*arguments)
+    call(*arguments, "--engine", "pyhessian", "--n-probes", 60)
+    frame = records.read(runs / "fp", "hessian_trace")
+    totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]
+    for _, pair in totals.groupby("epoch"):
+        exact, theirs = (pair[pair["estimator"] == how].iloc[0] for how in ("exact", "pyhessian"))
+        assert abs(exact["value"] - theirs["value"]) < 4 * theirs["sem"]
+    call(*arguments, "--engine", "pyhessian", "--method", "exact", code=1)
+
+
+def test_a_damaged_checkpoint_among_good_ones(runs, tmp_path):
+    path = runs / "fp" / "epoch_0001.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path, code=1)
+    assert "8 to do, 1 unreadable" in result.stderr
+    assert "epoch_0001.pt" in result.stderr
+    assert "1 of 9 checkpoints could not be measured" in result.stderr
+    assert len(records.done(runs / "fp", "hessian_trace")) == 2
+
+
+def test_a_nan_checkpoint_among_good_ones(runs, tmp_path):
+    path = runs / "fp" / "epoch_0001.pt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["3.weight"].fill_(torch.nan)
+    torch.save(content, path)
+    (runs / "fp" / "manifest.json").unlink()
+    result = call("hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path, code=1)
+    assert "NaN" in result.stderr
+    assert len(records.done(runs / "fp", "hessian_trace")) == 2
+
+
+def test_a_malicious_checkpoint_among_good_ones(runs, tmp_path):
+    torch.save({"state_dict": Canary(tmp_path / "canary")}, runs / "fp" / "epoch_0003.pt")
+    result = call("hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path, code=1)
+    assert "Nothing was run" in " ".join(result.stderr.split())
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hessian", "--ckpt-dir", "nowhere"], "No folder 'nowhere'"),
+        (["hessian", "--ckpt-dir", "."], "holds no checkpoints"),
+        (["hessian", "--engine", "pyhesian"], "Unknown engine"),
+        (["hessian", "--n-data", "1"], "at least 2 images"),
+        (["train", "--method", "lsq", "--bits", "W0A4", "--init", "x"], "0-bit weights"),
+        (["train", "--method", "sfp"], "Unknown method 'sfp'"),
+        (["train", "--data", "imagefolder", "--data-root", "nowhere"], "No folder 'nowhere'"),
+        (["train", "--data", "cifar10", "--data-root", "."], "--download"),
+        (["train", "--device", "cuda:99"], "not available"),
+        (["train", "--model", "resnet200"], "did you mean"),
+        (["train", "--method", "fpq", "--bits", "W4A4", "--init", "nowhere"], "No run 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_paragraph(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments, code=1)
+    text = " ".join(result.stderr.split())
+    assert message in text
+    assert text.count("Error:") == 1
+
+
+def test_another_architecture(runs, tmp_path):
+    result = call("hessian", "--ckpt-dir", runs / "fp", "--model", "resnet20", "--figures", tmp_path, code=1)
+    assert "does not fit the model 'resnet20'" in " ".join(result.stderr.split())
+
+
+def test_misuse_exits_with_2():
+    call("hessian", "--no-such-option", code=2)
+    call("no-such-command", code=2)
+    call("hessian", "--n-data", "many", code=2)
+
+
+def test_a_fault_of_the_program_is_no_traceback(runs, monkeypatch, tmp_path):
+    def broken(self, point):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(HessianTrace, "__call__", broken)
+    result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path, code=1)
+    assert "FPQ_DEBUG=1" in result.stderr
+
+
+def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
+    command = [sys.executable, "-m", "fpq_analysis.cli", "hessian", "--ckpt-dir", str(runs), *MODEL, "--device", "cpu"]
+    command += ["--figures", str(tmp_path), "--method", "hutchinson", "--n-probes", "50"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(runs.rglob("records/*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped" in message
+    assert "Traceback" not in message
+    finished = sum(len(records.done(run, "hessian_trace")) for run in runs.iterdir())
+    assert 0 < finished < 9
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["hessian"], ["demo"]])
+def test_help_has_an_example(command):
+    result = call(*command, "--help")
+    if command:
+        assert f"fpq-analyze {command[0]}" in result.output
+
+
+def test_help_is_quick():
+    code = "import sys, fpq_analysis.cli; sys.exit(bool({'torch', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dry_run_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "lr = 0.5" in call("train", "--lr", 0.5, "--dry-run").stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_forecast(runs):
+    result = call("hessian", "--ckpt-dir", runs, *MODEL, "--device", "cpu", "--dry-run")
+    assert "seconds" in result.stdout
+    assert not list(runs.rglob("records"))
+
+
+def test_other_data_than_trained_on(runs, tmp_path):
+    for run in runs.iterdir():
+        for path in run.glob("epoch_*.pt"):
+            content = torch.load(path, weights_only=True)
+            content["data"]["fingerprint"] = "0" * 16
+            torch.save(content, path)
+        (run / "manifest.json").unlink()
+    result = call("hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path, code=1)
+    assert "not those the checkpoint was trained on" in " ".join(result.stderr.split())

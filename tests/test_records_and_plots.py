@@ -1,0 +1,138 @@
+"""Records on disk, differences between runs, and the figure's content."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from fpq_analysis import records
+from fpq_analysis.comparison import against_baseline
+from fpq_analysis.plots import caption5, figure5, save
+from fpq_analysis.plots.figure5 import totals
+
+
+def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
+    return {
+        "run": run, "method": method, "model": "resnet20", "dataset": "digits", "bits": bits, "train_seed": 0,
+        "epoch": epoch, "checkpoint": "c", "probe": "hessian_trace", "definition": "dequantized", "estimator": "exact",
+        "layer": "all", "quantity": "trace", "value": value, "sem": 0.0, "sem_data": 1.0, "n_data": 4, "n_products": 9,
+        "seed": 0, "key": f"{run}{epoch}", "status": "ok", "seconds": 1.0, "samples": [value] * 4, **other,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def frame():
+    dice = np.random.default_rng(0)
+    rows = [row("fp", "fp", "FP", epoch, 5.0 + epoch) for epoch in range(3)]
+    for method in ("lsq", "fpq"):
+        for bits in ("W4A4", "W2A4"):
+            rows += [
+                row(f"{method}-{bits}", method, bits, epoch, 40.0 - epoch + 5 * (method == "lsq"), sem_data=2.0)
+                for epoch in range(3)
+            ]
+    return pd.DataFrame(rows).assign(samples=[list(dice.normal(size=4)) for _ in rows])
+
+
+def test_append_read_resume(tmp_path):
+    run = tmp_path / "run"
+    records.append(run, "hessian_trace", [row(layer="0"), row(layer="all")])
+    records.append(run, "hessian_trace", [row(epoch=1, layer="0")])  # cut off before its total
+    frame = records.read(run, "hessian_trace")
+    assert list(frame.columns) == list(records.COLUMNS)
+    assert list(frame["layer"]) == ["0", "all"]
+    assert records.done(run, "hessian_trace") == {"lsq-w4a40"}
+    records.append(run, "hessian_trace", [row(layer="0", value=3.0), row(layer="all", value=3.0)])
+    assert list(records.read(run, "hessian_trace")["value"]) == [3.0, 3.0]  # the newest counts
+    assert records.read(tmp_path / "nothing", "hessian_trace").empty
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_none_says_so(tmp_path, value):
+    records.append(tmp_path, "p", [row(value=value, sem_data=math.nan)])
+    (found,) = records.read(tmp_path, "p").to_dict("records")
+    assert math.isnan(found["value"])
+    assert "not finite" in found["status"]
+    assert totals(records.read(tmp_path, "p")).empty
+
+
+def test_keys_differ_where_anything_differs():
+    keys = {
+        records.measurement_key(checkpoint, probe, settings)
+        for checkpoint in ("a", "b")
+        for probe in ("p", "q")
+        for settings in ({"seed": 0}, {"seed": 1}, {"seed": 0, "n": 1})
+    }
+    assert len(keys) == 12
+
+
+def test_figure5_shows_every_quantized_run_with_its_band(frame):
+    figure = figure5(frame)
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4", "FP, epoch 2"}
+    np.testing.assert_allclose(lines["FPQ W4A4"].get_ydata(), [40, 39, 38])
+    assert lines["FP, epoch 2"].get_ydata()[0] == 7
+    assert len(axes.collections) == 4
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() - band.min() > 2 * 1.96 * 2.0
+    assert lines["FPQ W4A4"].get_color() == lines["FPQ W2A4"].get_color() != lines["LSQ W4A4"].get_color()
+    assert lines["FPQ W4A4"].get_linestyle() != lines["FPQ W2A4"].get_linestyle()
+    assert [text.get_text() for text in axes.get_legend().get_texts()][0].startswith("LSQ")  # in the order of the ends
+    assert axes.get_ylabel()
+    assert axes.get_yscale() == "linear"
+
+
+def test_figure5_of_float_runs_alone_is_a_trajectory(frame):
+    (axes,) = figure5(frame[frame["method"] == "fp"]).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [5, 6, 7])
+
+
+def test_figure5_panels_scale_and_twins(frame):
+    other = frame.assign(dataset="cifar10", value=frame["value"] * np.linspace(1, 100, len(frame)))
+    twin = frame[frame["run"] == "lsq-W4A4"].assign(run="again")
+    figure = figure5(pd.concat([frame, other, twin]))
+    assert [axes.get_title() for axes in figure.axes] == ["resnet20, cifar10", "resnet20, digits"]
+    assert figure.axes[0].get_yscale() == "log"
+    assert "LSQ W4A4 (again)" in {line.get_label() for line in figure.axes[1].lines}
+
+
+def test_figure5_of_nothing():
+    with pytest.raises(ValueError, match="no finite trace"):
+        figure5(pd.DataFrame(columns=list(records.COLUMNS)))
+
+
+def test_save_writes_picture_print_and_caption(frame, tmp_path):
+    paths = save(figure5(frame), tmp_path / "new" / "figure5", caption5(frame))
+    assert [path.suffix for path in paths] == [".png", ".pdf", ".txt"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert paths[1].read_bytes().startswith(b"%PDF")
+    text = paths[2].read_text()
+    for fact in ("dequantized", "exact", "4 training images", "digits", "95 %"):
+        assert fact in text
+
+
+def test_differences_are_paired():
+    """A common error of the images cancels: the interval is that of the differences."""
+    common = np.random.default_rng(0).normal(100, 50, 400)
+    gap = np.random.default_rng(1).normal(-3, 2, 400)
+    rows = [row("lsq", "lsq", epoch=epoch, value=float(common.mean()), samples=list(common)) for epoch in (0, 1)] + [
+        row("fpq", "fpq", epoch=epoch, value=float((common + gap).mean()), samples=list(common + gap))
+        for epoch in (0, 1, 2)
+    ]
+    (difference,) = against_baseline(pd.DataFrame(rows))
+    assert difference.epoch == 1  # the last that both have
+    assert difference.value == pytest.approx(gap.mean())
+    assert difference.sem == pytest.approx(gap.std(ddof=1) / 20)
+    assert "lower than lsq's at epoch 1" in difference.sentence()
+
+
+def test_differences_that_are_noise_are_called_so():
+    noise = np.random.default_rng(0).normal(0, 1, 100)
+    rows = [row("lsq", "lsq", samples=[10.0] * 100), row("fpq", "fpq", samples=list(10 + noise - noise.mean() + 0.01))]
+    assert "do not differ measurably" in against_baseline(pd.DataFrame(rows))[0].sentence()
+    assert against_baseline(pd.DataFrame([row("lsq", "lsq"), row("fpq", "fpq", n_data=5)])) == []  # other images

@@ -1,0 +1,363 @@
+"""Training: the loop, its regularisers, and resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fpq_analysis import QuantSpec, TrainConfig, UserError, calibrate, load, quantize, train
+from fpq_analysis.checkpoint import checkpoints, read_checkpoint, read_manifest
+from fpq_analysis.data import Dataset, load_dataset
+from fpq_analysis.files import read_jsonl
+from fpq_analysis.quantizers import clipped_fraction, quantizers
+from fpq_analysis.training.csd import EPS, Features, StandardizedDistance, check_pair, csd_loss, standardize
+from fpq_analysis.training.loop import cosine
+from fpq_analysis.training.sfp import StochasticFeaturePerturbation
+from tests.nets import Residual, tiny
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_what_a_run_leaves(tiny_runs):
+    run = tiny_runs / "fpq-w4a4"
+    assert list(checkpoints(run)) == [0, 1, 2]
+    assert set(read_manifest(run)) == {f"epoch_{i:04d}.pt" for i in range(3)}
+    assert not (run / "resume.pt").exists()  # only an unfinished run needs it
+    rows = read_jsonl(run / "train.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
+    assert rows[1]["loss"] == pytest.approx(rows[1]["loss_ce"] + rows[1]["loss_csd"], rel=1e-5)
+    assert rows[1]["loss_csd"] > 0
+    assert json.loads((run / "run.json").read_text())["config"]["method"] == "fpq"
+    assert read_jsonl(tiny_runs / "lsq-w4a4" / "train.jsonl")[1]["loss_csd"] == 0
+
+
+def test_networks_learn(tiny_runs):
+    """Far above the 10 % of guessing after two epochs."""
+    for name in ("fp", "lsq-w4a4", "fpq-w4a4"):
+        assert read_jsonl(tiny_runs / name / "train.jsonl")[-1]["test_accuracy"] > 0.5
+
+
+def test_everything_learnable_moves(tiny_runs):
+    start, end = (read_checkpoint(tiny_runs / "fpq-w4a4" / f"epoch_000{i}.pt").state_dict for i in (0, 2))
+    for name, before in start.items():
+        if "zero_point" in name:
+            assert torch.equal(before, end[name])  # fixed during training
+        else:
+            assert not torch.equal(before, end[name]), name
+        if "step_size" in name:
+            assert (end[name] > 0).all()
+
+
+def test_the_student_starts_as_its_calibrated_teacher(tiny_runs):
+    teacher = load(tiny_runs / "fp" / "epoch_0002.pt", model="tests.nets:tiny")
+    student = load(tiny_runs / "lsq-w4a4" / "epoch_0000.pt", model="tests.nets:tiny")
+    for name, p in teacher.named_parameters():
+        mine = dict(student.named_parameters())
+        assert torch.equal(
+            p, mine[name] if name in mine else mine[name.replace(".weight", ".parametrizations.weight.original")]
+        )
+    assert torch.equal(teacher[1].running_mean, student[1].running_mean)
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path):
+    config = {"model": "tests.nets:tiny", "epochs": 1}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(TrainConfig(seed=seed, **config), tmp_path / name, device="cpu", log=quiet)
+    a, b, c = (read_checkpoint(tmp_path / name / "epoch_0001.pt") for name in "abc")
+    assert a.sha256 == b.sha256
+    assert not torch.equal(a.state_dict["0.weight"], c.state_dict["0.weight"])
+
+
+KILLED = """
+import sys
+from fpq_analysis import TrainConfig, train
+config = TrainConfig(
+    model="tests.nets:tiny", method="fpq", bits="W4A4", init=sys.argv[1], epochs=4, batch_size=64, lr=0.02
+)
+train(config, sys.argv[2], device="cpu", resume=True)
+"""
+
+
+def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
+    """SIGKILL at random moments, until a run of it gets through; the last checkpoint is readable every time."""
+    command = [sys.executable, "-c", KILLED, str(tiny_runs / "fp")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start = time.monotonic()
+    subprocess.run([*command, str(whole)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    duration = time.monotonic() - start
+    dice = random.Random(0)
+    kills = 0
+    while kills < 8:
+        process = subprocess.Popen([*command, str(broken)], env=environment, stdout=subprocess.DEVNULL)
+        # From before the first checkpoint to just before the end, most of them while epochs are written.
+        time.sleep(duration * dice.uniform(0.3, 1.0))
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        for path in checkpoints(broken).values() if broken.exists() else []:
+            read_checkpoint(path)
+    assert kills > 0
+    subprocess.run([*command, str(broken)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    for epoch in range(5):
+        a, b = (read_checkpoint(run / f"epoch_{epoch:04d}.pt") for run in (whole, broken))
+        assert a.sha256 == b.sha256
+    timeless = [
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_s")}
+            for row in read_jsonl(run / "train.jsonl")
+        ]
+        for run in (whole, broken)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_kill_between_any_two_writes_is_made_good(tiny_runs, tmp_path, monkeypatch):
+    """Every write of an epoch fails once, in turn; the resumed run ends the same."""
+    from fpq_analysis.training import loop
+
+    config = TrainConfig(
+        model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(tiny_runs / "fp"), epochs=2, batch_size=256
+    )
+    train(config, tmp_path / "whole", device="cpu", log=quiet)
+    truth = [read_checkpoint(p).sha256 for p in checkpoints(tmp_path / "whole").values()]
+    places = [("ckpt", "save_checkpoint"), (None, "append_jsonl"), (None, "atomic_write"), (None, "write_json")]
+    for where, name in places:
+        for nth in (1, 2):
+            run = tmp_path / f"{name}-{nth}"
+            owner = loop.ckpt if where else loop
+            original, calls = getattr(owner, name), []
+
+            def dying(*args, original=original, calls=calls, nth=nth, **kwargs):
+                calls.append(1)
+                if len(calls) == nth:
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, dying)
+                try:
+                    train(config, run, device="cpu", resume=True, log=quiet)
+                except KeyboardInterrupt:
+                    pass
+                else:
+                    assert name == "write_json"  # called once only
+            train(config, run, device="cpu", resume=True, log=quiet)
+            assert [read_checkpoint(p).sha256 for p in checkpoints(run).values()] == truth
+            assert [row["epoch"] for row in read_jsonl(run / "train.jsonl")] == [0, 1, 2]
+
+
+def test_resuming_with_other_settings_is_refused(tiny_runs):
+    with pytest.raises(UserError, match="lr = 0.1"):
+        train(TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32), tiny_runs / "fp", resume=True)
+    with pytest.raises(UserError, match="--resume"):
+        train(TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32, lr=0.1), tiny_runs / "fp")
+
+
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="not a run"):
+            train(TrainConfig(epochs=1), tmp_path, device="cpu", **options)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
+    config = TrainConfig(model="tests.nets:tiny", epochs=3, lr=1e12, batch_size=64, weight_decay=1.0)
+    with pytest.raises(UserError, match=r"epoch 1, step \d+, learning rate \d.*smaller --lr"):
+        train(config, tmp_path / "run", device="cpu", log=quiet)
+    assert load(tmp_path / "run" / "epoch_0000.pt", model="tests.nets:tiny") is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lsqq"}, "did you mean 'lsq'"),
+        ({"method": "lsq", "init": "x"}, "needs a bit width"),
+        ({"method": "lsq", "bits": "W4A4"}, "starts from a trained float network"),
+        ({"bits": "W4A4"}, "not quantized"),
+        ({"method": "fpq", "bits": "W0A4", "init": "x"}, "0-bit weights"),
+        ({"sfp_p": 1.5}, "probability"),
+        ({"epochs": 0}, "above zero"),
+        ({"weight_calibration": "max"}, "Known: minmax, mse"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**options)
+
+
+def test_bad_teachers(tiny_runs, tmp_path):
+    common = {"method": "lsq", "bits": "W4A4", "epochs": 1}
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ({"init": str(tmp_path / "nowhere"), "model": "tests.nets:tiny"}, "No run"),
+        ({"init": str(tmp_path / "empty"), "model": "tests.nets:tiny"}, "no checkpoint"),
+        ({"init": str(tiny_runs / "lsq-w4a4"), "model": "tests.nets:tiny"}, "quantized run"),
+        ({"init": str(tiny_runs / "fp"), "model": "resnet20"}, "same network"),
+    ]
+    for options, message in cases:
+        with pytest.raises(UserError, match=message):
+            train(TrainConfig(**common, **options), tmp_path / "out", device="cpu")
+
+
+def test_cosine():
+    assert cosine(0.1, 0, 10) == pytest.approx(0.1)
+    assert cosine(0.1, 5, 10) == pytest.approx(0.05)
+    assert cosine(0.1, 10, 10) == pytest.approx(0)
+
+
+def test_standardization_and_distillation_in_plain_numpy():
+    """Eq. 15-17, written out."""
+    s, t = (np.random.default_rng(i).normal(1.5, 2, (6, 3, 4, 5)) for i in (0, 1))
+    standard = [(z - z.mean((0, 2, 3), keepdims=True)) / np.sqrt(z.var((0, 2, 3), keepdims=True) + EPS) for z in (s, t)]
+    truth = ((standard[0] - standard[1]) ** 2).sum()
+    a, b = torch.from_numpy(s), torch.from_numpy(t)
+    np.testing.assert_allclose(standardize(a).numpy(), standard[0], rtol=1e-10)
+    assert float(csd_loss([a], [b], "sum")) == pytest.approx(truth, rel=1e-5)
+    assert float(csd_loss([a, a], [b, b])) == pytest.approx(2 * truth / s.size, rel=1e-5)
+    assert float(csd_loss([a], [a])) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_closed_gradient_of_distillation():
+    """Against autograd through the standardisation; one channel nearly constant, one constant."""
+    scale = torch.tensor([1.0, 2.0, 0.1, 1e-3, 0.0], dtype=torch.float64).view(1, -1, 1, 1)
+    s = (scale * torch.randn(8, 5, 6, 6, dtype=torch.float64)).requires_grad_()
+    t = torch.randn(8, 5, 6, 6, dtype=torch.float64)
+    plain = (standardize(s) - standardize(t)).square().mean()
+    closed = StandardizedDistance.apply(s, t)
+    assert float(closed.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, s)[0] for loss in (closed, plain)), rtol=1e-9, atol=1e-12)
+
+
+def test_distillation_wants_one_network():
+    with pytest.raises(UserError, match="another network"):
+        check_pair(tiny(), nn.Sequential(Residual(nn.Conv2d(1, 1, 1))))
+
+
+def test_features_survive_in_place_layers_downstream():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True))
+    x = torch.randn(2, 1, 8, 8)
+    with Features(model) as features:
+        model(x)
+        (kept,) = features.take()
+    assert torch.equal(kept, model[0](x))
+    assert not model[0]._forward_hooks
+
+
+def perturbed(p: float, training: bool = True, seed: int = 0):
+    """(input of each convolution without noise, with it, its step size)."""
+    model = quantize(tiny(), QuantSpec.parse("W4A4"))
+    x = torch.randn(64, 1, 8, 8)
+    calibrate(model, x, "mse")
+    model.train(training)
+    seen: list[torch.Tensor] = []
+    hooks = []
+
+    def record():
+        # Registered last, so it sees what the convolution gets.
+        hooks.extend(
+            model[i].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for i in (0, 3, 6, 11)
+        )
+
+    record()
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    generators = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    with StochasticFeaturePerturbation(model, p, *generators):
+        record()
+        model(x)
+    steps = [float(q.step_size.detach()) for _, q, is_weight in quantizers(model) if not is_weight]
+    return list(zip(seen[:4], seen[4:], steps, strict=True))
+
+
+def test_noise_is_uniform_in_half_a_step():
+    """Eq. 9, at the first convolution, where nothing before it differs."""
+    clean, noisy, step = perturbed(1.0)[0]
+    d = (noisy - clean) / step
+    assert d.abs().max() <= 0.5 + 1e-4
+    n = d.numel()
+    assert abs(float(d.mean())) < 4 * math.sqrt(1 / 12 / n)
+    assert float(d.var()) == pytest.approx(1 / 12, rel=0.1)
+    assert len(d.unique()) > n / 2  # element-wise
+
+
+def test_noise_sites():
+    changed = [not torch.equal(clean, noisy) for clean, noisy, _ in perturbed(1.0)]
+    assert changed[:3] == [True, True, True]
+    # The classifier's own input gets none: what it sees lies on its quantizer's grid.
+    _, last, step = perturbed(1.0)[3]
+    torch.testing.assert_close(last / step, (last / step).round(), atol=1e-3, rtol=0)
+    assert not any(not torch.equal(clean, noisy) for clean, noisy, _ in perturbed(1.0, training=False))
+    assert not any(not torch.equal(clean, noisy) for clean, noisy, _ in perturbed(0.0))
+
+
+def test_noise_gates_are_independent_with_probability_p():
+    model = quantize(tiny(), QuantSpec.parse("W4A4"))
+    x = torch.randn(2, 1, 8, 8)
+    calibrate(model, x, "mse")
+    model.train()
+    fired = []
+    generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    with StochasticFeaturePerturbation(model, 0.3, *generators) as sfp:
+        assert len(sfp.sites) == 3
+        for _ in range(400):
+            row = []
+            handles = []
+            for layer, quantizer in sfp.sites:
+
+                def after(_, args, row=row, quantizer=quantizer):
+                    k = args[0] / quantizer.step_size
+                    row.append(bool((k - k.round()).abs().max() > 1e-2))
+
+                handles.append(layer.register_forward_pre_hook(after))
+            model(x)
+            for handle in handles:
+                handle.remove()
+            fired.append(row)
+    rates = np.array(fired, dtype=float)
+    np.testing.assert_allclose(rates.mean(0), 0.3, atol=0.08)
+    assert abs(np.corrcoef(rates.T)[0, 1]) < 0.15
+
+
+def test_bf16_trains(tiny_runs, tmp_path):
+    config = TrainConfig(
+        model="tests.nets:tiny",
+        method="fpq",
+        bits="W4A4",
+        init=str(tiny_runs / "fp"),
+        epochs=1,
+        bf16=True,
+        batch_size=32,
+    )
+    frame = train(config, tmp_path / "run", device="cpu", log=quiet)
+    assert frame["test_accuracy"].iloc[-1] > 0.5
+
+
+def test_clipped_fraction_is_recorded(tiny_runs):
+    model = load(tiny_runs / "lsq-w4a4" / "epoch_0002.pt", model="tests.nets:tiny")
+    assert read_jsonl(tiny_runs / "lsq-w4a4" / "train.jsonl")[-1]["clipped_fraction"] == clipped_fraction(model)
+
+
+def test_embedded_data_is_used_without_download():
+    data = load_dataset("digits")
+    assert isinstance(data, Dataset)
+    assert len(data.train) + len(data.test) == 1797
