@@ -95,8 +95,8 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], *, what: str, m
     if bad:
         raise UserError(
             f"The checkpoint holds NaN or infinity in {len(bad)} of {len(state)} tensors (first: '{bad[0]}'), so "
-            "nothing measured on it would mean anything. The training diverged; use an earlier epoch, or train again with a "
-            "smaller --lr."
+            "nothing measured on it would mean anything. The training diverged; use an earlier epoch, or train again "
+            "with a smaller --lr."
         )
     model.load_state_dict(state)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ class Dataset:
         x = (images.float() / 255 - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the training images, labels and normalisation: two data sets that differ anywhere differ here."""
         digest = hashlib.sha256(repr((self.mean, self.std, self.classes)).encode())

@@ -13,17 +13,17 @@ from fpq_analysis.training import TrainConfig, train
 
 BITS = ("W4A4", "W2A4")
 METHODS = ("lsq", "fpq")
-N_DATA = 512
+N_DATA = 1438  # the whole training split
 
 
 def configs(out: Path) -> dict[str, TrainConfig]:
     """Run name to config: the float teacher, then every method at every width from it."""
-    runs = {"fp": TrainConfig(epochs=15, lr=0.1, batch_size=128)}
+    runs = {"fp": TrainConfig(epochs=12, lr=0.1, batch_size=128)}
     for bits in BITS:
         for method in METHODS:
             # The paper's learning rate; a smaller batch and fewer epochs, for 1,438 images.
             runs[f"{method}-{bits.lower()}"] = TrainConfig(
-                method=method, bits=bits, init=str(out / "fp"), epochs=15, lr=0.01, batch_size=128
+                method=method, bits=bits, init=str(out / "fp"), epochs=10, lr=0.01, batch_size=128
             )
     return runs
 

@@ -214,10 +214,11 @@ class _Sampler:
             images, labels = training_sample(data, self.n_data, self.seed)
             self._cache[key] = data, (images.to(self.device), labels.to(self.device))
         data, batch = self._cache[key]
-        if data.fingerprint() != content.data["fingerprint"]:
+        if data.fingerprint != content.data["fingerprint"]:
             raise UserError(
                 f"The data in '{root or data.name}' are not those the checkpoint was trained on ({len(data.train)} "
                 f"training images in {data.num_classes} classes here, {content.data['n_train']} in "
-                f"{len(content.data['classes'])} then, or other pixels). Point --data-root at the data set of the training run."
+                f"{len(content.data['classes'])} then, or other pixels). Point --data-root at the data set of the "
+                "training run."
             )
         return batch

@@ -10,6 +10,13 @@ from types import TracebackType
 QUIET = 30.0
 
 
+def duration(seconds: float) -> str:
+    """`seconds` in the unit that reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """Context manager; call `advance` after each of `total` pieces of work."""
 
@@ -47,11 +54,4 @@ class Progress:
         elif self.show and (time.monotonic() - self.spoken > QUIET):
             self.spoken = time.monotonic()
             left = (self.spoken - self.start) / self.done * (self.total - self.done)
-            print(f"{self.what}: {self.done}/{self.total}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    def log(self, line: str) -> None:
-        """A line of text above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{self.what}: {self.done}/{self.total}, {duration(left)} left", file=sys.stderr, flush=True)

@@ -82,7 +82,7 @@ def test_figure5_shows_every_quantized_run_with_its_band(frame):
     assert band.max() - band.min() > 2 * 1.96 * 2.0
     assert lines["FPQ W4A4"].get_color() == lines["FPQ W2A4"].get_color() != lines["LSQ W4A4"].get_color()
     assert lines["FPQ W4A4"].get_linestyle() != lines["FPQ W2A4"].get_linestyle()
-    assert [text.get_text() for text in axes.get_legend().get_texts()][0].startswith("LSQ")  # in the order of the ends
+    assert axes.get_legend().get_texts()[0].get_text().startswith("LSQ")  # in the order of the lines' right ends
     assert axes.get_ylabel()
     assert axes.get_yscale() == "linear"
 

@@ -25,7 +25,7 @@ ROOMS = {
     "quantizers": set(),
     "curvature": {"linalg"},
     "checkpoint": {"models", "quantizers"},
-    "training": {"data", "models", "quantizers", "checkpoint", "devices"},
+    "training": {"data", "models", "quantizers", "checkpoint", "devices", "progress"},
     "probes": {"curvature", "linalg", "models", "quantizers"},
     "records": set(),
     "comparison": set(),

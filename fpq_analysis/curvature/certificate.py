@@ -67,7 +67,7 @@ def _check_second_derivatives(
     by_id = {id(p): gradients[name] for name, p in parameters.items()}
     for name, layer in layers.items():
         own = [p for p in layer.parameters(recurse=False) if by_id.get(id(p)) is not None]
-        curved = [p for p in own if by_id[id(p)].requires_grad]
+        curved = [p for p in own if by_id[id(p)].requires_grad]  # type: ignore[union-attr]
         if not curved:
             continue
         # A direction as long as the parameters: the change is then relative to the gradient itself.

@@ -237,7 +237,7 @@ class _Recorder:
         for seen in self.seen.values():
             norms.update(seen.squared_norms())
         zeros = torch.zeros(len(logits), dtype=torch.float64)  # for a layer that does not reach the logits
-        return {name: norms.get(name, zeros).double().cpu() for name in self.names.values()}
+        return {name: norms.get(name, zeros).cpu().double() for name in self.names.values()}
 
 
 class _Seen:

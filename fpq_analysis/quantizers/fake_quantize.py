@@ -64,7 +64,7 @@ class FusedFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step_size: Tensor, zero_point: Tensor, levels: int) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, step_size: Tensor, zero_point: Tensor, levels: int) -> Tensor:
         centre = levels / 2 - zero_point
         q = (x / step_size).round_().sub_(centre).clamp_(-levels / 2, levels / 2).add_(centre).mul_(step_size)
         ctx.save_for_backward(x, q, step_size, centre)
@@ -72,7 +72,7 @@ class FusedFakeQuantize(torch.autograd.Function):
         return q
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(FusedFakeQuantize)
         x, q, step_size, centre = ctx.saved_tensors
         bound = ctx.levels / 2 + 0.5

@@ -36,7 +36,7 @@ class StandardizedDistance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         a, _, a_scale = torch.native_batch_norm(student, None, None, None, None, True, 0.0, EPS)
         b, _, b_scale = torch.native_batch_norm(teacher, None, None, None, None, True, 0.0, EPS)
         dims = [d for d in range(a.ndim) if d != 1]
@@ -46,7 +46,7 @@ class StandardizedDistance(torch.autograd.Function):
         return (v + w - 2 * r).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         refuse_second_derivative(StandardizedDistance)
         a, b, a_scale, v, r = ctx.saved_tensors
         shape = [1, -1] + [1] * (a.ndim - 2)

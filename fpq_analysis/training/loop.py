@@ -31,6 +31,7 @@ from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl, write_json
 from fpq_analysis.models import build_model
+from fpq_analysis.progress import duration
 from fpq_analysis.quantizers import (
     calibrate,
     clipped_fraction,
@@ -104,9 +105,10 @@ def train(
         row["test_accuracy"] = accuracy(model, data, data.test)
         row["clipped_fraction"] = clipped_fraction(model)
         _finish_epoch(run, config, data, model, optimizer, epoch, row)
+        left = (config.epochs - epoch) * row["seconds"]
         log(
             f"{run.name}  epoch {epoch}/{config.epochs}  loss {row['loss']:.4f}  "
-            f"test {100 * row['test_accuracy']:.2f} %  {row['seconds']:.1f} s"
+            f"test {100 * row['test_accuracy']:.2f} %  {row['seconds']:.1f} s, {duration(left)} left"
         )
     (run / "resume.pt").unlink(missing_ok=True)
     return pd.DataFrame(read_jsonl(run / "train.jsonl"))
@@ -314,7 +316,7 @@ def _describe_data(data: Dataset) -> dict[str, Any]:
         "std": list(data.std),
         "n_train": len(data.train),
         "n_test": len(data.test),
-        "fingerprint": data.fingerprint(),
+        "fingerprint": data.fingerprint,
     }
 
 
