@@ -208,11 +208,6 @@ def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: 
     return model
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def model_device(model: nn.Module) -> torch.device:
     """Device of the model's first parameter or buffer; the CPU for a model that has neither."""
     for tensor in (*model.parameters(), *model.buffers()):

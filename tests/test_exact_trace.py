@@ -107,7 +107,7 @@ def test_transposed_convolution_and_bare_parameters_are_not_exact():
     transposed = nn.Sequential(nn.ConvTranspose2d(1, 2, 2), nn.Flatten(), nn.Linear(2 * 81, 3))
     x = torch.randn(3, 1, 8, 8)
     with pytest.raises(NotExactError, match="ConvTranspose2d"):
-        certify(transposed.eval(), x, variables(transposed))
+        certify(transposed.eval(), [(x, torch.zeros(3))], variables(transposed))
 
 
 @given(st.integers(2, 12), st.integers(0, 1000), st.sampled_from([1.0, 30.0, 1000.0]))
@@ -237,7 +237,7 @@ def test_bad_batches(batches, message):
         ({"definition": "lattent"}, "did you mean 'latent'"),
         ({"loss": "mse"}, "Unknown loss"),
         ({"tol": 0.0}, "above zero"),
-        ({"method": "exact", "loss": nn.functional.multi_margin_loss}, "cross-entropy loss only"),
+        ({"method": "exact", "loss": nn.functional.multi_margin_loss}, "not the cross-entropy"),
     ],
 )
 def test_bad_options(options, message):
@@ -258,3 +258,192 @@ def test_per_sample_traces_need_no_labels():
         next(per_sample_traces(model, [(x, torch.full((4,), label))], variables(model)))["0.weight"] for label in (0, 2)
     )
     assert torch.equal(a, b)
+
+
+def dense_total(model, x, y):
+    return float(dense_hessian(model, list(model.parameters()), x, y).trace())
+
+
+def test_curvature_that_hides_from_the_first_images():
+    """Blank images in front: nothing bends there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.GELU(), nn.Linear(5, 3, bias=False)).double()
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
+    x[:30] = 0
+    assert hessian_trace(model, (x, y), n_probes=10).method == "hutchinson"
+
+
+def test_activations_that_saturate_on_most_images():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Hardswish(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
+    x[:10] *= 1000
+    assert hessian_trace(model, (x, y), n_probes=10).method == "hutchinson"
+
+
+def test_a_dead_layer_counts_as_zero():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+    ours = hessian_trace(model, (x, y))
+    assert ours.method == "exact"
+    assert ours.per_layer["0"] == 0
+    assert ours.value == pytest.approx(dense_total(model, x, y), rel=1e-10)
+
+
+def test_a_layer_that_only_wakes_on_images_not_tried():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3, bias=False)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    x, y = torch.randn(50, 6, dtype=torch.float64), torch.randint(3, (50,))
+    x[49] *= 1e4
+    assert "had no effect" in hessian_trace(model, (x, y), n_probes=4).reason
+
+
+@pytest.mark.parametrize("mix", [lambda h: h - h.mean(0), lambda h: h * h.roll(1, 0)])
+def test_models_that_mix_samples_are_refused(mix):
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.second(mix(self.first(x)))
+
+    for method in ("auto", "exact", "hutchinson"):
+        with pytest.raises(UserError, match="depends on the others"):
+            hessian_trace(Mixing(), (torch.randn(8, 6), torch.randint(3, (8,))), method=method)
+
+
+@pytest.mark.parametrize("y", [torch.full((8,), -100), torch.full((8,), 3), torch.rand(8, 3), torch.rand(8)])
+def test_targets_that_are_no_classes_are_refused(y):
+    with pytest.raises(UserError, match="whole-number targets"):
+        hessian_trace(nn.Linear(6, 3), (torch.randn(8, 6), y))
+
+
+class Folded(nn.Module):
+    """Batch and time in one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.inner(x.reshape(-1, 3))).reshape(len(x), 8))
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(input=x)
+
+
+class Backbone(nn.Module):
+    """A part that is switched off from gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.body(x)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("build", [Folded, Keyword, Backbone])
+def test_unusual_forward_passes_fall_back(build):
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+    model = build().double()
+    ours = hessian_trace(model, (x, y), n_probes=400)
+    assert ours.method == "hutchinson"
+    dense = dense_hessian(model, [p for n, p in model.named_parameters() if "body" not in n], x, y).trace()
+    assert abs(ours.value - float(dense)) < 4 * ours.sem
+
+
+def test_other_shapes_of_layers():
+    """Sequences: a linear layer on a 3-D input, Conv1d, BatchNorm1d; and volumes."""
+
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(2, 3, 3, padding=1, bias=False), nn.BatchNorm1d(3)
+            self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = torch.relu(self.norm(self.conv(x))).transpose(1, 2)
+            return self.head(torch.relu(self.inner(h)).mean(1))
+
+    volume = nn.Sequential(nn.Conv3d(1, 2, 2, stride=2), nn.ReLU(), nn.BatchNorm3d(2), nn.Flatten(), nn.Linear(16, 3))
+    for model, x in ((Sequence(), torch.randn(5, 2, 7)), (volume, torch.randn(5, 1, 4, 4, 4))):
+        model, x, y = model.double().eval(), x.double(), torch.randint(3, (5,))
+        ours = hessian_trace(model, (x, y))
+        assert ours.method == "exact", ours.reason
+        assert ours.value == pytest.approx(dense_total(model, x, y), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet18"])
+def test_auto_is_exact_for_the_shipped_models(name):
+    from fpq_analysis.models import build_model
+
+    x, y = torch.randn(4, 1, 8, 8), torch.randint(5, (4,))
+    model = quantize(build_model(name, 5, 1), QuantSpec.parse("W4A4", weight_calibration="minmax"))
+    calibrate(model, x, "minmax")
+    ours = hessian_trace(model, (x, y))
+    assert ours.method == "exact", ours.reason
+
+
+def test_float32_agrees_with_float64():
+    model = tiny(10).eval()
+    x, y = torch.randn(20, 1, 8, 8), torch.randint(10, (20,))
+    single, double = hessian_trace(model, (x, y)).value, hessian_trace(model.double(), (x.double(), y)).value
+    assert single == pytest.approx(double, rel=1e-5)
+
+
+def test_a_model_that_is_one_quantized_layer():
+    model = quantize(nn.Linear(6, 3), QuantSpec(2, 2, 2, "mse", "mse")).double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+    calibrate(model, x, "mse")
+    with torch.no_grad():
+        model.parametrizations.weight.original[0] *= 10  # clipped
+    truth = dense_traces(model, "latent", x, y)
+    ours = hessian_trace(model, (x, y), definition="latent")
+    assert ours.clipped_fraction > 0
+    assert ours.value == pytest.approx(sum(truth.values()), rel=1e-10)
+
+
+def test_the_error_over_the_data_covers_the_trace_of_all():
+    """`sem_data` of samples of 60 images out of 2,000, as the population."""
+    model = tiny(10).eval()
+    x = torch.randn(2000, 1, 8, 8)
+    x = x * torch.rand(2000, 1, 1, 1)
+    everything = hessian_trace(model, (x, torch.zeros(2000, dtype=torch.long)), method="exact").per_sample
+    inside = 0
+    for seed in range(200):
+        chosen = np.random.default_rng(seed).choice(2000, 60)
+        part = hessian_trace if seed < 3 else None
+        sample = everything[chosen]
+        value, sem = sample.mean(), sample.std(ddof=1) / 60**0.5
+        if part is not None:  # the same numbers from the call itself
+            ours = part(model, (x[chosen], torch.zeros(60, dtype=torch.long)), method="exact")
+            assert (ours.value, ours.sem_data) == pytest.approx((value, sem), rel=1e-4)
+        inside += abs(value - everything.mean()) < 2 * sem
+    assert 0.90 * 200 <= inside <= 0.99 * 200
+
+
+def test_tf32_and_autocast_are_off_inside_and_back_after():
+    from fpq_analysis.curvature.batches import full_precision
+
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    with torch.autocast("cpu", torch.bfloat16):
+        with full_precision():
+            assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+            assert not torch.is_autocast_enabled("cpu")
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+    assert [place.fp32_precision for place in places] == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,15 @@ def as_batches(batches: Batch | Iterable[Batch], micro_batch: int | None = None)
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, float32 means float32: TF32, ten bits of mantissa and cuDNN's default, is off."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    """Inside, float32 means float32: TF32 (ten bits of mantissa, cuDNN's default) and any autocast are off."""
+    cudnn: Any = torch.backends.cudnn  # typed in part only
+    places: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    before = [place.fp32_precision for place in places]
     try:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        yield
+        for place in places:
+            place.fp32_precision = "ieee"
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

@@ -33,6 +33,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 
+FORWARDS = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, _BatchNorm, nn.SyncBatchNorm)}
+
 
 class NotExactError(Exception):
     """The model is outside the condition; the message names the layer and the reason."""
@@ -132,7 +134,8 @@ def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn
         for p in module.parameters(recurse=False):
             if id(p) not in wanted:
                 continue
-            if not isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)) or getattr(module, "transposed", False):
+            # Subclasses pass where they compute as their base does, as `parametrize`'s do.
+            if type(module).forward not in FORWARDS:
                 raise NotExactError(
                     f"'{wanted[id(p)]}' belongs to a {type(module).__name__}, which has no exact form here"
                 )
@@ -181,6 +184,7 @@ class _Recorder:
         self.names = {id(p): name for name, p in parameters.items()}
         self.derivatives = derivatives
         self.passes = passes  # backward passes to come, to choose between patches and Gram matrices
+        self.n = 0
         self.leaves: list[Tensor] = []
         self.seen: dict[str, _Seen] = {}
         self.handles: list[Any] = []
@@ -196,6 +200,7 @@ class _Recorder:
 
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
         """The logits (B, C) with a graph that ends at the layers' outputs."""
+        self.n = len(x)
         logits = _check_logits(model(x), len(x))
         idle = [name for name in self.layers if name not in self.seen]
         if idle:
@@ -206,6 +211,10 @@ class _Recorder:
         def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if name in self.seen:
                 raise NotExactError(f"the layer '{name}' runs more than once in a forward pass")
+            if not args or not torch.is_grad_enabled():
+                raise NotExactError(f"the layer '{name}' is called by keyword, or with gradients switched off")
+            if len(args[0]) != self.n or len(output) != self.n:
+                raise NotExactError(f"the first axis of what '{name}' sees is not that of the samples")
             seen = self.seen[name] = _Seen(layer, args[0].detach(), self._variables(layer), self.passes)
             if not output.requires_grad:
                 # Nothing before this layer wants gradients: the graph starts here.
@@ -275,7 +284,11 @@ class _Seen:
             self.derivative = _weight_as_patches(layer, derivative).reshape(groups, outputs, inputs)
         columns = passes * outputs
         self.gram = self.derivative is None and bool(positions * (columns + inputs) < columns * inputs)
-        self.patches = patches @ patches.mT if self.gram else patches
+        if self.gram:
+            self.patches = patches @ patches.mT
+        else:
+            shared = patches.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()  # a linear layer, say
+            self.patches = patches.clone() if shared else patches
 
     @torch.no_grad()
     def take(self, grad: Tensor) -> None:

@@ -38,5 +38,6 @@ def hutchinson(
     """
     for k in rounds:
         v = rademacher(size, k, generator, dtype)
-        products = v.double() * matmat(v).double()
-        yield torch.stack([products[block].sum(0) for block in blocks], dim=1)
+        products = v * matmat(v)
+        wide = torch.float32 if products.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        yield torch.stack([products[block].sum(0, dtype=wide) for block in blocks], dim=1).cpu().double()

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis.curvature import HessianOperator, NotExactError, as_batches, certify, per_sample_traces
+from fpq_analysis.curvature import (
+    HessianOperator,
+    MixedSamplesError,
+    NotExactError,
+    as_batches,
+    certify,
+    check_samples_apart,
+    per_sample_traces,
+)
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
@@ -34,6 +42,7 @@ MAX_EXACT_CLASSES = 20
 FIRST_LABELS = 4
 FIRST_PROBES = 100
 MAX_DRAWS = 100_000
+ROOT = "(model)"  # the layer's name when the model is a single layer
 PROBES_A_ROUND = 10  # probes that share a gradient graph, and the memory they take
 
 
@@ -114,12 +123,7 @@ def hessian_trace(
     Raises:
         UserError: for a method that does not apply to the model, unknown names, or a result that is not finite.
     """
-    _check_name("method", method, METHODS)
-    check_definition(definition)
-    if tol is not None and tol <= 0:
-        raise UserError(f"tol is {tol}, and must be above zero (0.01 for one per cent).")
-    if min(n_probes, n_labels) < 2:
-        raise UserError("An error needs at least 2 probes (n_probes) and 2 labels a sample (n_labels).")
+    _check_settings(method, definition, tol, n_probes, n_labels)
     where = torch.device(device) if device is not None else model_device(model)
     data = [(x.to(where), y.to(where)) for x, y in as_batches(batches, micro_batch)]
     view = take_view(model, definition).to(where)
@@ -127,59 +131,58 @@ def hessian_trace(
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
 
     function, cross_entropy = _loss(loss)
+    _check_data(view, data, cross_entropy)
     reason = "asked for"
-    if method == "auto":
-        method, reason = _choose(view, data, cross_entropy)
-    if method in ("exact", "sampled"):
-        if not cross_entropy:
-            raise UserError(f"The method '{method}' holds for the cross-entropy loss only; use method='hutchinson'.")
-        # Curvature in a latent weight is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone, piecewise linearly.
-        derivatives = latent_derivatives(model) if definition == "latent" else {}
-        if definition == "latent":
-            view = take_view(model, "dequantized").to(where)
+    estimate: dict[str, Any] | None = None
+    if method in ("auto", "exact", "sampled"):
         try:
-            certify(view, data[0][0], variables(view))
-            draw = _sample_drawer(view, data, {k: d.to(where) for k, d in derivatives.items()}, method, seed)
-            samples, converged = _until(draw, n_labels if method == "sampled" else 1, tol, _label_error)
+            if not cross_entropy:
+                raise NotExactError("the loss is not the cross-entropy")
+            # Curvature in a latent weight is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone and is
+            # piecewise linear.
+            derivatives = latent_derivatives(model) if definition == "latent" else {}
+            plain = take_view(model, "dequantized").to(where) if definition == "latent" else view
+            unchecked = certify(plain, data, variables(plain))
+            if method == "auto":
+                method, reason = _exact_or_sampled(_n_classes(plain, data))
+            estimate = _by_sample(plain, data, derivatives, method, n_labels, tol, seed)
+            for layer in unchecked:
+                if estimate["per_layer"][layer or ROOT] != 0:
+                    raise NotExactError(
+                        f"'{layer}' had no effect on the images the certificate tried, but has on others"
+                    )
         except NotExactError as outside:
-            raise UserError(
-                f"The method '{method}' does not hold for this model: {outside}. Use method='hutchinson', or 'auto'."
-            ) from outside
-        estimate = _estimate(samples, _label_error)
-        per_sample = torch.stack(list(samples.values())).sum(0).mean(0)
-        estimate["per_sample"] = per_sample.numpy()
-        # Each sample's mean over its labels already carries their noise.
-        estimate["sem_data"] = float(per_sample.std()) / math.sqrt(len(per_sample)) if len(per_sample) > 1 else math.nan
-        draws = len(next(iter(samples.values())))
-        n_products = _n_classes(view, data) - 1 if method == "exact" else draws
-    else:
-        draw = _probe_drawer(view, data, function, method, seed)
-        samples, converged = _until(draw, n_probes, tol, _probe_error)
-        estimate = _estimate(samples, _probe_error)
-        if method == "pyhessian":
-            estimate["per_layer"], estimate["per_layer_sem"] = {}, {}
-        n_products = len(next(iter(samples.values())))
+            if method != "auto" and reason == "asked for":
+                raise UserError(
+                    f"The method '{method}' does not hold here: {outside}. Use method='hutchinson', or 'auto'."
+                ) from outside
+            method, reason, estimate = "hutchinson", f"not exact: {outside}", None
+    if estimate is None:
+        estimate = _by_probe(view, data, function, method, n_probes, tol, seed)
     if not math.isfinite(estimate["value"]):
         raise UserError(
             "The trace is not finite: the loss or a derivative overflowed on these data. Check the inputs for NaN and "
             "their normalisation, or measure in float64 (model.double(), inputs.double())."
         )
     return TraceEstimate(
-        **{"sem_data": math.nan, "per_sample": None, **estimate},
+        **estimate,
         method=method,
         reason=reason,
         definition=definition,
         n_data=sum(len(x) for x, _ in data),
-        n_products=n_products,
         seed=seed,
         clipped_fraction=clipped_fraction(model),
-        converged=converged,
     )
 
 
-def _check_name(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"Unknown {what} '{value}'{did_you_mean(value, known)}. Known: {', '.join(known)}.")
+def _check_settings(method: str, definition: str, tol: float | None, n_probes: int, n_labels: int) -> None:
+    if method not in METHODS:
+        raise UserError(f"Unknown method '{method}'{did_you_mean(method, METHODS)}. Known: {', '.join(METHODS)}.")
+    check_definition(definition)
+    if tol is not None and not tol > 0:
+        raise UserError(f"tol is {tol}, and must be above zero (0.01 for one per cent).")
+    if min(n_probes, n_labels) < 2:
+        raise UserError("An error needs at least 2 probes (n_probes) and 2 labels a sample (n_labels).")
 
 
 def _loss(loss: str | Loss) -> tuple[Loss, bool]:
@@ -193,20 +196,69 @@ def _loss(loss: str | Loss) -> tuple[Loss, bool]:
     return loss, loss is F.cross_entropy
 
 
-def _choose(view: nn.Module, data: list[Batch], cross_entropy: bool) -> tuple[str, str]:
-    """`auto`: a method, and why."""
-    if not cross_entropy:
-        return "hutchinson", "the loss is not the cross-entropy"
-    # The latent view is parametrized.  It differs from the plain one by masks, which `latent_derivatives` vouches for.
-    plain = take_view(view, "dequantized")
+def _check_data(view: nn.Module, data: list[Batch], cross_entropy: bool) -> None:
+    """Raise `UserError` where the loss would not be the plain mean over samples that every method assumes."""
     try:
-        certify(plain, data[0][0], variables(plain))
-    except NotExactError as outside:
-        return "hutchinson", f"not exact: {outside}"
-    n_classes = _n_classes(view, data)
+        check_samples_apart(view, data)
+    except MixedSamplesError:
+        raise UserError(
+            "The model's output for one sample depends on the others of its batch, so its loss has no Hessian that is "
+            "a mean over samples. Does it normalise over the batch, outside of a BatchNorm in eval mode?"
+        ) from None
+    if not cross_entropy:
+        return
+    with torch.no_grad():
+        logits = view(data[0][0][:1])
+    n_classes = logits.shape[1] if isinstance(logits, Tensor) and logits.ndim > 1 else 0
+    for _, y in data:
+        if y.is_floating_point() or y.ndim != logits.ndim - 1 or int(y.min()) < 0 or int(y.max()) >= n_classes:
+            raise UserError(
+                f"Cross-entropy here wants whole-number targets from 0 to C - 1 (C = {n_classes} outputs), one a "
+                "sample. For soft or ignored targets give the loss as a function, loss=lambda outputs, targets: ..., "
+                "that is a mean over the samples."
+            )
+
+
+def _exact_or_sampled(n_classes: int) -> tuple[str, str]:
     if n_classes > MAX_EXACT_CLASSES:
         return "sampled", f"{n_classes} classes: drawn labels are cheaper than the exact sum"
     return "exact", "the certificate holds: piecewise linear in every parameter"
+
+
+def _by_sample(
+    view: nn.Module,
+    data: list[Batch],
+    derivatives: dict[str, Tensor],
+    method: str,
+    n_labels: int,
+    tol: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The exact sum over classes, or drawn labels: both see each sample alone."""
+    draw = _sample_drawer(view, data, {k: d.to(data[0][0].device) for k, d in derivatives.items()}, method, seed)
+    samples, converged = _until(draw, n_labels if method == "sampled" else 1, tol, _label_error)
+    per_sample = torch.stack(list(samples.values())).sum(0).mean(0)
+    n = len(per_sample)
+    return {
+        **_estimate(samples, _label_error),
+        "per_sample": per_sample.numpy(),
+        # Each sample's mean over its labels already carries their noise.
+        "sem_data": float(per_sample.std()) / math.sqrt(n) if n > 1 else math.nan,
+        "n_products": _n_classes(view, data) - 1 if method == "exact" else len(next(iter(samples.values()))),
+        "converged": converged,
+    }
+
+
+def _by_probe(
+    view: nn.Module, data: list[Batch], loss: Loss, method: str, n_probes: int, tol: float | None, seed: int
+) -> dict[str, Any]:
+    """Random vectors: Hutchinson, ours or PyHessian's."""
+    samples, converged = _until(_probe_drawer(view, data, loss, method, seed), n_probes, tol, _probe_error)
+    estimate = _estimate(samples, _probe_error)
+    if method == "pyhessian":
+        estimate["per_layer"], estimate["per_layer_sem"] = {}, {}
+    n_products = len(next(iter(samples.values())))
+    return {**estimate, "per_sample": None, "sem_data": math.nan, "n_products": n_products, "converged": converged}
 
 
 @torch.no_grad()
@@ -241,7 +293,7 @@ def _until(
 def _estimate(samples: Samples, error: Callable[[Tensor], float]) -> dict[str, Any]:
     layers: Samples = {}
     for name, draws in samples.items():
-        layer = name.rpartition(".")[0] or "(model)"
+        layer = name.rpartition(".")[0] or ROOT
         layers[layer] = layers[layer] + draws if layer in layers else draws
     total = torch.stack(list(samples.values())).sum(0)
     return {
@@ -295,7 +347,7 @@ def _probe_drawer(view: nn.Module, data: list[Batch], loss: Loss, method: str, s
         parts = hutchinson(
             operator.matmat, operator.size, blocks, rounds=rounds, generator=generator, dtype=operator.dtype
         )
-        columns = torch.cat(list(parts)).cpu().unbind(1)
+        columns = torch.cat(list(parts)).unbind(1)
         return dict(zip(names, columns, strict=True))
 
     return draw
@@ -306,6 +358,9 @@ class HessianTrace:
     """The probe: `hessian_trace` on a checkpoint.
 
     Attributes: see `hessian_trace`.
+
+    Raises:
+        UserError: for settings that `hessian_trace` would refuse.
     """
 
     definition: str = "dequantized"
@@ -315,6 +370,10 @@ class HessianTrace:
     n_labels: int = FIRST_LABELS
 
     name = "hessian_trace"
+    version = 1  # part of a record's key: raise it when the numbers change
+
+    def __post_init__(self) -> None:
+        _check_settings(self.method, self.definition, self.tol, self.n_probes, self.n_labels)
 
     def __call__(self, point: Point) -> Rows:
         """Rows: the trace of every layer, the clipped fraction, and last the total."""

@@ -19,7 +19,8 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers.lsq import LSQ
 from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
 
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)
 INPUT_QUANTIZER = "input_quantizer"
 
 
@@ -38,6 +39,8 @@ def quantize(model: nn.Module, spec: QuantSpec) -> nn.Module:
     layers = [m for m in model.modules() if isinstance(m, QUANTIZABLE)]
     if not layers:
         raise UserError("The model has no convolution or linear layer, so there is nothing to quantize.")
+    if len({id(layer.weight) for layer in layers}) < len(layers):
+        raise UserError("Two layers share one weight, which would be quantized twice; give each its own.")
     for layer in layers:
         on_edge = layer is layers[0] or layer is layers[-1]
         weight_bits, act_bits = (
@@ -62,6 +65,9 @@ def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
     """Set the step sizes of all inputs in one forward pass over `images`, in eval mode; the mode is restored.
 
     Each input is observed behind layers that are quantized already, so it sees the values it will work on.
+
+    Raises:
+        UserError: if a quantized layer does not run in the forward pass.
     """
     inputs = [q for _, q, is_weight in quantizers(model) if not is_weight]
     modes = {module: module.training for module in model.modules()}
@@ -75,6 +81,12 @@ def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
             quantizer.observing = None
         for module, mode in modes.items():
             module.training = mode
+    missed = [name for name, quantizer, is_weight in quantizers(model) if not is_weight and quantizer.step_size.isnan()]
+    if missed:
+        raise UserError(
+            f"The calibration images did not reach {len(missed)} layers (first: '{missed[0]}'), so their inputs have "
+            "no scale. Layers that the forward pass leaves out, such as auxiliary heads, cannot be quantized."
+        )
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, LSQ, bool]]:

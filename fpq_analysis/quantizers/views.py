@@ -73,7 +73,7 @@ def variables(model: nn.Module) -> dict[str, Tensor]:
     """
     own = {id(p) for _, quantizer, _ in quantizers(model) for p in quantizer.parameters()}
     return {
-        name.replace(".parametrizations.weight.original", ".weight"): p
+        name.replace("parametrizations.weight.original", "weight"): p
         for name, p in model.named_parameters()
         if p.requires_grad and id(p) not in own
     }
@@ -96,5 +96,5 @@ def latent_derivatives(model: nn.Module) -> dict[str, Tensor]:
                 )
             w = latent_weight(layers[name]).detach().requires_grad_()
             with torch.enable_grad():
-                (masks[f"{name}.weight"],) = torch.autograd.grad(quantizer(w).sum(), w)
+                (masks[f"{name}.weight".lstrip(".")],) = torch.autograd.grad(quantizer(w).sum(), w)
     return masks

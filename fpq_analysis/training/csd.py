@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.quantizers.apply import CONVOLUTIONS
 from fpq_analysis.quantizers.fake_quantize import refuse_second_derivative
 
 EPS = 1e-5
@@ -64,10 +65,10 @@ def csd_loss(student: list[Tensor], teacher: list[Tensor], reduction: str = "mea
 
 
 class Features:
-    """Context manager that keeps the output of every `nn.Conv2d` of the last forward pass, in order of names."""
+    """Context manager that keeps the output of every convolution of the last forward pass, in order of names."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
         self.outputs: dict[str, Tensor] = {}
         self.handles: list[Any] = []
 
@@ -97,6 +98,8 @@ class Features:
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raise `UserError` unless both have convolutions under the same names."""
+    if not Features(student).layers:
+        raise UserError("The model has no convolution, so there are no features to distil; use --csd-weight 0.")
     ours, theirs = (set(Features(model).layers) for model in (student, teacher))
     if ours != theirs:
         raise UserError(

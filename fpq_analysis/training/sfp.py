@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.quantizers import LSQ, quantizers
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from fpq_analysis.quantizers.apply import CONVOLUTIONS
 
 
 class StochasticFeaturePerturbation:
