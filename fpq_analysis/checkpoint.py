@@ -136,8 +136,8 @@ def load_tensors(path: Path) -> Any:
                 "run. If you trust its maker, save its state_dict() alone and use that."
             ) from error
         raise UserError(
-            f"'{path}' cannot be read: it is cut short or damaged ({type(error).__name__}). Copy it again, or train "
-            "that epoch again with --resume."
+            f"'{path}' cannot be read: it is cut short or damaged ({type(error).__name__}). Copy it again "
+            "from its source, or train the run anew with --overwrite."
         ) from error
 
 
@@ -154,8 +154,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     recorded = read_manifest(path.parent).get(path.name)
     if recorded is not None and recorded != digest:
         raise UserError(
-            f"'{path}' is damaged: its SHA-256 is not the one recorded when it was written. Copy it again, or train "
-            "that epoch again with --resume."
+            f"'{path}' is damaged: its SHA-256 is not the one recorded when it was written. Copy it again "
+            "from its source, or train the run anew with --overwrite."
         )
     content = load_tensors(path)
     fields = [f for f in Checkpoint.__dataclass_fields__ if f != "sha256"]

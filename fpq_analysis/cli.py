@@ -198,29 +198,29 @@ def hessian(
         raise UserError(f"Unknown engine '{engine}'. Known: builtin, pyhessian.")
     if engine == "pyhessian" and method != "auto":
         raise UserError("PyHessian knows one method, Hutchinson's; leave --method out with --engine pyhessian.")
-    if n_data < 2:
-        raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
     probe = HessianTrace(definition, "pyhessian" if engine == "pyhessian" else method, tol, n_probes, n_labels)
-    options: dict[str, Any] = {"n_data": n_data, "seed": seed, "overwrite": overwrite}
-    plan = measurement.plan(ckpt_dir, probe, **options)
-    _say(f"{plan.n_done} done, {len(plan.jobs)} to do" + (f", {len(plan.faults)} unreadable" if plan.faults else ""))
-    options |= {"device": device, "data_root": data_root, "model": model}
+    todo = measurement.plan(ckpt_dir, probe, n_data=n_data, seed=seed, overwrite=overwrite)
+    _say(f"{len(todo.done)} done, {len(todo.jobs)} to do" + (f", {len(todo.faults)} unreadable" if todo.faults else ""))
+    where: dict[str, Any] = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
     if dry_run:
-        _print_forecast(
-            measurement.forecast(plan, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
-        )
+        _print_forecast(measurement.forecast(todo, probe, **where))
         return
-    faults: list[tuple[Path, UserError]] = []
-    frame = measurement.measure(ckpt_dir, probe, on_fault=lambda path, fault: faults.append((path, fault)), **options)
+    faults: list[UserError] = []
+    frame = measurement.carry_out(todo, probe, on_fault=lambda path, fault: faults.append(fault), **where)
     if json:
         _print_json(frame)
     else:
         _print_traces(frame)
     _draw_figure5(frame, figures)
-    for _, fault in faults:
+    for fault in faults:
         _fail(fault)
     if faults:
-        _say(f"{len(faults)} of {len(plan.jobs) + plan.n_done + len(plan.faults)} checkpoints could not be measured.")
+        total = len(todo.jobs) + len(todo.done) + len(todo.faults)
+        _say(f"{len(faults)} of {total} checkpoints could not be measured.")
+    unreached = int((frame["status"] == "tolerance not reached").sum())
+    if unreached:
+        _say(f"{unreached} measurements did not reach --tol {tol}; their errors stand beside them.")
+    if faults or unreached:
         raise typer.Exit(1)
 
 
@@ -249,12 +249,11 @@ def demo(
 
 def _draw_figure5(frame: pd.DataFrame, folder: Path) -> None:
     from fpq_analysis.plots import caption5, figure5, save
+    from fpq_analysis.plots.figure5 import totals
 
-    try:
-        figure = figure5(frame)
-    except ValueError:
+    if totals(frame).empty:
         return
-    written = save(figure, folder / "figure5", caption5(frame))
+    written = save(figure5(frame), folder / "figure5", caption5(frame))
     _say("Figure 5: " + ", ".join(str(path) for path in written))
 
 
@@ -297,7 +296,10 @@ def _print_traces(frame: pd.DataFrame) -> None:
             table.add_row(row["run"], str(row["epoch"]), _number(row["value"], 4), _number(1.96 * error, 2), share, how)
         table.add_section()
     Console(width=None if sys.stdout.isatty() else max(80, _columns())).print(table)
-    print("± 95 %: over the images measured on, not over training runs.")
+    if rows["sem_data"].notna().any():
+        print("± 95 %: over the images measured on, not over training runs.")
+    if rows["sem_data"].isna().any():
+        print("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
     print("Clipped: share of the weights outside their quantizer's grid.")
     differences = against_baseline(rows)
     if differences:

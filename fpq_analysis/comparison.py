@@ -56,7 +56,7 @@ def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Differ
     Args:
         totals: whole-network traces with their `samples`, see `plots.figure5.totals`.
     """
-    same = ["model", "dataset", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
+    same = ["model", "data", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
     rows = totals[totals["samples"].notna() & (totals["bits"] != "FP")]
     found = []
     for _, group in rows.groupby(same, sort=False):

@@ -81,30 +81,30 @@ class Dataset:
 
 
 def load_dataset(
-    name: str, root: str | Path | None = None, *, download: bool = False, image_size: int | None = None, seed: int = 0
+    name: str, root: str | Path | None = None, *, download: bool = False, image_size: int | None = None
 ) -> Dataset:
     """Load a data set by name.
 
     Args:
         name: `digits` (1,797 real 8x8 digits that come with scikit-learn), `cifar10`, `cifar100` (torchvision), or
             `imagefolder` (`root/train/<class>/*` and `root/test/<class>/*`, or one tree `root/<class>/*`, of which a
-            seeded fifth of every class becomes the test split).
+            fixed fifth of every class becomes the test split; it does not depend on the seed of a run, so that teacher
+            and students never see each other's test images).
         root: folder of the files; not used for `digits`.
         download: let torchvision fetch CIFAR into `root`.
         image_size: side to which `imagefolder` images are resized; without it they must all have one size.
-        seed: of the train/test split where the data set has none of its own.
 
     Raises:
         UserError: if the name is unknown or the files are not there; the message says what to run.
     """
     if name == "digits":
-        return _digits(seed)
+        return _digits()
     if name in ("cifar10", "cifar100"):
         return _cifar(name, Path(root or "data"), download)
     if name == "imagefolder":
         if root is None:
             raise UserError("The data set 'imagefolder' needs its folder: --data-root DIR")
-        return _imagefolder(Path(root), image_size, seed)
+        return _imagefolder(Path(root), image_size)
     raise UserError(f"Unknown data set '{name}'{did_you_mean(name, DATASETS)}. Known: {', '.join(DATASETS)}.")
 
 
@@ -126,9 +126,9 @@ def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...], fli
     return Dataset(name, train, test, classes, mean, std, flip)
 
 
-def _split_by_class(images: Tensor, labels: Tensor, seed: int) -> tuple[Split, Split]:
-    """A fifth of every class to the test split, chosen by `seed`."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+def _split_by_class(images: Tensor, labels: Tensor) -> tuple[Split, Split]:
+    """A fifth of every class, the same every time, to the test split."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = order[labels[order] == label]
@@ -136,13 +136,13 @@ def _split_by_class(images: Tensor, labels: Tensor, seed: int) -> tuple[Split, S
     return Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
 
 
-def _digits(seed: int) -> Dataset:
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     # Pixel values are 0..16; the full byte range keeps one convention for every data set.
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    train, test = _split_by_class(images, torch.from_numpy(digits.target).long(), seed)
+    train, test = _split_by_class(images, torch.from_numpy(digits.target).long())
     return _dataset("digits", train, test, tuple("0123456789"), flip=False)
 
 
@@ -168,7 +168,7 @@ def _cifar(name: str, root: Path, download: bool) -> Dataset:
     return _dataset(name, train, test, tuple(parts[0].classes), flip=True)
 
 
-def _imagefolder(root: Path, image_size: int | None, seed: int) -> Dataset:
+def _imagefolder(root: Path, image_size: int | None) -> Dataset:
     if not root.is_dir():
         raise UserError(f"No folder '{root}'. --data-root wants train/<class>/* and test/<class>/*, or <class>/*.")
     if (root / "train").is_dir():
@@ -183,7 +183,7 @@ def _imagefolder(root: Path, image_size: int | None, seed: int) -> Dataset:
             raise UserError(f"train/ and test/ of '{root}' have images of different size. Give --image-size N.")
     else:
         whole, classes = _read_tree(root, image_size)
-        train, test = _split_by_class(whole.images, whole.labels, seed)
+        train, test = _split_by_class(whole.images, whole.labels)
     return _dataset("imagefolder", train, test, classes, flip=True)
 
 

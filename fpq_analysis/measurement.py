@@ -20,13 +20,13 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.probes import Point, Probe
 from fpq_analysis.progress import Progress
 
-# Images a forecast measures before it extrapolates; as many as fill one micro-batch.
+# A forecast measures so many images and twice as many: what does not grow with them, the certificate, is told apart.
 FORECAST_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement that is still to do."""
+    """One measurement of one checkpoint."""
 
     run: Path
     path: Path
@@ -38,13 +38,15 @@ class Plan:
     """What `measure` would do.
 
     Attributes:
+        root: the folder it was asked for.
         jobs: to do, in order.
-        n_done: measured already.
+        done: keys of these settings that are measured already.
         faults: files that cannot be measured, with the reason.
     """
 
+    root: Path
     jobs: list[Job]
-    n_done: int
+    done: set[str]
     faults: list[tuple[Path, UserError]]
 
 
@@ -55,23 +57,28 @@ def plan(ckpt_dir: str | Path, probe: Probe, *, n_data: int = 1024, seed: int = 
     """List the measurements of `probe` on every checkpoint at or below `ckpt_dir`.
 
     Raises:
-        UserError: if there is no checkpoint.
+        UserError: if there is no checkpoint, or `n_data` is too small for an error over the data.
     """
-    settings = {**asdict(probe), "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
-    jobs, n_done, faults = [], 0, []
-    for run in find_runs(ckpt_dir):
+    if n_data < 2:
+        raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
+    root = Path(ckpt_dir)
+    settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
+    todo = Plan(root, [], set(), [])
+    for run in find_runs(root):
         finished = set() if overwrite else records.done(run, probe.name)
         for path in checkpoints(run).values():
             try:
-                key = records.measurement_key(read_checkpoint(path).sha256, probe.name, settings)
+                content = read_checkpoint(path)
             except UserError as fault:
-                faults.append((path, fault))
+                todo.faults.append((path, fault))
                 continue
+            about = {**settings, "data": content.data["fingerprint"]}
+            key = records.measurement_key(content.sha256, probe.name, about)
             if key in finished:
-                n_done += 1
+                todo.done.add(key)
             else:
-                jobs.append(Job(run, path, key))
-    return Plan(jobs, n_done, faults)
+                todo.jobs.append(Job(run, path, key))
+    return todo
 
 
 def measure(
@@ -80,12 +87,10 @@ def measure(
     *,
     n_data: int = 1024,
     seed: int = 0,
+    overwrite: bool = False,
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
-    overwrite: bool = False,
-    on_fault: Fault | None = None,
-    show_progress: bool = True,
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
 
@@ -94,28 +99,48 @@ def measure(
     Args:
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
-        on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
 
     Returns:
-        The records of this probe on these runs, old and new (columns: `records.COLUMNS`).
+        The records of this probe with these settings on the checkpoints that are there now, old and new (columns:
+        `records.COLUMNS`).
 
     Raises:
-        UserError: if there is no checkpoint, the data are missing, or (without `on_fault`) a checkpoint is at fault.
+        UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
     todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, overwrite=overwrite)
+    return carry_out(todo, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
+
+
+def carry_out(
+    todo: Plan,
+    probe: Probe,
+    *,
+    n_data: int,
+    seed: int,
+    device: str = "auto",
+    data_root: str | None = None,
+    model: str | None = None,
+    on_fault: Fault | None = None,
+) -> pd.DataFrame:
+    """Do what `plan` listed; see `measure`.
+
+    Args:
+        on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
+    """
     report = on_fault or _raise
     for path, fault in todo.faults:
         report(path, fault)
-    where = pick_device(device)
-    sample = _Sampler(n_data, seed, data_root, where)
-    with Progress(len(todo.jobs), probe.name, show=show_progress) as progress:
+    sample = _Sampler(n_data, seed, data_root, pick_device(device))
+    keys = set(todo.done)
+    with Progress(len(todo.jobs), probe.name) as progress:
         for job in todo.jobs:
             try:
                 measure_one(job, probe, sample, seed=seed, model=model)
+                keys.add(job.key)
             except UserError as fault:
                 report(job.path, fault)
             progress.advance()
-    return records.read(find_runs(ckpt_dir), probe.name)
+    return records.read(todo.root, find_runs(todo.root), probe.name, keys)
 
 
 def forecast(
@@ -134,17 +159,21 @@ def forecast(
         A row a run: run, checkpoints to do, seconds for all of them, and peak memory of this process so far in MB.
     """
     few = min(n_data, FORECAST_IMAGES)
-    sample = _Sampler(few, seed, data_root, pick_device(device))
+    samples = [_Sampler(n, seed, data_root, pick_device(device)) for n in (few, few, 2 * few)]  # the first warms up
     rows = []
     for run in sorted({job.run for job in todo.jobs}):
         jobs = [job for job in todo.jobs if job.run == run]
         content = read_checkpoint(jobs[0].path)
-        net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batch = sample(content)
-        start = time.perf_counter()
-        probe(Point(net, batch, seed=seed))
-        seconds = (time.perf_counter() - start) * n_data / few * len(jobs)
-        rows.append({"run": run.name, "to do": len(jobs), "seconds": seconds, "peak MB": _peak_memory()})
+        net = content.build(model).to(samples[0].device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        times = []
+        for sample in samples:
+            batch = sample(content)
+            start = time.perf_counter()
+            probe(Point(net, batch, seed=seed))
+            times.append(time.perf_counter() - start)
+        slope = max(0.0, (times[2] - times[1]) / few)
+        seconds = (times[1] + slope * (n_data - few)) * len(jobs)
+        rows.append((records.run_name(todo.root, run), len(jobs), seconds, _peak_memory()))
     return pd.DataFrame(rows, columns=["run", "to do", "seconds", "peak MB"])
 
 
@@ -166,7 +195,7 @@ def measure_one(job: Job, probe: Probe, sample: _Sampler, *, seed: int, model: s
     net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = probe(Point(net, sample(content), seed=seed))
     common = {
-        **describe(job.run, content),
+        **describe(content),
         "checkpoint": content.sha256,
         "probe": probe.name,
         "seed": seed,
@@ -176,16 +205,16 @@ def measure_one(job: Job, probe: Probe, sample: _Sampler, *, seed: int, model: s
     records.append(job.run, probe.name, [{**row, **common} for row in rows])
 
 
-def describe(run: Path, content: Checkpoint) -> dict[str, Any]:
+def describe(content: Checkpoint) -> dict[str, Any]:
     """The columns that say which checkpoint a row is about."""
     quant = content.quant
     return {
-        "run": run.name,
         "method": content.run["method"],
         "model": content.model["name"],
         "dataset": content.data["name"],
         "bits": f"W{quant['weight_bits']}A{quant['act_bits']}" if quant else "FP",
         "train_seed": content.run["seed"],
+        "data": content.data["fingerprint"],
         "epoch": content.epoch,
     }
 
@@ -206,11 +235,10 @@ class _Sampler:
 
     def __call__(self, content: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
         config = content.run
-        # The split seed matters only where the data set has no test split of its own.
         root = self.data_root or config["data_root"]
-        key = (config["data"], root, config["image_size"], config["seed"])
+        key = (config["data"], root, config["image_size"])
         if key not in self._cache:
-            data = load_dataset(config["data"], root, image_size=config["image_size"], seed=config["seed"])
+            data = load_dataset(config["data"], root, image_size=config["image_size"])
             images, labels = training_sample(data, self.n_data, self.seed)
             self._cache[key] = data, (images.to(self.device), labels.to(self.device))
         data, batch = self._cache[key]

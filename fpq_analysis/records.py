@@ -19,10 +19,11 @@ from fpq_analysis.files import append_jsonl, read_jsonl
 
 # Columns, in order, of every table of records.
 COLUMNS = {
-    "run": "folder name of the run",
+    "run": "the run's folder, as seen from the folder asked for (known when reading, not stored)",
     "method": "training method",
     "model": "network",
     "dataset": "data it was trained and measured on",
+    "data": "fingerprint of these data: equal only if every image is",
     "bits": "WxAy, or FP",
     "train_seed": "seed of the training run",
     "epoch": "finished epochs; 0 is before training",
@@ -38,7 +39,7 @@ COLUMNS = {
     "n_data": "samples",
     "n_products": "backward passes or Hessian-vector products over them",
     "seed": "of the sample and of the probes",
-    "key": "hash of checkpoint, probe, settings and data: what makes two measurements the same",
+    "key": "hash of checkpoint, probe, its version and settings, and data: what makes two measurements the same",
     "status": "ok, or what is wrong",
     "seconds": "time of the whole measurement",
     "samples": "the value for each sample alone, in the order of the draw, for paired comparisons; None if unknown",
@@ -79,21 +80,31 @@ def done(run: Path, probe: str) -> set[str]:
     }
 
 
-def read(runs: Path | Iterable[Path], probe: str) -> pd.DataFrame:
+def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = None) -> pd.DataFrame:
     """All complete measurements of one probe on the given runs; of repeated ones the newest.
+
+    Args:
+        root: folder from which runs are named.
+        keys: only these measurements; None for all.
 
     Returns:
         A table with the columns of `COLUMNS`, by run and epoch; empty if nothing was measured.
     """
     rows: list[dict[str, Any]] = []
-    for run in [runs] if isinstance(runs, Path) else runs:
-        complete = done(run, probe)
-        rows += [row for row in read_jsonl(_file(run, probe)) if row.get("key") in complete]
+    for run in runs:
+        wanted = done(run, probe) if keys is None else done(run, probe) & keys
+        name = run_name(root, run)
+        rows += [{**row, "run": name} for row in read_jsonl(_file(run, probe)) if row.get("key") in wanted]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in ("value", "sem", "sem_data", "seconds"):
         frame[column] = frame[column].astype(float)
     frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
+
+
+def run_name(root: Path, run: Path) -> str:
+    """`run` as seen from `root`; its own name if it is the root."""
+    return run.resolve().name if run.resolve() == root.resolve() else str(run.resolve().relative_to(root.resolve()))
 
 
 def _file(run: Path, probe: str) -> Path:

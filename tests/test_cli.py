@@ -53,7 +53,7 @@ def test_train_then_hessian(tmp_path, monkeypatch):
 def test_hessian_measures_once(runs, tmp_path):
     arguments = ["hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path / "figures"]
     assert "0 done, 9 to do" in call(*arguments).stderr
-    first = records.read(sorted(runs.iterdir()), "hessian_trace")
+    first = records.read(runs, sorted(runs.iterdir()), "hessian_trace")
     result = call(*arguments, "--json")
     assert "9 done, 0 to do" in result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
@@ -82,7 +82,7 @@ def test_pyhessian_engine(runs, tmp_path):
     arguments = ["hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path]
     call(*arguments)
     call(*arguments, "--engine", "pyhessian", "--n-probes", 60)
-    frame = records.read(runs / "fp", "hessian_trace")
+    frame = records.read(runs, [runs / "fp"], "hessian_trace")
     totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]
     for _, pair in totals.groupby("epoch"):
         exact, theirs = (pair[pair["estimator"] == how].iloc[0] for how in ("exact", "pyhessian"))
@@ -125,6 +125,7 @@ def test_a_malicious_checkpoint_among_good_ones(runs, tmp_path):
         (["hessian", "--ckpt-dir", "."], "holds no checkpoints"),
         (["hessian", "--engine", "pyhesian"], "Unknown engine"),
         (["hessian", "--n-data", "1"], "at least 2 images"),
+        (["hessian", "--method", "exakt"], "did you mean 'exact'"),
         (["train", "--method", "lsq", "--bits", "W0A4", "--init", "x"], "0-bit weights"),
         (["train", "--method", "sfp"], "Unknown method 'sfp'"),
         (["train", "--data", "imagefolder", "--data-root", "nowhere"], "No folder 'nowhere'"),

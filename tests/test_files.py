@@ -46,7 +46,9 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, {resource.RLIM_INFINITY}))
 save_checkpoint(pathlib.Path({str(run)!r}), {{"epoch": 2, "state_dict": {{"w": torch.zeros(10000)}}}})
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode != 0
+    child = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert child.returncode != 0
+    assert "File too large" in child.stderr
     assert read_checkpoint(run / "epoch_0002.pt").sha256 == before
     assert not [name for name in os.listdir(run) if name.endswith(".part")]
 

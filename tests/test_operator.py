@@ -93,23 +93,6 @@ def test_hutchinson_on_a_known_matrix():
     for column, block in enumerate(blocks):
         error = float(samples[:, column].std()) / math.sqrt(len(samples))
         assert abs(float(samples[:, column].mean() - a.diagonal()[block].sum())) < 4 * error
-    # The same seed gives the same probes, whatever the rounds.
-    again = [
-        torch.cat(
-            list(
-                hutchinson(
-                    lambda v: a @ v,
-                    40,
-                    blocks,
-                    rounds=[5, 5],
-                    generator=torch.Generator().manual_seed(1),
-                    dtype=a.dtype,
-                )
-            )
-        )
-        for _ in range(2)
-    ]
-    assert torch.equal(again[0], again[1])
 
 
 def test_hutchinson_interval_covers_the_dense_trace():

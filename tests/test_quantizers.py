@@ -214,3 +214,7 @@ def test_quantizing_twice_or_nothing():
         quantize(quantize(tiny(), QuantSpec.parse("W4A4")), QuantSpec.parse("W4A4"))
     with pytest.raises(UserError, match="nothing to quantize"):
         quantize(nn.ReLU(), QuantSpec.parse("W4A4"))
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(UserError, match="share one weight"):
+        quantize(tied, QuantSpec.parse("W4A4"))

@@ -17,7 +17,8 @@ from fpq_analysis.plots.figure5 import totals
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
     return {
-        "run": run, "method": method, "model": "resnet20", "dataset": "digits", "bits": bits, "train_seed": 0,
+        "run": run, "method": method, "model": "resnet20", "dataset": "digits", "data": "f", "bits": bits,
+        "train_seed": 0,
         "epoch": epoch, "checkpoint": "c", "probe": "hessian_trace", "definition": "dequantized", "estimator": "exact",
         "layer": "all", "quantity": "trace", "value": value, "sem": 0.0, "sem_data": 1.0, "n_data": 4, "n_products": 9,
         "seed": 0, "key": f"{run}{epoch}", "status": "ok", "seconds": 1.0, "samples": [value] * 4, **other,
@@ -41,22 +42,26 @@ def test_append_read_resume(tmp_path):
     run = tmp_path / "run"
     records.append(run, "hessian_trace", [row(layer="0"), row(layer="all")])
     records.append(run, "hessian_trace", [row(epoch=1, layer="0")])  # cut off before its total
-    frame = records.read(run, "hessian_trace")
+    frame = records.read(tmp_path, [run], "hessian_trace")
     assert list(frame.columns) == list(records.COLUMNS)
     assert list(frame["layer"]) == ["0", "all"]
     assert records.done(run, "hessian_trace") == {"lsq-w4a40"}
     records.append(run, "hessian_trace", [row(layer="0", value=3.0), row(layer="all", value=3.0)])
-    assert list(records.read(run, "hessian_trace")["value"]) == [3.0, 3.0]  # the newest counts
-    assert records.read(tmp_path / "nothing", "hessian_trace").empty
+    assert list(records.read(tmp_path, [run], "hessian_trace")["value"]) == [3.0, 3.0]  # the newest counts
+    assert records.read(tmp_path, [tmp_path / "nothing"], "hessian_trace").empty
+    assert records.read(tmp_path, [run], "hessian_trace", keys=set()).empty
+    assert set(frame["run"]) == {"run"}
+    assert set(records.read(run, [run], "hessian_trace")["run"]) == {"run"}
+    assert set(records.read(tmp_path.parent, [run], "hessian_trace")["run"]) == {f"{tmp_path.name}/run"}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_none_says_so(tmp_path, value):
     records.append(tmp_path, "p", [row(value=value, sem_data=math.nan)])
-    (found,) = records.read(tmp_path, "p").to_dict("records")
+    (found,) = records.read(tmp_path, [tmp_path], "p").to_dict("records")
     assert math.isnan(found["value"])
     assert "not finite" in found["status"]
-    assert totals(records.read(tmp_path, "p")).empty
+    assert totals(records.read(tmp_path, [tmp_path], "p")).empty
 
 
 def test_keys_differ_where_anything_differs():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,18 +132,22 @@ def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
 
 def test_a_kill_between_any_two_writes_is_made_good(tiny_runs, tmp_path, monkeypatch):
     """Every write of an epoch fails once, in turn; the resumed run ends the same."""
-    from fpq_analysis.training import loop
+    from fpq_analysis.training import folder
 
     config = TrainConfig(
         model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(tiny_runs / "fp"), epochs=2, batch_size=256
     )
     train(config, tmp_path / "whole", device="cpu", log=quiet)
     truth = [read_checkpoint(p).sha256 for p in checkpoints(tmp_path / "whole").values()]
-    places = [("ckpt", "save_checkpoint"), (None, "append_jsonl"), (None, "atomic_write"), (None, "write_json")]
-    for where, name in places:
+    places = [
+        (folder.ckpt, "save_checkpoint"),
+        (folder, "append_jsonl"),
+        (folder, "atomic_write"),
+        (folder, "write_json"),
+    ]
+    for owner, name in places:
         for nth in (1, 2):
             run = tmp_path / f"{name}-{nth}"
-            owner = loop.ckpt if where else loop
             original, calls = getattr(owner, name), []
 
             def dying(*args, original=original, calls=calls, nth=nth, **kwargs):
@@ -169,6 +174,97 @@ def test_resuming_with_other_settings_is_refused(tiny_runs):
         train(TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32), tiny_runs / "fp", resume=True)
     with pytest.raises(UserError, match="--resume"):
         train(TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32, lr=0.1), tiny_runs / "fp")
+
+
+def test_resume_never_throws_a_run_away(tiny_runs, tmp_path):
+    """Without the optimiser's state it cannot go on; it used to start anew, over everything."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_runs / "fp", run)
+    (run / "epoch_0002.pt").unlink()
+    config = TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32, lr=0.1)
+    with pytest.raises(UserError, match="cannot go on"):
+        train(config, run, device="cpu", resume=True, log=quiet)
+    assert list(checkpoints(run)) == [0, 1]
+
+
+def test_overwrite_checks_before_it_destroys(tiny_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_runs / "lsq-w4a4", run)
+    (run / "records").mkdir()
+    common = {"model": "tests.nets:tiny", "method": "lsq", "bits": "W4A4", "epochs": 1}
+    with pytest.raises(UserError, match="No run"):
+        train(TrainConfig(init="typo", **common), run, device="cpu", overwrite=True)
+    assert list(checkpoints(run)) == [0, 1, 2]
+    train(TrainConfig(init=str(tiny_runs / "fp"), **common), run, device="cpu", overwrite=True, log=quiet)
+    assert list(checkpoints(run)) == [0, 1]
+    assert not (run / "records").exists()
+
+
+def test_the_teacher_must_be_finished_and_the_same(tiny_runs, tmp_path):
+    teacher = tmp_path / "fp"
+    shutil.copytree(tiny_runs / "fp", teacher)
+    config = TrainConfig(model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(teacher), epochs=2)
+    train(config, tmp_path / "run", device="cpu", log=quiet)
+    # As if killed in the second epoch, with the teacher exchanged since.
+    (tmp_path / "run" / "epoch_0002.pt").unlink()
+    torch.save({"epoch": 1, "optimizer": {}}, tmp_path / "run" / "resume.pt")
+    again = TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32, lr=0.2)
+    train(again, teacher, device="cpu", overwrite=True, log=quiet)
+    with pytest.raises(UserError, match="another teacher"):
+        train(config, tmp_path / "run", device="cpu", resume=True, log=quiet)
+    (teacher / "epoch_0002.pt").unlink()
+    with pytest.raises(UserError, match="epoch 1 of 2"):
+        train(config, tmp_path / "new", device="cpu", log=quiet)
+
+
+def test_seeds_share_one_split(tiny_runs, tmp_path):
+    """The test images of a student are never among its teacher's training images, whatever the seeds."""
+    config = TrainConfig(
+        model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(tiny_runs / "fp"), epochs=1, seed=7
+    )
+    train(config, tmp_path / "run", device="cpu", log=quiet)
+    a, b = (read_checkpoint(run / "epoch_0000.pt").data for run in (tiny_runs / "fp", tmp_path / "run"))
+    assert a["fingerprint"] == b["fingerprint"]
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    """The loss is seen before the step, so the last step's damage shows in the weights only."""
+    from fpq_analysis.training import loop
+
+    original = loop.make_optimizer
+
+    def poisoned(config, model):
+        optimizer = original(config, model)
+        step = optimizer.step
+        counter = []
+
+        def last(*args, **kwargs):
+            step(*args, **kwargs)
+            counter.append(1)
+            if len(counter) == 5:  # 1,438 images in batches of 256
+                optimizer.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+        optimizer.step = last
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", poisoned)
+    with pytest.raises(UserError, match="weights became"):
+        train(TrainConfig(model="tests.nets:tiny", epochs=2), tmp_path / "run", device="cpu", log=quiet)
+    assert list(checkpoints(tmp_path / "run")) == [0]
+
+
+def test_a_layer_that_does_not_run_cannot_be_calibrated():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.extra = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.main(x)
+
+    model = quantize(Auxiliary(), QuantSpec.parse("W4A4"))
+    with pytest.raises(UserError, match="'extra'"):
+        calibrate(model, torch.randn(5, 4), "mse")
 
 
 def test_a_folder_that_is_no_run_is_not_touched(tmp_path):

@@ -29,6 +29,7 @@ class Probe(Protocol):
     """A measurement: a frozen dataclass of settings, called on a `Point`, gives rows (columns: `records.py`)."""
 
     name: str
+    version: int  # raised when the numbers change, so that old records do not count as done
 
     def __call__(self, point: Point) -> Rows:
         """Measure; the last row is the total, whose presence on disk means that the measurement is complete."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from fpq_analysis.data import (
 )
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl, write_json
+from fpq_analysis.files import read_jsonl
 from fpq_analysis.models import build_model
 from fpq_analysis.progress import duration
 from fpq_analysis.quantizers import (
@@ -40,6 +37,7 @@ from fpq_analysis.quantizers import (
     quantizer_parameters,
     quantizers,
 )
+from fpq_analysis.training import folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.csd import Features, check_pair, csd_loss
 from fpq_analysis.training.sfp import StochasticFeaturePerturbation
@@ -76,35 +74,37 @@ def train(
     """
     run = Path(run)
     where = pick_device(device)
-    done = _open_run(config, run, resume=resume, overwrite=overwrite)
+    done = folder.last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
     if done == config.epochs:
         log(f"{run}: all {config.epochs} epochs are done")
         return pd.DataFrame(read_jsonl(run / "train.jsonl"))
 
-    data = load_dataset(
-        config.data, config.data_root, download=download, image_size=config.image_size, seed=config.seed
-    ).to(where)
-    model, teacher = _start(config, data)
-    if done >= 0:
+    data = load_dataset(config.data, config.data_root, download=download, image_size=config.image_size).to(where)
+    model, teacher, teacher_hash = _start(config, data)
+    # Everything was checked; from here on the folder is written to.
+    run.mkdir(parents=True, exist_ok=True)
+    if done != folder.NOTHING:
+        folder.check_teacher(run, teacher_hash)
         last = ckpt.read_checkpoint(run / f"epoch_{done:04d}.pt")
         ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", made_with=f"'{last.model['name']}'")
+    folder.clear_after(run, done)
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-
     optimizer = make_optimizer(config, model)
-    if done < 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "run.json", _describe(config, data))
-        _finish_epoch(run, config, data, model, optimizer, 0, {"test_accuracy": accuracy(model, data, data.test)})
-    elif done > 0:
+    if done == folder.NOTHING:
+        folder.begin(run, config, data, teacher_hash)
+        row = {"test_accuracy": accuracy(model, data, data.test)}
+        folder.finish_epoch(run, config, data, model, optimizer, 0, row)
+        done = 0
+    else:
         optimizer.load_state_dict(ckpt.load_tensors(run / "resume.pt")["optimizer"])
 
-    for epoch in range(max(done, 0) + 1, config.epochs + 1):
+    for epoch in range(done + 1, config.epochs + 1):
         row = _train_epoch(config, data, model, teacher, optimizer, epoch)
         row["test_accuracy"] = accuracy(model, data, data.test)
         row["clipped_fraction"] = clipped_fraction(model)
-        _finish_epoch(run, config, data, model, optimizer, epoch, row)
+        folder.finish_epoch(run, config, data, model, optimizer, epoch, row)
         left = (config.epochs - epoch) * row["seconds"]
         log(
             f"{run.name}  epoch {epoch}/{config.epochs}  loss {row['loss']:.4f}  "
@@ -172,10 +172,13 @@ def _train_epoch(
             if step % CHECK_EVERY == CHECK_EVERY - 1:
                 _check_finite(losses, step + 1, epoch, lr)
         _check_finite(losses, steps, epoch, lr)
+    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:  # by the last step, after the last loss
+        raise _diverged(f"The weights became infinite or NaN ('{bad[0]}')", epoch, steps - 1, lr)
 
     seconds = time.perf_counter() - start
     images = steps * min(config.batch_size, len(data.train))
-    total, ce, csd = losses.double().mean(0).tolist()
+    total, ce, csd = losses.cpu().double().mean(0).tolist()
     return {
         "loss": total,
         "loss_ce": ce,
@@ -204,11 +207,15 @@ def cosine(lr: float, step: int, steps: int) -> float:
 def _check_finite(losses: Tensor, n: int, epoch: int, lr: float) -> None:
     bad = (~torch.isfinite(losses[:n, 0])).nonzero()
     if len(bad):
-        raise UserError(
-            f"The loss became {losses[bad[0, 0], 0].item()} at epoch {epoch}, step {int(bad[0, 0])}, learning rate "
-            f"{lr:.3g}. Training stopped; the checkpoint of epoch {epoch - 1} is the last good one. Try a smaller "
-            "--lr; at 2 bits also more calibration images, or --csd-weight lower for FPQ."
-        )
+        raise _diverged(f"The loss became {losses[bad[0, 0], 0].item()}", epoch, int(bad[0, 0]), lr)
+
+
+def _diverged(what: str, epoch: int, step: int, lr: float) -> UserError:
+    return UserError(
+        f"{what} at epoch {epoch}, step {step}, learning rate {lr:.3g}. Training stopped; the checkpoint of epoch "
+        f"{epoch - 1} is the last good one. Try a smaller --lr; at 2 bits also more calibration images, or for FPQ a "
+        "lower --csd-weight."
+    )
 
 
 @torch.no_grad()
@@ -221,18 +228,24 @@ def accuracy(model: nn.Module, data: Dataset, split: Split) -> float:
     return int(correct) / len(split)
 
 
-def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | None]:
-    """The model before training, on the CPU, and the teacher (None for a float run)."""
+def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | None, str | None]:
+    """The model before training, on the CPU; its teacher and that one's SHA-256 (None for a float run)."""
     if config.init is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return build_model(config.model, data.num_classes, data.channels), None
+            return build_model(config.model, data.num_classes, data.channels), None, None
     teacher_run = Path(config.init)
     if not teacher_run.is_dir():
         raise UserError(f"No run '{config.init}' to start from. Train one first: fpq-analyze train --method fp")
     epochs = ckpt.checkpoints(teacher_run)
     if not epochs:
         raise UserError(f"'{config.init}' holds no checkpoint to start from. --init wants the folder of one float run.")
+    wanted = ckpt.read_run(teacher_run)["config"]["epochs"]
+    if max(epochs) < wanted:
+        raise UserError(
+            f"The teacher '{config.init}' is not finished: epoch {max(epochs)} of {wanted}. Finish it first, with the "
+            "command that started it and --resume."
+        )
     source = ckpt.read_checkpoint(epochs[max(epochs)])
     if source.quant is not None:
         raise UserError(f"'{config.init}' is a quantized run, and the teacher must be a float one (--method fp).")
@@ -242,6 +255,11 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
             f"({len(source.data['classes'])} classes), and this run is {config.model} on {config.data} "
             f"({data.num_classes} classes). Student and teacher must be the same network on the same classes."
         )
+    if source.data["fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"'{config.init}' was trained on other images than these, though the classes are the same; its training "
+            "images may be among your test images. Point --data-root at the data set it was trained on."
+        )
     teacher = source.build(config.model)
     spec = config.spec
     assert spec is not None  # TrainConfig sees to it: a run with `init` has bits
@@ -249,98 +267,4 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
     images, _ = training_sample(data, config.calibration_images, config.seed)
     calibrate(model, images.cpu(), spec.act_calibration)
     check_pair(model, teacher)
-    return model, teacher
-
-
-def _open_run(config: TrainConfig, run: Path, *, resume: bool, overwrite: bool) -> int:
-    """Last finished epoch of `run` after clearing what a kill left behind; -1 for nothing."""
-    if run.exists() and not (run.is_dir() and ((run / "run.json").exists() or not any(run.iterdir()))):
-        raise UserError(f"'{run}' exists and is not a run. Choose another --out.")
-    existing = ckpt.checkpoints(run) if run.is_dir() else {}
-    if existing and not (resume or overwrite):
-        raise UserError(f"'{run}' holds a run already. Go on with --resume, or start anew with --overwrite.")
-    done = -1
-    if existing and not overwrite:
-        _check_unchanged(config, run)
-        if (run / "resume.pt").exists():
-            done = int(ckpt.load_tensors(run / "resume.pt")["epoch"])
-        elif config.epochs in existing:
-            done = config.epochs  # the optimiser's state goes once it is not needed
-    # Whatever a kill left after the last complete epoch is made again.
-    for epoch, path in existing.items():
-        if epoch > done:
-            path.unlink()
-    if done < 0:
-        for name in ("manifest.json", "train.jsonl", "resume.pt"):
-            (run / name).unlink(missing_ok=True)
-    else:
-        _keep_rows(run, done)
-    return done
-
-
-def _check_unchanged(config: TrainConfig, run: Path) -> None:
-    before = ckpt.read_run(run)["config"]
-    now = asdict(config)
-    changed = [key for key in now if now[key] != before.get(key)]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"'{run}' was started with {key} = {before.get(key)}, and now {key} = {now[key]} is asked for. A resumed "
-            "run must keep its settings; give the old ones, or another --out for the new ones."
-        )
-
-
-def _keep_rows(run: Path, done: int) -> None:
-    """Cut `train.jsonl` back to the finished epochs."""
-    text = "".join(json.dumps(row) + "\n" for row in read_jsonl(run / "train.jsonl") if row["epoch"] <= done)
-    atomic_write(run / "train.jsonl", lambda file: file.write(text.encode()))
-
-
-def _describe(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    return {
-        "config": asdict(config),
-        "data": _describe_data(data),
-        "versions": ckpt.versions(),
-        "threads": torch.get_num_threads(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _describe_data(data: Dataset) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "classes": list(data.classes),
-        "channels": data.channels,
-        "size": data.train.images.shape[-1],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "n_train": len(data.train),
-        "n_test": len(data.test),
-        "fingerprint": data.fingerprint,
-    }
-
-
-def _finish_epoch(
-    run: Path,
-    config: TrainConfig,
-    data: Dataset,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    row: dict[str, Any],
-) -> None:
-    """Checkpoint, row, and last the optimiser state: an epoch counts as done once that is on disk."""
-    ckpt.save_checkpoint(
-        run,
-        {
-            "epoch": epoch,
-            "model": {"name": config.model, "num_classes": data.num_classes, "in_channels": data.channels},
-            "quant": asdict(config.spec) if config.spec is not None else None,
-            "data": _describe_data(data),
-            "run": asdict(config),
-            "state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()},
-        },
-    )
-    append_jsonl(run / "train.jsonl", [{"epoch": epoch, **row}])
-    state = {"epoch": epoch, "optimizer": optimizer.state_dict()}
-    atomic_write(run / "resume.pt", lambda file: torch.save(state, file))
+    return model, teacher, source.sha256
