@@ -49,7 +49,7 @@ class Difference:
 
 
 def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Difference]:
-    """Every quantized run against the baseline method's run of equal model, data, bits and training seed.
+    """Every quantized run against the baseline method's run beside it, of equal model, data, bits and training seed.
 
     The last epoch that both were measured at, under equal definition, estimator, images and seed.
 
@@ -58,8 +58,9 @@ def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Differ
     """
     same = ["model", "data", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
     rows = totals[totals["samples"].notna() & (totals["bits"] != "FP")]
+    folder = rows["run"].str.rpartition("/")[0]
     found = []
-    for _, group in rows.groupby(same, sort=False):
+    for _, group in rows.groupby([folder, *same], sort=False):
         theirs = group[group["method"] == baseline]
         if theirs["run"].nunique() != 1:
             continue

@@ -136,6 +136,14 @@ def test_differences_are_paired():
     assert "lower than lsq's at epoch 1" in difference.sentence()
 
 
+def test_differences_are_taken_within_a_folder():
+    """Two studies below one folder: each FPQ run against the LSQ run beside it."""
+    rows = [row(f"{study}/{method}", method, value=value, samples=[value, value + 1]) for study, method, value in
+            (("a", "lsq", 5.0), ("a", "fpq", 4.0), ("b", "lsq", 50.0), ("b", "fpq", 51.0))]  # fmt: skip
+    found = against_baseline(pd.DataFrame(rows))
+    assert [(d.run, d.baseline, d.value) for d in found] == [("a/fpq", "a/lsq", -1.0), ("b/fpq", "b/lsq", 1.0)]
+
+
 def test_differences_that_are_noise_are_called_so():
     noise = np.random.default_rng(0).normal(0, 1, 100)
     rows = [row("lsq", "lsq", samples=[10.0] * 100), row("fpq", "fpq", samples=list(10 + noise - noise.mean() + 0.01))]
