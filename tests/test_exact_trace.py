@@ -447,3 +447,20 @@ def test_tf32_and_autocast_are_off_inside_and_back_after():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert torch.is_autocast_enabled("cpu")
     assert [place.fp32_precision for place in places] == before
+
+
+def test_the_loss_in_its_usual_forms():
+    model, data = tiny(3), (torch.randn(6, 1, 8, 8), torch.randint(3, (6,)))
+    for loss in ("cross_entropy", nn.functional.cross_entropy, nn.CrossEntropyLoss()):
+        assert hessian_trace(model, data, loss=loss).method == "exact"
+    smoothed = hessian_trace(model, data, loss=nn.CrossEntropyLoss(label_smoothing=0.1), n_probes=2)
+    assert smoothed.method == "hutchinson"
+    assert "not the cross-entropy" in smoothed.reason
+
+
+def test_a_dense_prediction_falls_back():
+    """(N, C, H, W) logits and (N, H, W) targets."""
+    model, data = nn.Conv2d(1, 3, 3, padding=1), (torch.randn(4, 1, 5, 5), torch.randint(3, (4, 5, 5)))
+    ours = hessian_trace(model.double(), (data[0].double(), data[1]), n_probes=200)
+    assert ours.method == "hutchinson"
+    assert abs(ours.value - dense_total(model, data[0].double(), data[1])) < 4 * ours.sem

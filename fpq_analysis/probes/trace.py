@@ -132,32 +132,21 @@ def hessian_trace(
 
     function, cross_entropy = _loss(loss)
     _check_data(view, data, cross_entropy)
-    reason = "asked for"
-    estimate: dict[str, Any] | None = None
-    if method in ("auto", "exact", "sampled"):
+    asked, reason = method, "asked for"
+    if asked in ("auto", "exact", "sampled"):
         try:
             if not cross_entropy:
                 raise NotExactError("the loss is not the cross-entropy")
-            # Curvature in a latent weight is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone and is
-            # piecewise linear.
-            derivatives = latent_derivatives(model) if definition == "latent" else {}
-            plain = take_view(model, "dequantized").to(where) if definition == "latent" else view
-            unchecked = certify(plain, data, variables(plain))
-            if method == "auto":
-                method, reason = _exact_or_sampled(_n_classes(plain, data))
-            estimate = _by_sample(plain, data, derivatives, method, n_labels, tol, seed)
-            for layer in unchecked:
-                if estimate["per_layer"][layer or ROOT] != 0:
-                    raise NotExactError(
-                        f"'{layer}' had no effect on the images the certificate tried, but has on others"
-                    )
+            if asked == "auto":
+                method, reason = _exact_or_sampled(_n_classes(view, data))
+            estimate = _by_sample(model, definition, data, method, n_labels, tol, seed)
         except NotExactError as outside:
-            if method != "auto" and reason == "asked for":
+            if asked != "auto":
                 raise UserError(
-                    f"The method '{method}' does not hold here: {outside}. Use method='hutchinson', or 'auto'."
+                    f"The method '{asked}' does not hold here: {outside}. Use method='hutchinson', or 'auto'."
                 ) from outside
-            method, reason, estimate = "hutchinson", f"not exact: {outside}", None
-    if estimate is None:
+            method, reason = "hutchinson", f"not exact: {outside}"
+    if method in ("hutchinson", "pyhessian"):
         estimate = _by_probe(view, data, function, method, n_probes, tol, seed)
     if not math.isfinite(estimate["value"]):
         raise UserError(
@@ -193,7 +182,8 @@ def _loss(loss: str | Loss) -> tuple[Loss, bool]:
                 f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean."
             )
         return F.cross_entropy, True
-    return loss, loss is F.cross_entropy
+    plain = isinstance(loss, nn.CrossEntropyLoss) and repr(loss.__dict__) == repr(nn.CrossEntropyLoss().__dict__)
+    return loss, loss is F.cross_entropy or plain
 
 
 def _check_data(view: nn.Module, data: list[Batch], cross_entropy: bool) -> None:
@@ -226,21 +216,27 @@ def _exact_or_sampled(n_classes: int) -> tuple[str, str]:
 
 
 def _by_sample(
-    view: nn.Module,
-    data: list[Batch],
-    derivatives: dict[str, Tensor],
-    method: str,
-    n_labels: int,
-    tol: float | None,
-    seed: int,
+    model: nn.Module, definition: str, data: list[Batch], method: str, n_labels: int, tol: float | None, seed: int
 ) -> dict[str, Any]:
     """The exact sum over classes, or drawn labels: both see each sample alone."""
-    draw = _sample_drawer(view, data, {k: d.to(data[0][0].device) for k, d in derivatives.items()}, method, seed)
+    where = data[0][0].device
+    derivatives = {}
+    if definition == "latent":
+        # Curvature in w is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone and is piecewise linear.
+        derivatives = {name: d.to(where) for name, d in latent_derivatives(model).items()}
+        definition = "dequantized"
+    view = take_view(model, definition).to(where)
+    unchecked = certify(view, data, variables(view))
+    draw = _sample_drawer(view, data, derivatives, method, seed)
     samples, converged = _until(draw, n_labels if method == "sampled" else 1, tol, _label_error)
+    estimate = _estimate(samples, _label_error)
+    for layer in unchecked:
+        if estimate["per_layer"][layer or ROOT] != 0:
+            raise NotExactError(f"'{layer}' had no effect on the images the certificate tried, but has on others")
     per_sample = torch.stack(list(samples.values())).sum(0).mean(0)
     n = len(per_sample)
     return {
-        **_estimate(samples, _label_error),
+        **estimate,
         "per_sample": per_sample.numpy(),
         # Each sample's mean over its labels already carries their noise.
         "sem_data": float(per_sample.std()) / math.sqrt(n) if n > 1 else math.nan,
@@ -263,7 +259,10 @@ def _by_probe(
 
 @torch.no_grad()
 def _n_classes(view: nn.Module, data: list[Batch]) -> int:
-    return int(view(data[0][0][:1]).shape[1])
+    logits = view(data[0][0][:1])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise NotExactError("the model's output is not one row of logits for each input")
+    return logits.shape[1]
 
 
 # Samples of a trace by parameter name: (draws,) for probes, (draws, N) for labels.
