@@ -211,7 +211,7 @@ def measure_cost(problem: Problem, rounds: int) -> Cost:
 
     def fixed() -> None:
         copied = problem.view()
-        certify(copied, micro[0][0], variables(copied))
+        certify(copied, micro, variables(copied))
 
     def label() -> None:
         with fused_quantizers(model):

@@ -30,7 +30,7 @@ from fpq_analysis.devices import pick_device
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import calibrate, quantize
 from fpq_analysis.training import METHODS, TrainConfig
-from fpq_analysis.training.loop import _train_epoch
+from fpq_analysis.training.loop import _train_epoch, make_optimizer
 
 CLASSES = 10
 LR = 1e-4
@@ -86,9 +86,7 @@ class Runner:
         if spec is not None:
             self.model = quantize(self.model, spec)
             calibrate(self.model, data.normalize(data.train.images[:100]), spec.act_calibration)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), LR, momentum=self.config.momentum, weight_decay=self.config.weight_decay
-        )
+        self.optimizer = make_optimizer(self.config, self.model)
         self.epoch = 0
 
     def __call__(self) -> dict[str, Any]:

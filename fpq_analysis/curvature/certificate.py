@@ -26,9 +26,11 @@ from torch.func import functional_call
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import NotExactError, _frozen, _Recorder, find_layers
 
-# Images whose gradients are compared, and images for each layer's second derivative.
+# Images whose gradients are compared; the fewest for second derivatives, of which every layer gets an equal number; and
+# how often a layer without effect on its own gets others.
 GRADIENT_IMAGES = 2
-IMAGES_A_LAYER = 2
+FEWEST = 16
+TURNS = 4
 
 
 class MixedSamplesError(Exception):
@@ -71,17 +73,22 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
         with full_precision(), torch.enable_grad():
             for image in spread(batches, GRADIENT_IMAGES).split(1):
                 _check_first_derivatives(model, image, parameters, layers, generator)
+            unchecked = set(layers)
             with _frozen(model):
-                x = spread(batches, IMAGES_A_LAYER * len(layers))
-                return _check_second_derivatives(model, x, parameters, layers, generator)
+                for turn in range(TURNS):
+                    if unchecked:
+                        left = {name: layer for name, layer in layers.items() if name in unchecked}
+                        images = spread(batches, -(-FEWEST // len(left)) * len(left), turn)
+                        unchecked = _check_second_derivatives(model, images, parameters, left, generator)
+            return unchecked
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error
 
 
-def spread(batches: list[Batch], n: int) -> Tensor:
-    """`n` inputs spread evenly over all batches, repeated in turn if there are fewer."""
+def spread(batches: list[Batch], n: int, turn: int = 0) -> Tensor:
+    """`n` inputs spread evenly over all batches, others each turn; repeated if there are fewer."""
     total = sum(len(x) for x, _ in batches)
-    wanted = [(i * total // n) % total if n <= total else i % total for i in range(n)]
+    wanted = [(turn + (i * total // n if n <= total else i)) % total for i in range(n)]
     starts, images = 0, {}
     for x, _ in batches:
         images.update({i: x[i - starts] for i in set(wanted) if starts <= i < starts + len(x)})
@@ -116,14 +123,14 @@ def _check_first_derivatives(
 def _check_second_derivatives(
     model: nn.Module, x: Tensor, parameters: dict[str, Tensor], layers: dict[str, nn.Module], generator: torch.Generator
 ) -> set[str]:
-    """`x` holds `IMAGES_A_LAYER` images for each layer; image n moves layer n modulo the number of layers."""
+    """Layers take turns with the images of `x`; returns the names of those without effect on theirs."""
     variable = {id(p) for p in parameters.values()}
-    shift = torch.zeros(len(x), dtype=x.dtype, device=x.device, requires_grad=True)
     owner = torch.arange(len(x), device=x.device) % len(layers)
+    shift = torch.zeros(len(x), dtype=x.dtype, device=x.device, requires_grad=True)
 
     def mover(index: int, directions: dict[str, Tensor]) -> Any:
         def move(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            mine = (owner == index).to(output).mul(shift)
+            mine = shift * (owner == index)
             with torch.no_grad():
                 # The class's own forward: calling the module would run this hook again.
                 along = functional_call(_Bare(layer), {f"layer.{k}": v for k, v in directions.items()}, args)
@@ -153,8 +160,7 @@ def _check_second_derivatives(
     tolerance = 100 * torch.finfo(first.dtype).eps
     unchecked = set()
     for index, name in enumerate(layers):
-        slope = float(first.detach()[owner == index].abs().max())
-        bend = float(second[owner == index].abs().max())
+        slope, bend = (float(d.detach()[owner == index].abs().max()) for d in (first, second))
         if not bend <= tolerance * slope:
             raise NotExactError(f"the outputs are curved in the parameters of '{name}' ({bend:.1e} beside {slope:.1e})")
         if slope == 0:
