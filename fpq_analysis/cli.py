@@ -267,7 +267,7 @@ def _print_traces(frame: pd.DataFrame) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fpq_analysis.comparison import against_baseline
+    from fpq_analysis.comparison import against_baseline, number
     from fpq_analysis.plots.figure5 import totals
 
     rows = totals(frame)
@@ -293,7 +293,7 @@ def _print_traces(frame: pd.DataFrame) -> None:
             error = row["sem_data"] if row["sem_data"] == row["sem_data"] else row["sem"]
             how = row["estimator"] if row["definition"] == "dequantized" else f"{row['estimator']}, {row['definition']}"
             share = f"{100 * clipped.get(row['key'], 0.0):.1f} %"
-            table.add_row(row["run"], str(row["epoch"]), _number(row["value"], 4), _number(1.96 * error, 2), share, how)
+            table.add_row(row["run"], str(row["epoch"]), number(row["value"], 4), number(1.96 * error, 2), share, how)
         table.add_section()
     Console(width=None if sys.stdout.isatty() else max(80, _columns())).print(table)
     if rows["sem_data"].notna().any():
@@ -306,12 +306,6 @@ def _print_traces(frame: pd.DataFrame) -> None:
         print("\nOn the same images, image by image (± 95 %; one training run each):")
         for difference in differences:
             print(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
-
-
-def _number(x: float, digits: int) -> str:
-    """`x` to so many significant digits, without an exponent where it is of a common size."""
-    rounded = float(f"{x:.{digits}g}")
-    return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e7 else f"{rounded:.{digits}g}"
 
 
 def _print_forecast(frame: pd.DataFrame) -> None:

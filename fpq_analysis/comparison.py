@@ -36,16 +36,23 @@ class Difference:
         half = 1.96 * self.sem
         where = f"at epoch {self.epoch}"
         if abs(self.value) <= half:
+            sign = "+" if self.value > 0 else ""
             return (
                 f"{self.run} and {self.baseline} do not differ measurably {where}: "
-                f"{self.value:+.3g} ± {half:.2g} of {self.baseline_value:.3g}."
+                f"{sign}{number(self.value, 3)} ± {number(half, 2)} of {number(self.baseline_value, 3)}."
             )
         word = "lower" if self.value < 0 else "higher"
         percent = 100 * abs(self.value / self.baseline_value)
         return (
-            f"{self.run}'s trace is {abs(self.value):.3g} ± {half:.2g} {word} than {self.baseline}'s {where} "
-            f"({percent:.0f} % of {self.baseline_value:.3g})."
+            f"{self.run}'s trace is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than {self.baseline}'s "
+            f"{where} ({percent:.0f} % of {number(self.baseline_value, 3)})."
         )
+
+
+def number(x: float, digits: int) -> str:
+    """`x` to so many significant digits, without an exponent where it is of a common size."""
+    rounded = float(f"{x:.{digits}g}")
+    return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e7 else f"{rounded:.{digits}g}"
 
 
 def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Difference]:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fpq_analysis import records
-from fpq_analysis.comparison import against_baseline
+from fpq_analysis.comparison import against_baseline, number
 from fpq_analysis.plots import caption5, figure5, save
 from fpq_analysis.plots.figure5 import totals
 
@@ -142,6 +142,10 @@ def test_differences_are_taken_within_a_folder():
             (("a", "lsq", 5.0), ("a", "fpq", 4.0), ("b", "lsq", 50.0), ("b", "fpq", 51.0))]  # fmt: skip
     found = against_baseline(pd.DataFrame(rows))
     assert [(d.run, d.baseline, d.value) for d in found] == [("a/fpq", "a/lsq", -1.0), ("b/fpq", "b/lsq", 1.0)]
+
+
+def test_numbers_read_well():
+    assert [number(x, 2) for x in (137.3, 0.0123, 9.96, -75.9, 0.0)] == ["140", "0.012", "10", "-76", "0"]
 
 
 def test_differences_that_are_noise_are_called_so():
