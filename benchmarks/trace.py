@@ -179,7 +179,6 @@ def load_problem(args: argparse.Namespace, device: torch.device) -> Problem:
         args.data or trained["data"],
         args.data_root or trained["data_root"],
         image_size=trained["image_size"],
-        seed=trained["seed"],
     )
     model = model.to(device, memory_format=torch.channels_last)
     images = training_sample(data.to(device), args.n_data, args.seed)
