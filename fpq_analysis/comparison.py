@@ -65,9 +65,9 @@ def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Differ
     """
     same = ["model", "data", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
     rows = totals[totals["samples"].notna() & (totals["bits"] != "FP")]
-    folder = rows["run"].str.rpartition("/")[0]
+    rows = rows.assign(folder=[str(run).rpartition("/")[0] for run in rows["run"]])
     found = []
-    for _, group in rows.groupby([folder, *same], sort=False):
+    for _, group in rows.groupby(["folder", *same], sort=False):
         theirs = group[group["method"] == baseline]
         if theirs["run"].nunique() != 1:
             continue

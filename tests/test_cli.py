@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -167,7 +168,9 @@ def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
     command = [sys.executable, "-m", "fpq_analysis.cli", "hessian", "--ckpt-dir", str(runs), *MODEL, "--device", "cpu"]
     command += ["--figures", str(tmp_path), "--method", "hutchinson", "--n-probes", "50"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs, and so all they start, ignore Ctrl-C: undo that, in case the tests run as one.
+    undo = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=undo)
     deadline = time.monotonic() + 60
     while not list(runs.rglob("records/*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -153,3 +153,4 @@ def test_differences_that_are_noise_are_called_so():
     rows = [row("lsq", "lsq", samples=[10.0] * 100), row("fpq", "fpq", samples=list(10 + noise - noise.mean() + 0.01))]
     assert "do not differ measurably" in against_baseline(pd.DataFrame(rows))[0].sentence()
     assert against_baseline(pd.DataFrame([row("lsq", "lsq"), row("fpq", "fpq", n_data=5)])) == []  # other images
+    assert against_baseline(pd.DataFrame([row("fp", "fp", "FP")])) == []
