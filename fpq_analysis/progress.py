@@ -20,16 +20,15 @@ def duration(seconds: float) -> str:
 class Progress:
     """Context manager; call `advance` after each of `total` pieces of work."""
 
-    def __init__(self, total: int, what: str, *, show: bool = True) -> None:
+    def __init__(self, total: int, what: str) -> None:
         self.total = total
         self.what = what
-        self.show = show and total > 0
         self.done = 0
         self.start = self.spoken = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._bar = None
-        if self.show and sys.stderr.isatty():
+        if self.total and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -51,7 +50,7 @@ class Progress:
         self.done += 1
         if self._bar is not None:
             self._bar.advance(self._task)
-        elif self.show and (time.monotonic() - self.spoken > QUIET):
+        elif time.monotonic() - self.spoken > QUIET:
             self.spoken = time.monotonic()
             left = (self.spoken - self.start) / self.done * (self.total - self.done)
             print(f"{self.what}: {self.done}/{self.total}, {duration(left)} left", file=sys.stderr, flush=True)

@@ -51,16 +51,17 @@ def test_products_equal_curvlinops():
     torch.testing.assert_close(ours.matmat(v), theirs @ v, rtol=1e-10, atol=1e-12)
 
 
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(4, 3)
+        self.idle = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
 def test_a_parameter_the_loss_does_not_use_gives_zeros():
-    class Unused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used = nn.Linear(4, 3)
-            self.idle = nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.used(x)
-
     model = Unused().double()
     data = (torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,)))
     operator = HessianOperator(model, F.cross_entropy, [data], dict(model.named_parameters()))
@@ -144,15 +145,6 @@ def test_pyhessian_is_not_stopped_by_a_negative_mean():
 
 
 def test_what_pyhessian_cannot_do_is_an_error():
-    class Unused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used = nn.Linear(4, 3)
-            self.idle = nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.used(x)
-
     with pytest.raises(UserError, match="PyHessian"):
         hessian_trace(Unused(), (torch.randn(5, 4), torch.randint(3, (5,))), method="pyhessian", n_probes=2)
 
