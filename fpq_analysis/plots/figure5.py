@@ -50,8 +50,9 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
     quantized = bool((panel["bits"] != "FP").any())
     ends = []
     drawn_values = []
-    for (_, method, bits, *_), line in panel.groupby(["run", "method", "bits", "definition", "estimator"], sort=True):
+    for _, line in panel.groupby(["run", "method", "bits", "definition", "estimator"], sort=True):
         line = line.sort_values("epoch")
+        method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
         tint = colour(method, methods)
         error = 1.96 * line["sem_data"].fillna(line["sem"])
         text = _legend(line, panel)

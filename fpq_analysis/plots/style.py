@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import seaborn as sns
@@ -22,7 +23,7 @@ NAMES = {"fp": "FP", "lsq": "LSQ", "fpq": "FPQ"}
 @contextmanager
 def style() -> Iterator[None]:
     """Inside, figures are drawn in the project's style; the user's own settings come back afterwards."""
-    ours = {
+    ours: dict[Any, Any] = {
         **sns.axes_style("whitegrid"),
         "axes.edgecolor": "#444444",
         "axes.spines.top": False,

@@ -1,0 +1,125 @@
+"""What all commands share: the application, errors as paragraphs, options, tables."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fpq_analysis.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+
+app = typer.Typer(
+    name="fpq-analyze",
+    help="Curvature of quantized networks: train FPQ and its baselines, measure Hessians, compare, draw the figures.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(error: Exception) -> None:
+    """An error as a paragraph on stderr."""
+    width = min(100, columns())
+    say(textwrap.fill(f"Error: {error}", width=width, break_long_words=False, break_on_hyphens=False))
+
+
+def columns() -> int:
+    """Width of the terminal."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn exceptions into a paragraph and an exit code; FPQ_DEBUG=1 shows the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            say("Stopped. What was finished is kept; the same command goes on from there (training: add --resume).")
+            raise typer.Exit(130) from None
+        except UserError as error:
+            fail(error)
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if os.environ.get("FPQ_DEBUG"):
+                raise
+            fail(
+                UserError(
+                    f"{type(error).__name__}: {error} -- this is a fault of the program, or of the machine it ran on. "
+                    "Run again with FPQ_DEBUG=1 for the traceback, and please report it."
+                )
+            )
+            raise typer.Exit(1) from None
+
+    return run
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
+Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
+
+
+def _check_version(value: bool) -> None:
+    if value:
+        from fpq_analysis import __version__
+
+        print(f"fpq-analyze {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_check_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def print_json(frame: pd.DataFrame) -> None:
+    """Rows as JSON lines on stdout, without the long per-sample columns."""
+    frame = frame.drop(columns="samples", errors="ignore")
+    print(frame.to_json(orient="records", lines=True), end="")
+
+
+def new_table(columns: dict[str, str]) -> Table:
+    """A plain table; `columns` maps each heading to `left` or `right`."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    return table
+
+
+def print_table(table: Table) -> None:
+    """To stdout, at the terminal's width; 80 columns or more into a pipe."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else max(80, columns())).print(table)
+
+
+def main() -> None:
+    """Entry point of `fpq-analyze`."""
+    app()
