@@ -387,7 +387,7 @@ def main() -> None:
         # Timed above, over several rounds.
         exact = replace(ours(problem, "exact"), seconds=costs[0].exact, to_target=costs[0].exact)
         labels = ours(problem, "sampled", n_labels=args.labels)
-        hutchinson = ours(problem, "hutchinson", n_probes=args.probes)
+        hutchinson = ours(problem, "hutchinson", n_products=args.probes)
         say("PyHessian ...")
         pyhessian, default = pyhessian_rows(problem, args.probes)
         say("curvlinops ...")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fpq_analysis.checkpoint import load
+    from fpq_analysis.doctor import diagnose, forecast_measurements
     from fpq_analysis.errors import UserError
+    from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
-    from fpq_analysis.probes import HessianTrace, TraceEstimate, hessian_trace
+    from fpq_analysis.probes import HessianTrace, Sharpness, TraceEstimate, hessian_trace, sharpness
     from fpq_analysis.quantizers import QuantSpec, calibrate, quantize
     from fpq_analysis.training import TrainConfig, train
 
@@ -21,28 +23,40 @@ __version__ = "0.1.0"
 _HOMES = {
     "HessianTrace": "fpq_analysis.probes",
     "QuantSpec": "fpq_analysis.quantizers",
+    "Sharpness": "fpq_analysis.probes",
     "TraceEstimate": "fpq_analysis.probes",
     "TrainConfig": "fpq_analysis.training",
     "UserError": "fpq_analysis.errors",
     "calibrate": "fpq_analysis.quantizers",
+    "diagnose": "fpq_analysis.doctor",
+    "forecast_measurements": "fpq_analysis.doctor",
     "hessian_trace": "fpq_analysis.probes",
+    "inspect_checkpoint": "fpq_analysis.inspection",
+    "inspect_run": "fpq_analysis.inspection",
     "load": "fpq_analysis.checkpoint",
     "measure": "fpq_analysis.measurement",
     "quantize": "fpq_analysis.quantizers",
+    "sharpness": "fpq_analysis.probes",
     "train": "fpq_analysis.training",
 }
 
 __all__ = [
     "HessianTrace",
     "QuantSpec",
+    "Sharpness",
     "TraceEstimate",
     "TrainConfig",
     "UserError",
     "calibrate",
+    "diagnose",
+    "forecast_measurements",
     "hessian_trace",
+    "inspect_checkpoint",
+    "inspect_run",
     "load",
     "measure",
     "quantize",
+    "sharpness",
     "train",
 ]
 

@@ -1,7 +1,7 @@
 """Tidy rows of what was measured: one JSON object a line, appended, one file a probe and run.
 
-`<run>/records/<probe>.jsonl`; a measurement is the group of rows with one `key`, whose last row (layer "all") says that
-it is complete.  What a kill tore off is not complete and is measured again.
+`<run>/records/<probe>.jsonl`; a measurement is the group of rows with one `key`, whose last row is marked as such.
+What a kill tore off is not complete and is measured again.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ COLUMNS = {
     "value": "the number; None if it is not finite",
     "sem": "standard error from random probes or labels, for these data; 0 when exact",
     "sem_data": "standard error over the data, random labels included; None if unknown",
+    "ci95": "half of the 95 % interval: over the data where that error is known, otherwise over the probes",
     "n_data": "samples",
     "n_products": "backward passes or Hessian-vector products over them",
     "seed": "of the sample and of the probes",
     "key": "hash of checkpoint, probe, its version and settings, and data: what makes two measurements the same",
     "status": "ok, or what is wrong",
+    "last": "true on a measurement's last row: without it the measurement was torn off, and is done again",
     "seconds": "time of the whole measurement",
     "samples": "the value for each sample alone, in the order of the draw, for paired comparisons; None if unknown",
 }
+
+
+NUMBERS = ("value", "sem", "sem_data", "ci95", "seconds")
 
 
 def measurement_key(checkpoint: str, probe: str, settings: dict[str, Any]) -> str:
@@ -54,13 +59,15 @@ def measurement_key(checkpoint: str, probe: str, settings: dict[str, Any]) -> st
 
 def append(run: Path, probe: str, rows: Iterable[dict[str, Any]]) -> None:
     """Add one measurement's rows in one write; a non-finite number becomes None with a status that says so."""
-    append_jsonl(_file(run, probe), [_clean(row) for row in rows])
+    rows = [_clean(row) for row in rows]
+    rows[-1]["last"] = True
+    append_jsonl(_file(run, probe), rows)
 
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
     full = {column: row.get(column) for column in COLUMNS}
     full["status"] = row.get("status", "ok")
-    for column in ("value", "sem", "sem_data", "seconds"):
+    for column in NUMBERS:
         number = full[column]
         if isinstance(number, float) and not math.isfinite(number):
             full[column] = None
@@ -73,11 +80,7 @@ def _clean(row: dict[str, Any]) -> dict[str, Any]:
 
 def done(run: Path, probe: str) -> set[str]:
     """Keys of the complete measurements."""
-    return {
-        row["key"]
-        for row in read_jsonl(_file(run, probe))
-        if row.get("layer") == "all" and row.get("quantity") != "clipped_fraction"
-    }
+    return {row["key"] for row in read_jsonl(_file(run, probe)) if row.get("last")}
 
 
 def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = None) -> pd.DataFrame:
@@ -96,7 +99,7 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
         name = run_name(root, run)
         rows += [{**row, "run": name} for row in read_jsonl(_file(run, probe)) if row.get("key") in wanted]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    for column in ("value", "sem", "sem_data", "seconds"):
+    for column in NUMBERS:
         frame[column] = frame[column].astype(float)
     frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)

@@ -82,7 +82,7 @@ def test_sentence_about_fpq_and_lsq(runs, tmp_path):
 def test_pyhessian_engine(runs, tmp_path):
     arguments = ["hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path]
     call(*arguments)
-    call(*arguments, "--engine", "pyhessian", "--n-probes", 60)
+    call(*arguments, "--engine", "pyhessian", "--n-products", 60)
     frame = records.read(runs, [runs / "fp"], "hessian_trace")
     totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]
     for _, pair in totals.groupby("epoch"):
@@ -166,7 +166,7 @@ def test_a_fault_of_the_program_is_no_traceback(runs, monkeypatch, tmp_path):
 
 def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
     command = [sys.executable, "-m", "fpq_analysis.cli", "hessian", "--ckpt-dir", str(runs), *MODEL, "--device", "cpu"]
-    command += ["--figures", str(tmp_path), "--method", "hutchinson", "--n-probes", "50"]
+    command += ["--figures", str(tmp_path), "--method", "hutchinson", "--n-products", "50"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     # A shell's background jobs, and so all they start, ignore Ctrl-C: undo that, in case the tests run as one.
     undo = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -1,8 +1,6 @@
-"""Hessian-vector products against the dense Hessian, curvlinops and PyHessian; Hutchinson's estimator."""
+"""Products of the operators against dense matrices, curvlinops and PyHessian; traces from products."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -12,9 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpq_analysis import UserError, hessian_trace
-from fpq_analysis.curvature import HessianOperator, as_batches
+from fpq_analysis.curvature import (
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    as_batches,
+    per_sample_traces,
+)
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
-from fpq_analysis.linalg import hutchinson
+from fpq_analysis.probes.subject import prepare
 from tests.nets import dense_hessian, networks, tiny
 
 
@@ -68,32 +72,14 @@ def test_a_parameter_the_loss_does_not_use_gives_zeros():
     v = torch.ones(operator.size, dtype=torch.float64)
     assert (operator.matvec(v)[operator.slices["idle.weight"]] == 0).all()
     assert (operator.matvec(v)[operator.slices["used.weight"]] != 0).any()
-    assert hessian_trace(model, data, method="hutchinson", n_probes=5).per_layer["idle"] == 0
+    assert hessian_trace(model, data, method="hutchinson", n_products=5).per_layer["idle"] == 0
 
 
 def test_a_linear_loss_has_no_curvature():
     model = nn.Linear(3, 1).double()
     data = (torch.randn(4, 3, dtype=torch.float64), torch.zeros(4))
-    ours = hessian_trace(model, data, loss=lambda z, y: z.mean(), n_probes=5)
+    ours = hessian_trace(model, data, loss=lambda z, y: z.mean(), n_products=5)
     assert ours.value == 0
-
-
-def test_hutchinson_on_a_known_matrix():
-    """Mean and spread in closed form: the variance of a probe is twice the squared norm of the off-diagonal part."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(40, 40, generator=generator, dtype=torch.float64)
-    a = a + a.T
-    blocks = [slice(0, 10), slice(10, 40)]
-    samples = torch.cat(
-        list(hutchinson(lambda v: a @ v, 40, blocks, rounds=[500] * 40, generator=generator, dtype=torch.float64))
-    )
-    assert samples.shape == (20_000, 2)
-    total = samples.sum(1)
-    spread = math.sqrt(2 * float((a - a.diagonal().diag()).square().sum()))
-    assert float(total.std()) == pytest.approx(spread, rel=0.03)
-    for column, block in enumerate(blocks):
-        error = float(samples[:, column].std()) / math.sqrt(len(samples))
-        assert abs(float(samples[:, column].mean() - a.diagonal()[block].sum())) < 4 * error
 
 
 def test_hutchinson_interval_covers_the_dense_trace():
@@ -102,26 +88,156 @@ def test_hutchinson_interval_covers_the_dense_trace():
     truth = float(dense_hessian(model, list(model.parameters()), x, y).trace())
     inside = 0
     for seed in range(60):
-        ours = hessian_trace(model, (x, y), n_probes=30, seed=seed)
-        assert ours.method == "hutchinson"
+        ours = hessian_trace(model, (x, y), method="hutchinson", n_products=30, seed=seed)
         inside += abs(ours.value - truth) < 2.045 * ours.sem  # Student's t, 29 degrees of freedom
     assert inside >= 53  # Binomial(60, 0.95): 52 or fewer has a probability of 1 %
 
 
-def test_hutchinson_reaches_a_tolerance_and_says_when_not(monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "tol"), [("hutchinson", 0.2), ("deflated", 0.05), ("hutch++", 0.05), ("xtrace", 0.05)]
+)
+def test_a_tolerance_is_reached_or_missed_aloud(method, tol, monkeypatch):
+    torch.manual_seed(0)
     model = smooth_net()
     data = (torch.randn(7, 1, 8, 8, dtype=torch.float64), torch.randint(4, (7,)))
-    ours = hessian_trace(model, data, tol=0.05, n_probes=10)
+    ours = hessian_trace(model, data, method=method, tol=tol)
     assert ours.converged
-    assert ours.sem <= 0.05 * abs(ours.value)
-    assert ours.n_products > 10
-    monkeypatch.setattr("fpq_analysis.probes.trace.MAX_DRAWS", 20)
-    assert not hessian_trace(model, data, tol=1e-6, n_probes=10).converged
+    assert ours.sem <= tol * abs(ours.value)
+    assert ours.n_products >= 32
+    monkeypatch.setattr("fpq_analysis.probes.trace.MAX_PRODUCTS", 40)
+    assert not hessian_trace(model, data, method=method, tol=1e-9).converged
 
 
-def test_layers_of_hutchinson_add_up():
-    ours = hessian_trace(smooth_net(), (torch.randn(7, 1, 8, 8).double(), torch.randint(4, (7,))), n_probes=10)
+@pytest.mark.parametrize("operator", ["hessian", "gauss-newton", "fisher"])
+@pytest.mark.parametrize("method", ["hutchinson", "deflated", "hutch++", "xtrace", "xnystrace"])
+def test_layers_add_up_and_agree_with_the_dense_matrix(method, operator):
+    if (method, operator) == ("xnystrace", "hessian"):
+        pytest.skip("a Hessian is not positive semidefinite")
+    torch.manual_seed(0)
+    model = smooth_net()
+    data = (torch.randn(7, 1, 8, 8).double(), torch.randint(4, (7,)))
+    ours = hessian_trace(model, data, method=method, operator=operator, n_products=60)
     assert sum(ours.per_layer.values()) == pytest.approx(ours.value, rel=1e-10)
+    matrix = prepare(model, data).operator(operator)
+    diagonal = matrix.dense().diagonal()
+    assert abs(ours.value - float(diagonal.sum())) < 4 * ours.sem + 1e-6 * abs(ours.value)
+    for layer, value in ours.per_layer.items():
+        truth = sum(float(diagonal[place].sum()) for name, place in matrix.slices.items() if name.startswith(layer))
+        assert abs(value - truth) < 5 * ours.per_layer_sem[layer] + 1e-6 * abs(ours.value)
+
+
+def test_gauss_newton_equals_curvlinops():
+    from curvlinops import GGNLinearOperator
+
+    model = smooth_net()
+    x, y = torch.randn(7, 1, 8, 8, dtype=torch.float64), torch.randint(4, (7,))
+    parameters = dict(model.named_parameters())
+    ours = GaussNewtonOperator(model, F.cross_entropy, as_batches((x, y), 3), parameters)
+    theirs = GGNLinearOperator(model, nn.CrossEntropyLoss(), list(parameters.values()), as_batches((x, y), 3))
+    v = torch.randn(ours.size, 2, dtype=torch.float64)
+    torch.testing.assert_close(ours.matmat(v), theirs @ v, rtol=1e-10, atol=1e-12)
+
+
+@given(networks())
+@settings(max_examples=5)
+def test_gauss_newton_has_the_diagonal_of_a_piecewise_linear_networks_hessian(net):
+    model, x, y = net
+    subject = prepare(model, (x, y), micro_batch=3)
+    dense = dense_hessian(subject.view, list(subject.parameters.values()), x, y)
+    ours = subject.operator("gauss-newton").dense()
+    torch.testing.assert_close(ours.diagonal(), dense.diagonal(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours, ours.T, rtol=1e-9, atol=1e-12)
+
+
+def test_fisher_labels_do_not_depend_on_micro_batches_and_average_to_gauss_newton():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    data, parameters = [(x, torch.zeros(6, dtype=torch.long))], dict(model.named_parameters())
+    whole = FisherOperator(model, data, parameters, n_labels=3, seed=1).dense()
+    parts = FisherOperator(model, as_batches(data, 4), parameters, n_labels=3, seed=1).dense()
+    torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-14)
+    many = FisherOperator(model, data, parameters, n_labels=20_000, seed=1).dense()
+    truth = GaussNewtonOperator(model, F.cross_entropy, data, parameters).dense()
+    torch.testing.assert_close(many, truth, rtol=0, atol=0.03 * float(truth.abs().max()))
+
+
+def test_operators_speak_scipy():
+    from scipy.sparse.linalg import eigsh
+
+    model = smooth_net()
+    subject = prepare(model, (torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randint(4, (5,))))
+    operator = subject.operator()
+    top = eigsh(operator.to_scipy(), k=2, which="LA", return_eigenvectors=False)
+    np.testing.assert_allclose(np.sort(top), torch.linalg.eigvalsh(operator.dense())[-2:].numpy(), rtol=1e-8)
+
+
+def test_selected_parameters_give_a_block_of_the_matrix():
+    model = smooth_net()
+    data = (torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randint(4, (5,)))
+    whole = prepare(model, data).operator()
+    part = prepare(model, data, parameters=["0.*", "*.bias"]).operator()
+    assert list(part.slices) == ["0.weight", "0.bias", "2.bias", "4.bias"]
+    rows = torch.cat([torch.arange(whole.size)[whole.slices[name]] for name in part.slices])
+    torch.testing.assert_close(part.dense(), whole.dense()[rows][:, rows], rtol=1e-10, atol=1e-14)
+    with pytest.raises(UserError, match=r"No parameter is called 'O\.weight'"):
+        prepare(model, data, parameters="O.weight")
+
+
+class Hungry(nn.Module):
+    """Runs out of memory for more than `most` samples."""
+
+    def __init__(self, most: int, message: str = "DefaultCPUAllocator: can't allocate memory: you tried") -> None:
+        super().__init__()
+        self.body, self.most, self.message = tiny(4), most, message
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise RuntimeError(self.message)
+        return self.body(x)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
+    torch.manual_seed(0)
+    hungry = Hungry(3).double().eval()
+    x, y = torch.randn(11, 1, 8, 8, dtype=torch.float64), torch.randint(4, (11,))
+    parameters = dict(hungry.named_parameters())
+    operator = HessianOperator(hungry, F.cross_entropy, [(x, y)], parameters)
+    v = torch.randn(operator.size, 2, dtype=torch.float64)
+    truth = HessianOperator(hungry.body, F.cross_entropy, [(x, y)], parameters).matmat(v)
+    for _ in range(2):  # the second time starts with what fitted
+        torch.testing.assert_close(operator.matmat(v), truth, rtol=1e-10, atol=1e-12)
+    assert [len(batch[0]) for batch in operator.batches] == [3, 3, 3, 2]
+    for n_labels in (None, 2):
+        found = []
+        for hungry.most in (3, 100):
+            generator = torch.Generator().manual_seed(0)
+            parts = per_sample_traces(hungry, [(x, y)], parameters, n_labels=n_labels, generator=generator)
+            found.append(torch.cat([part["body.0.weight"] for part in parts], 1))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+
+
+def test_no_memory_for_one_sample_is_an_error_and_other_errors_pass():
+    data = (torch.randn(4, 1, 8, 8), torch.randint(4, (4,)))
+    model = Hungry(0)
+    operator = HessianOperator(model, F.cross_entropy, [data], dict(model.named_parameters()))
+    with pytest.raises(UserError, match="not enough memory for a single sample"):
+        operator.matvec(torch.zeros(operator.size))
+    model.message = "shapes do not fit"
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        operator.matvec(torch.zeros(operator.size))
+
+
+def test_fused_attention_is_measured():
+    """It has no second derivative of its own; the plain form is taken."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).double().eval()
+    data = (torch.randn(4, 3, 8, dtype=torch.float64), torch.randint(3, (4,)))
+    operator = prepare(model, data).operator()
+    u, v = torch.randn(operator.size, 2, dtype=torch.float64).unbind(1)
+    assert float(u @ operator.matvec(v)) == pytest.approx(float(v @ operator.matvec(u)), rel=1e-10)
+    assert hessian_trace(model, data, n_products=20).method == "deflated"
 
 
 @pytest.mark.parametrize("micro_batch", [3, 100])
@@ -129,7 +245,7 @@ def test_pyhessian_agrees(micro_batch):
     model = tiny(4).double().eval()
     data = (torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(4, (8,)))
     exact = hessian_trace(model, data, method="exact")
-    theirs = hessian_trace(model, data, method="pyhessian", n_probes=150, micro_batch=micro_batch)
+    theirs = hessian_trace(model, data, method="pyhessian", n_products=150, micro_batch=micro_batch)
     assert theirs.n_products == 150
     assert abs(theirs.value - exact.value) < 4 * theirs.sem
 
@@ -146,13 +262,13 @@ def test_pyhessian_is_not_stopped_by_a_negative_mean():
 
 def test_what_pyhessian_cannot_do_is_an_error():
     with pytest.raises(UserError, match="PyHessian"):
-        hessian_trace(Unused(), (torch.randn(5, 4), torch.randint(3, (5,))), method="pyhessian", n_probes=2)
+        hessian_trace(Unused(), (torch.randn(5, 4), torch.randint(3, (5,))), method="pyhessian", n_products=2)
 
 
 def test_same_seed_same_numbers():
     model = smooth_net()
     data = (torch.randn(7, 1, 8, 8, dtype=torch.float64), torch.randint(4, (7,)))
-    a, b, c = (hessian_trace(model, data, n_probes=10, seed=seed) for seed in (0, 0, 1))
+    a, b, c = (hessian_trace(model, data, n_products=10, seed=seed) for seed in (0, 0, 1))
     assert a.value == b.value
     assert a.value != c.value
     assert np.isnan(a.sem_data)

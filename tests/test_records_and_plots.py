@@ -20,8 +20,8 @@ def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other)
         "run": run, "method": method, "model": "resnet20", "dataset": "digits", "data": "f", "bits": bits,
         "train_seed": 0,
         "epoch": epoch, "checkpoint": "c", "probe": "hessian_trace", "definition": "dequantized", "estimator": "exact",
-        "layer": "all", "quantity": "trace", "value": value, "sem": 0.0, "sem_data": 1.0, "n_data": 4, "n_products": 9,
-        "seed": 0, "key": f"{run}{epoch}", "status": "ok", "seconds": 1.0, "samples": [value] * 4, **other,
+        "layer": "all", "quantity": "trace", "value": value, "sem": 0.0, "sem_data": 1.0, "ci95": 1.96,
+        "n_data": 4, "n_products": 9, "seed": 0, "key": f"{run}{epoch}", "status": "ok", "seconds": 1.0, "samples": [value] * 4, **other,
     }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def frame():
     for method in ("lsq", "fpq"):
         for bits in ("W4A4", "W2A4"):
             rows += [
-                row(f"{method}-{bits}", method, bits, epoch, 40.0 - epoch + 5 * (method == "lsq"), sem_data=2.0)
+                row(f"{method}-{bits}", method, bits, epoch, 40.0 - epoch + 5 * (method == "lsq"), ci95=4.0)
                 for epoch in range(3)
             ]
     return pd.DataFrame(rows).assign(samples=[list(dice.normal(size=4)) for _ in rows])
@@ -41,7 +41,9 @@ def frame():
 def test_append_read_resume(tmp_path):
     run = tmp_path / "run"
     records.append(run, "hessian_trace", [row(layer="0"), row(layer="all")])
-    records.append(run, "hessian_trace", [row(epoch=1, layer="0")])  # cut off before its total
+    records.append(run, "hessian_trace", [row(epoch=1, layer="all", quantity="clipped"), row(epoch=1, layer="all")])
+    path = run / "records" / "hessian_trace.jsonl"
+    path.write_text(path.read_text()[:-20])  # cut off within its last row
     frame = records.read(tmp_path, [run], "hessian_trace")
     assert list(frame.columns) == list(records.COLUMNS)
     assert list(frame["layer"]) == ["0", "all"]
@@ -84,7 +86,7 @@ def test_figure5_shows_every_quantized_run_with_its_band(frame):
     assert lines["FP, epoch 2"].get_ydata()[0] == 7
     assert len(axes.collections) == 4
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert band.max() - band.min() > 2 * 1.96 * 2.0
+    assert band.max() - band.min() > 2 * 4.0
     assert lines["FPQ W4A4"].get_color() == lines["FPQ W2A4"].get_color() != lines["LSQ W4A4"].get_color()
     assert lines["FPQ W4A4"].get_linestyle() != lines["FPQ W2A4"].get_linestyle()
     assert axes.get_legend().get_texts()[0].get_text().startswith("LSQ")  # in the order of the lines' right ends

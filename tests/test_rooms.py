@@ -31,6 +31,8 @@ ROOMS = {
     "comparison": set(),
     "measurement": {"checkpoint", "data", "devices", "probes", "progress", "records"},
     "plots": {"records"},
+    "doctor": {"checkpoint", "curvature", "data", "devices", "models", "quantizers"},
+    "inspection": {"checkpoint"},
     "demo": {"measurement", "probes", "training"},
     "cli": None,  # anything
     "__init__": None,

@@ -24,7 +24,7 @@ def hessian(
     engine: Annotated[str, typer.Option(help="builtin, or pyhessian as a cross-check.")] = "builtin",
     n_data: Annotated[int, typer.Option(help="Training images to measure on.")] = 1024,
     tol: Annotated[float | None, typer.Option(help="Wanted relative error from probes (hutchinson, sampled).")] = None,
-    n_probes: Annotated[int, typer.Option(help="Probes without --tol (hutchinson, pyhessian).")] = 100,
+    n_products: Annotated[int, typer.Option(help="Products without --tol (not exact, sampled).")] = 100,
     n_labels: Annotated[int, typer.Option(help="Labels an image without --tol (sampled).")] = 4,
     seed: Annotated[int, typer.Option(help="Of the images and of the probes.")] = 0,
     data_root: DataRoot = None,
@@ -52,7 +52,7 @@ def hessian(
         raise UserError(f"Unknown engine '{engine}'. Known: builtin, pyhessian.")
     if engine == "pyhessian" and method != "auto":
         raise UserError("PyHessian knows one method, Hutchinson's; leave --method out with --engine pyhessian.")
-    probe = HessianTrace(definition, "pyhessian" if engine == "pyhessian" else method, tol, n_probes, n_labels)
+    probe = HessianTrace(definition, "pyhessian" if engine == "pyhessian" else method, tol, n_products, n_labels)
     todo = measurement.plan(ckpt_dir, probe, n_data=n_data, seed=seed, overwrite=overwrite)
     say(f"{len(todo.done)} done, {len(todo.jobs)} to do" + (f", {len(todo.faults)} unreadable" if todo.faults else ""))
     where: dict[str, Any] = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
@@ -106,10 +106,9 @@ def print_traces(frame: pd.DataFrame) -> None:
         step = max(1, (len(run) - 1) // 4)
         for i in sorted({*range(0, len(run), step), len(run) - 1}):
             row = run.iloc[i]
-            error = row["sem_data"] if row["sem_data"] == row["sem_data"] else row["sem"]
             how = row["estimator"] if row["definition"] == "dequantized" else f"{row['estimator']}, {row['definition']}"
             share = f"{100 * clipped.get(row['key'], 0.0):.1f} %"
-            table.add_row(row["run"], str(row["epoch"]), number(row["value"], 4), number(1.96 * error, 2), share, how)
+            table.add_row(row["run"], str(row["epoch"]), number(row["value"], 4), number(row["ci95"], 2), share, how)
         table.add_section()
     print_table(table)
     if rows["sem_data"].notna().any():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fpq_analysis.errors import UserError
 
@@ -49,14 +50,21 @@ def as_batches(batches: Batch | Iterable[Batch], micro_batch: int | None = None)
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, float32 means float32: TF32 (ten bits of mantissa, cuDNN's default) and any autocast are off."""
+    """Inside, float32 means float32: TF32 (ten bits of mantissa, cuDNN's default) and any autocast are off.
+
+    Attention takes its plain form, as the fused ones have no second derivative.
+    """
     cudnn: Any = torch.backends.cudnn  # typed in part only
     places: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
             place.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             yield
     finally:
         for place, precision in zip(places, before, strict=True):

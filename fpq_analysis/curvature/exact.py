@@ -11,7 +11,8 @@ with J_n the Jacobian of the logits of sample n.  C - 1 vectors l suffice for C 
 trace costs one forward and C - 1 backward passes to the *activations*, with no random probe and no second derivative.
 It comes apart by sample, and so carries a standard error over the data, and by parameter.
 
-With many classes, l may be drawn instead: l = e_c - p with c ~ p has the same second moment, at one backward pass.
+With many classes, l may be drawn instead (`sampled_factor`): a random l with the same second moment, at one backward
+pass.
 
 A layer's share of the norm of a sample's gradient is || D^T P ||_F^2, D (positions x outputs) the gradient at the
 layer's output and P (positions x inputs) the patches it saw; or, where positions are few, the sum of (D D^T) * (P P^T),
@@ -32,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.memory import each
 
 FORWARDS = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, _BatchNorm, nn.SyncBatchNorm)}
 
@@ -63,15 +65,39 @@ def cross_entropy_factor(logits: Tensor) -> Tensor:
     return torch.stack(columns)
 
 
-def sampled_factor(logits: Tensor, n_labels: int, generator: torch.Generator) -> Tensor:
-    """`n_labels` independent draws of e_c - p with c ~ p, whose outer products have the mean diag(p) - p p^T.
+def label_uniforms(x: Tensor, n_labels: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers (N, n_labels) on the device of `x`, from which `sampled_factor` draws labels.
+
+    They are drawn apart from the labels so that these do not depend on how the samples are cut into micro-batches.
+    """
+    return torch.rand((len(x), n_labels), generator=generator, dtype=torch.float32).to(x.device)
+
+
+def sampled_factor(logits: Tensor, uniforms: Tensor, balanced: bool = False) -> Tensor:
+    """Vectors l_nm for M drawn labels, whose outer products l l^T have the mean diag(p) - p p^T.
+
+    l = e_c - p with c drawn from p; or `balanced`: c drawn from q_c proportional to p_c |e_c - p|^2, and
+    l = (p_c / q_c)^(1/2) (e_c - p).  All l of a sample are then of one length, where plain labels give a confident
+    network's samples a tiny l nearly always and rarely a huge one.
+
+    Args:
+        logits: (N, C).
+        uniforms: (N, M) in [0, 1), see `label_uniforms`.
 
     Returns:
-        (n_labels, N, C).
+        (M, N, C).
     """
     p = logits.softmax(1)
-    labels = torch.multinomial(p.to(generator.device), n_labels, replacement=True, generator=generator)
-    return F.one_hot(labels.to(p.device).T, p.shape[1]) - p
+    q = p
+    if balanced:
+        lengths = (1 - p).square() + p.square().sum(1, keepdim=True) - p.square()
+        q = p * lengths
+        q = torch.where(q.sum(1, keepdim=True) > 0, q, p)
+        q = q / q.sum(1, keepdim=True)
+    labels = torch.searchsorted(q.cumsum(1), uniforms.to(q).contiguous()).clamp(max=p.shape[1] - 1)
+    tiny = torch.finfo(p.dtype).tiny
+    weights = (p.gather(1, labels) / q.gather(1, labels).clamp(min=tiny)).sqrt()
+    return (F.one_hot(labels.T, p.shape[1]) - p) * weights.T[:, :, None]
 
 
 def per_sample_traces(
@@ -89,7 +115,7 @@ def per_sample_traces(
         model: in eval mode; its parameters' `requires_grad` is ignored.
         batches: micro-batches (inputs, targets) on the model's device; the targets are not used.
         parameters: the variables, by name.
-        n_labels: None for the exact sum over classes; M to draw M labels a sample with `generator`.
+        n_labels: None for the exact sum over classes; M to draw M labels a sample with `generator`, a CPU one.
         derivatives: by parameter name, factors d(parameter)/d(variable) of the parameter's shape: the trace is then
             that with respect to the variable behind the parameter (a latent weight).
 
@@ -99,26 +125,33 @@ def per_sample_traces(
 
     Raises:
         NotExactError: if a variable belongs to a layer without an exact form here, or a layer runs twice.
+        UserError: if there is not enough memory for a single sample.
     """
     layers = find_layers(model, parameters)
-    passes = n_labels
-    for x, _ in batches:
+    n_classes = 0
+
+    def measure(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        nonlocal n_classes
+        x = batch[0]
         with full_precision(), torch.enable_grad(), _frozen(model):
-            if passes is None:
+            if not n_classes:
                 with torch.no_grad():
-                    passes = _check_logits(model(x[:1]), 1).shape[1] - 1
-            with _Recorder(layers, parameters, derivatives or {}, passes) as recorder:
+                    n_classes = _check_logits(model(x[:1]), 1).shape[1]
+            with _Recorder(layers, parameters, derivatives or {}, n_labels or n_classes - 1) as recorder:
                 logits = recorder.run(model, x)
             with torch.no_grad():
-                if n_labels is None:
-                    factor = cross_entropy_factor(logits.detach())
-                else:
-                    assert generator is not None
-                    factor = sampled_factor(logits.detach(), n_labels, generator)
+                z = logits.detach()
+                factor = cross_entropy_factor(z) if n_labels is None else sampled_factor(z, batch[1], balanced=True)
             # The classes are summed, so all their gradients go through one product; draws are kept apart.
             groups = [factor] if n_labels is None else factor.split(1)
             parts = [recorder.squared_norms(logits, cotangents) for cotangents in groups]
-        yield {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    inputs: list[tuple[Tensor, ...]] = [(x,) for x, _ in batches]
+    if n_labels is not None:
+        assert generator is not None
+        inputs = [(x, label_uniforms(x, n_labels, generator)) for (x,) in inputs]
+    yield from each(inputs, measure)
 
 
 def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn.Module]:

@@ -1,96 +1,236 @@
-"""The Hessian of a mean loss as a linear operator on flat vectors."""
+"""Curvature matrices of a mean loss as linear operators on flat vectors: Hessian, Gauss-Newton, Fisher.
+
+All are means over samples, are differentiated (never by differences), and go through the data in micro-batches that
+count by their number of samples, so that a ragged last one is not overrated.  What can be built once for all vectors
+of a product, the graph of the gradient or of the outputs, is; with a single micro-batch it is kept for later products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.exact import label_uniforms, sampled_factor
+from fpq_analysis.curvature.memory import each
+from fpq_analysis.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+MAX_DENSE_BYTES = 2**33
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """Gradients of one micro-batch's share of the loss, ready to be differentiated again."""
+class CurvatureOperator(ABC):
+    """A symmetric (n, n) matrix, n the number of scalar variables.
 
-    gradients: list[Tensor]
-    sources: list[int]  # places of `gradients` among the parameters
-
-
-class HessianOperator:
-    """H = (1/N) sum_n of the Hessian of loss_n, by differentiating the gradient once more (never by differences).
-
-    The gradient's graph of a micro-batch is built once and used for all vectors of a product; with a single
-    micro-batch it is kept for later products too.  Micro-batches count by their number of samples, so that a
-    ragged last one is not overrated.
-
-    Args:
-        model: in the mode it is to be measured in; its loss must be a sum over samples (BatchNorm in eval mode).
-        loss: (outputs, targets) to the *mean* over the batch.
-        batches: micro-batches, on the model's device.
-        parameters: the variables, by name; flat vectors hold them in this order.
+    Attributes:
+        size, dtype, device: of the variables.
+        slices: by parameter name, its place in a flat vector.
+        n_data: samples; n_products: products with single vectors so far.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, batches: list[Batch], parameters: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, batches: Sequence[Batch], parameters: dict[str, Tensor]) -> None:
+        """Take what is to be differentiated; nothing is computed yet.
+
+        Args:
+            model: in the mode it is to be measured in; its loss must be a sum over samples (BatchNorm in eval mode).
+            loss: (outputs, targets) to the *mean* over the batch.
+            batches: micro-batches, on the model's device; they are halved when memory runs out.
+            parameters: the variables, by name; flat vectors hold them in this order.
+        """
         self.model = model
         self.loss = loss
-        self.batches = batches
+        self.batches: list[tuple[Tensor, ...]] = list(batches)
         self.names = list(parameters)
         self.parameters = list(parameters.values())
-        self.n_data = sum(len(x) for x, _ in batches)
+        self.n_data = sum(len(batch[0]) for batch in batches)
         self.n_products = 0
         sizes = [p.numel() for p in self.parameters]
         self.size = sum(sizes)
         self.dtype = self.parameters[0].dtype
         self.device = self.parameters[0].device
         ends = torch.tensor(sizes).cumsum(0).tolist()
-        self.slices = {name: slice(end - size, end) for name, size, end in zip(self.names, sizes, ends, strict=True)}
-        self._kept: _Graph | None = None
+        self.slices = {name: slice(end - size, end) for name, size, end in zip(parameters, sizes, ends, strict=True)}
+        self._kept: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, n), n the number of scalar variables."""
+        """(n, n)."""
         return (self.size, self.size)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """H v for a flat vector (n,)."""
+        """A v for a flat vector (n,)."""
         return self.matmat(v.unsqueeze(1)).squeeze(1)
 
     def matmat(self, v: Tensor) -> Tensor:
-        """H V for (n, k); every column after the first costs about two gradients less than a rebuilt graph."""
+        """A V for (n, k); the columns share what does not depend on them.
+
+        Raises:
+            UserError: if there is not enough memory for a single sample.
+        """
         out = torch.zeros_like(v)
+
+        def add(batch: tuple[Tensor, ...]) -> None:
+            graph = self._kept if self._kept is not None else self._graph(batch)
+            if len(self.batches) == 1:
+                self._kept = graph
+            part = torch.zeros_like(v)
+            for column in range(v.shape[1]):
+                for where, product in zip(self.slices.values(), self._product(graph, v[:, column]), strict=True):
+                    if product is not None:
+                        part[where, column] = product.detach().reshape(-1)
+            out.add_(part)
+
         with full_precision(), torch.enable_grad():
-            for batch in self.batches:
-                graph = self._graph(batch)
-                for column in range(v.shape[1]):
-                    self._add_product(graph, v[:, column], out[:, column])
+            for _ in each(self.batches, add):
+                pass
         self.n_products += v.shape[1]
         return out
 
-    def _graph(self, batch: Batch) -> _Graph:
-        if self._kept is not None:
-            return self._kept
+    def dense(self, at_once: int = 64) -> Tensor:
+        """The whole matrix, a product a column.
+
+        Raises:
+            UserError: if it would take more than 8 GiB.
+        """
+        if self.size**2 * self.dtype.itemsize > MAX_DENSE_BYTES:
+            raise UserError(f"A dense matrix of {self.size:,} variables does not fit; restrict it to some by `select`.")
+        identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return torch.cat([self.matmat(columns) for columns in identity.split(at_once, 1)], 1)
+
+    def to_scipy(self) -> LinearOperator:
+        """The operator for SciPy's solvers; vectors travel through the CPU."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def matmat(v: Any) -> Any:
+            columns = torch.as_tensor(v, dtype=self.dtype, device=self.device)
+            return self.matmat(columns.reshape(self.size, -1)).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, dtype=dtype)
+
+    @abstractmethod
+    def _graph(self, batch: tuple[Tensor, ...]) -> Any:
+        """What all vectors share for one micro-batch."""
+
+    @abstractmethod
+    def _product(self, graph: Any, v: Tensor) -> Sequence[Tensor | None]:
+        """The micro-batch's share of A v, by parameter; None for zeros."""
+
+    def _by_parameter(self, v: Tensor) -> list[Tensor]:
+        return [v[where].view_as(p) for where, p in zip(self.slices.values(), self.parameters, strict=True)]
+
+
+class HessianOperator(CurvatureOperator):
+    """H = (1/N) sum_n of the Hessian of loss_n, by differentiating the gradient once more (Pearlmutter 1994)."""
+
+    def _graph(self, batch: tuple[Tensor, ...]) -> list[tuple[int, Tensor]]:
         x, y = batch
         loss = self.loss(self.model(x), y) * (len(x) / self.n_data)
         # A parameter the loss does not use has no gradient; one it is linear in has a constant gradient.
         gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-        used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        graph = _Graph([g for g in gradients if g is not None and g.requires_grad], used)
-        if len(self.batches) == 1:
-            self._kept = graph
-        return graph
+        return [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
 
-    def _add_product(self, graph: _Graph, v: Tensor, out: Tensor) -> None:
-        if not graph.gradients:
-            return
-        parts = [v[s].view_as(p) for s, p in zip(self.slices.values(), self.parameters, strict=True)]
-        products = torch.autograd.grad(
-            graph.gradients, self.parameters, [parts[i] for i in graph.sources], retain_graph=True, allow_unused=True
+    def _product(self, graph: list[tuple[int, Tensor]], v: Tensor) -> Sequence[Tensor | None]:
+        if not graph:
+            return [None] * len(self.parameters)
+        parts = self._by_parameter(v)
+        sources, gradients = zip(*graph, strict=True)
+        return torch.autograd.grad(
+            gradients, self.parameters, [parts[i] for i in sources], retain_graph=True, allow_unused=True
         )
-        for where, product in zip(self.slices.values(), products, strict=True):
-            if product is not None:
-                out[where] += product.detach().reshape(-1)
+
+
+class GaussNewtonOperator(CurvatureOperator):
+    """G = (1/N) sum_n J_n^T (d2 loss / d z_n d z_n) J_n, J_n the Jacobian of the outputs z_n (Schraudolph 2002).
+
+    Positive semidefinite for a loss that is convex in the outputs.  J v comes from differentiating u -> J^T u, which is
+    linear, once more.
+    """
+
+    def _graph(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, list[tuple[int, Tensor]], Any]:
+        z = self.model(batch[0])
+        if not z.requires_grad:
+            return z, z, [], None
+        dummy = torch.zeros_like(z, requires_grad=True)
+        back = torch.autograd.grad(z, self.parameters, dummy, create_graph=True, allow_unused=True)
+        used = [(i, g) for i, g in enumerate(back) if g is not None]
+        return z, dummy, used, self._at_outputs(z.detach(), batch)
+
+    def _product(self, graph: Any, v: Tensor) -> Sequence[Tensor | None]:
+        z, dummy, back, outputs = graph
+        if not back:
+            return [None] * len(self.parameters)
+        parts = self._by_parameter(v)
+        sources, transposed = zip(*back, strict=True)
+        (moved,) = torch.autograd.grad(transposed, dummy, [parts[i] for i in sources], retain_graph=True)
+        curved = self._output_product(outputs, moved)
+        if curved is None:
+            return [None] * len(self.parameters)
+        return torch.autograd.grad(z, self.parameters, curved, retain_graph=True, allow_unused=True)
+
+    def _at_outputs(self, z: Tensor, batch: tuple[Tensor, ...]) -> Any:
+        z = z.requires_grad_()
+        loss = self.loss(z, batch[1]) * (len(z) / self.n_data)
+        (slope,) = torch.autograd.grad(loss, z, create_graph=True)
+        return z, slope
+
+    def _output_product(self, outputs: Any, moved: Tensor) -> Tensor | None:
+        z, slope = outputs
+        if not slope.requires_grad:
+            return None
+        (curved,) = torch.autograd.grad(slope, z, moved, retain_graph=True, allow_unused=True)
+        return curved
+
+
+class FisherOperator(GaussNewtonOperator):
+    """F = (1/(N M)) sum over samples and M labels drawn from the model of the gradient's outer product.
+
+    An unbiased estimate, over the labels, of the Gauss-Newton matrix of the cross-entropy.  The labels are drawn once,
+    by `seed`, whatever the micro-batches; it is not the "empirical Fisher", which takes the data's own labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        parameters: dict[str, Tensor],
+        n_labels: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """As for every `CurvatureOperator`; the loss is the cross-entropy."""
+        super().__init__(model, nn.functional.cross_entropy, batches, parameters)
+        generator = torch.Generator().manual_seed(seed)
+        self.batches = [(x, label_uniforms(x, n_labels, generator)) for x, _ in batches]
+
+    def _at_outputs(self, z: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        if z.ndim != 2:
+            raise UserError("The Fisher matrix here wants one row of logits for each input.")
+        return sampled_factor(z, batch[1])
+
+    def _output_product(self, outputs: Tensor, moved: Tensor) -> Tensor:
+        inner = (outputs * moved).sum(2, keepdim=True)
+        return (outputs * inner).sum(0) / (len(outputs) * self.n_data)
+
+
+def select(parameters: dict[str, Tensor], patterns: str | Sequence[str]) -> dict[str, Tensor]:
+    """The parameters whose name matches one of the patterns (`layer3.*`, `*.bias`), in their own order.
+
+    Raises:
+        UserError: if a pattern matches none.
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UserError(
+                f"No parameter is called '{pattern}'{did_you_mean(pattern, parameters)}. "
+                "Patterns are of the form 'layer3.*' or '*.bias'."
+            )
+    return {name: p for name, p in parameters.items() if any(fnmatchcase(name, pattern) for pattern in wanted)}

@@ -1,5 +1,20 @@
-"""Matrix-free algorithms: they take a product with vectors and know no model."""
+"""Matrix-free algorithms: they take products with vectors and know no model."""
 
-from fpq_analysis.linalg.hutchinson import hutchinson
+from fpq_analysis.linalg.estimate import Estimate
+from fpq_analysis.linalg.hutchinson import deflated_hutchinson, hutchinson
+from fpq_analysis.linalg.hutchpp import Sketch
+from fpq_analysis.linalg.lanczos import Lanczos
+from fpq_analysis.linalg.matrix import DenseMatrix, Matrix
+from fpq_analysis.linalg.xtrace import xnystrace, xtrace
 
-__all__ = ["hutchinson"]
+__all__ = [
+    "DenseMatrix",
+    "Estimate",
+    "Lanczos",
+    "Matrix",
+    "Sketch",
+    "deflated_hutchinson",
+    "hutchinson",
+    "xnystrace",
+    "xtrace",
+]

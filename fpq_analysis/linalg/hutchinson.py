@@ -1,43 +1,151 @@
-"""Hutchinson's trace estimator (Hutchinson 1990), with its standard error."""
+"""Hutchinson's trace estimator (Hutchinson 1990), plain or with a subspace taken out exactly.
+
+A probe v of random signs gives v . A v, whose mean is the trace.  Its variance is twice the squared norm of the
+off-diagonal part of A, which a few large eigenvalues dominate.  With an orthonormal basis Q of a subspace that holds
+most of these, P = Q Q^T and M = I - P,
+
+    Tr A = Tr(A P) + Tr(M A M),       v . M A M v = (M v) . A (M v),
+
+the first part is known from Z = A Q, and probes see the second alone.  The estimate stays unbiased whatever Q is, as
+long as it does not depend on the probes.  Hutch++ (Meyer et al. 2021) takes Q from a sketch, two products a column;
+here it may also be the basis of a Lanczos process, one product a column and nearer to the extreme eigenvectors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fpq_analysis.linalg.estimate import (
+    FIRST,
+    MAX_PRODUCTS,
+    Estimate,
+    block_sums,
+    more_draws,
+)
+from fpq_analysis.linalg.matrix import Matrix, random_signs
 
-def rademacher(size: int, k: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """A (size, k) matrix of independent signs."""
-    bits = torch.randint(0, 2, (size, k), generator=generator, device=generator.device)
-    return bits.to(dtype).mul_(2).sub_(1)
+AT_ONCE = 8  # probes in one product: they share the gradient's graph, and take memory
+FIRST_RANK = 16
+# The basis and its products may take so many bytes.
+MAX_BASIS_BYTES = 2**31
+
+
+class Subspace(Protocol):
+    """An orthonormal basis `q` (n, m) and `z` = A q, which grows; `ended` when it cannot."""
+
+    q: Tensor
+    z: Tensor
+    ended: bool
+
+    def extend(self, columns: int) -> None: ...
 
 
 def hutchinson(
-    matmat: Callable[[Tensor], Tensor],
-    size: int,
+    matrix: Matrix,
     blocks: list[slice],
     *,
-    rounds: list[int],
     generator: torch.Generator,
-    dtype: torch.dtype,
-) -> Iterator[Tensor]:
-    """Draw probes v of random signs and yield the parts v_b . (A v)_b of v . A v, a round at a time.
-
-    Each part is an unbiased sample of the trace of its diagonal block, their sum one of the trace of A.  Signs have
-    the least variance among independent entries: 2 sum_{i != j} A_ij^2 for a symmetric A.
+    n_probes: int = 100,
+    tol: float | None = None,
+    max_products: int = MAX_PRODUCTS,
+) -> Estimate:
+    """The plain estimator.
 
     Args:
-        matmat: (size, k) to (size, k).
-        blocks: slices of the vector that do not overlap.
-        rounds: number of probes in each round.
-
-    Yields:
-        (probes of the round, len(blocks)) in float64.
+        blocks: slices that divide 0 ... size: each one's trace is estimated from the same products.
+        n_probes: probes; with `tol`, `FIRST` or more at first, and then as many as the relative standard error `tol`
+            asks for, up to `max_products`.
     """
-    for k in rounds:
-        v = rademacher(size, k, generator, dtype)
-        products = v * matmat(v)
-        wide = torch.float32 if products.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        yield torch.stack([products[block].sum(0, dtype=wide) for block in blocks], dim=1).cpu().double()
+    draws = _draw(matrix, blocks, generator, n_probes if tol is None else max(2, min(FIRST, max_products)))
+    while True:
+        estimate = Estimate.of_draws(draws, len(draws), tol=tol)
+        room = max_products - len(draws)
+        if tol is None or estimate.converged or room < 1:
+            return estimate
+        n = min(more_draws(len(draws), estimate.value, estimate.sem, tol), room)
+        draws = torch.cat([draws, _draw(matrix, blocks, generator, n)])
+
+
+def deflated_hutchinson(
+    matrix: Matrix,
+    blocks: list[slice],
+    subspace: Subspace,
+    cost: int,
+    *,
+    generator: torch.Generator,
+    n_products: int = 60,
+    tol: float | None = None,
+    max_products: int = MAX_PRODUCTS,
+) -> Estimate:
+    """With `subspace` taken out.
+
+    Args:
+        subspace: empty; it is grown here.
+        cost: products that a column of it takes: 1 for `Lanczos`, 2 for `Sketch`.
+        n_products: without `tol`: half of them for the subspace, half for probes.
+        tol: relative standard error wanted.  The subspace is doubled as long as that saves more probes than it costs
+            products (judged by the doubling before), then probes are drawn.
+    """
+    largest = max(1, min(matrix.size, MAX_BASIS_BYTES // (2 * matrix.size * matrix.dtype.itemsize)))
+    if tol is None:
+        subspace.extend(min(largest, max(1, n_products // (2 * cost))))
+        used = cost * subspace.q.shape[1]
+        draws = _draw(matrix, blocks, generator, max(2, n_products - used), subspace)
+        known = _known(subspace, blocks)
+        return Estimate.of_draws(draws, used + len(draws), known=known, rank=subspace.q.shape[1])
+
+    subspace.extend(min(FIRST_RANK, largest))
+    # The first probes and their products are kept: when the subspace grows they are projected anew, at no product.
+    v = random_signs(matrix, FIRST, generator)
+    av = _products(matrix, v)
+    draws = _projected(v, av, subspace, blocks)
+    before = math.inf  # products the last, smaller subspace would have taken in all
+    while True:
+        rank = subspace.q.shape[1]
+        used = cost * rank + len(draws)
+        estimate = Estimate.of_draws(draws, used, known=_known(subspace, blocks), rank=rank, tol=tol)
+        room = max_products - used
+        if estimate.converged or room < 1:
+            return estimate
+        missing = more_draws(len(draws), estimate.value, estimate.sem, tol)
+        growth = min(rank, largest - rank, room // cost)
+        worth = used + missing < before and missing > cost * growth
+        if growth > 0 and worth and not subspace.ended and len(draws) == FIRST:
+            before = used + missing
+            subspace.extend(growth)
+            draws = _projected(v, av, subspace, blocks)
+        else:
+            more = _draw(matrix, blocks, generator, min(missing, room), subspace)
+            draws = torch.cat([draws, more])
+
+
+def _draw(
+    matrix: Matrix, blocks: list[slice], generator: torch.Generator, n: int, subspace: Subspace | None = None
+) -> Tensor:
+    """(n, blocks) samples of the part outside the subspace."""
+    parts = []
+    for start in range(0, n, AT_ONCE):
+        v = random_signs(matrix, min(AT_ONCE, n - start), generator)
+        parts.append(_projected(v, matrix.matmat(v), subspace, blocks))
+    return torch.cat(parts)
+
+
+def _products(matrix: Matrix, v: Tensor) -> Tensor:
+    return torch.cat([matrix.matmat(part) for part in v.split(AT_ONCE, 1)], 1)
+
+
+def _projected(v: Tensor, av: Tensor, subspace: Subspace | None, blocks: list[slice]) -> Tensor:
+    """Samples (M v)_b . (A M v)_b, (k, blocks): unbiased for the blocks of A M, and in sum for M A M."""
+    if subspace is not None:
+        inside = subspace.q.T @ v
+        v, av = v - subspace.q @ inside, av - subspace.z @ inside
+    return block_sums(v * av, blocks)
+
+
+def _known(subspace: Subspace, blocks: list[slice]) -> Tensor:
+    """Traces of the blocks of A P, (blocks,)."""
+    return block_sums((subspace.q * subspace.z).sum(1, keepdim=True), blocks)[0]

@@ -22,9 +22,9 @@ def figure5(records: pd.DataFrame) -> Figure:
     """Trace against epoch, a panel for each network and data set, a line for each run.
 
     Where a panel has quantized runs, the float run they may have started from is a horizontal line at its last epoch's
-    trace.  The band is the 95 % interval over the data (1.96 standard errors; over the probes where the error over the
-    data is unknown).  All lines of a panel see the same images, so that the difference of two lines is surer than
-    their bands suggest.  The axis is logarithmic where the traces span more than a factor of ten.
+    trace.  The band is the 95 % interval over the data (over the probes where the error over the data is unknown).
+    All lines of a panel see the same images, so that the difference of two lines is surer than their bands suggest.
+    The axis is logarithmic where the traces span more than a factor of ten.
 
     Args:
         records: of the probe `hessian_trace`; columns as in `records.COLUMNS`.
@@ -54,7 +54,7 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
         line = line.sort_values("epoch")
         method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
         tint = colour(method, methods)
-        error = 1.96 * line["sem_data"].fillna(line["sem"])
+        error = line["ci95"]
         text = _legend(line, panel)
         if quantized and bits == "FP":
             value, spread = line["value"].iloc[-1], error.iloc[-1]

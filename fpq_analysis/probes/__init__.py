@@ -1,8 +1,9 @@
 """Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
 
 from fpq_analysis.probes.point import Point, Probe
+from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 
-PROBES = {probe.name: probe for probe in (HessianTrace,)}
+PROBES = {probe.name: probe for probe in (HessianTrace, Sharpness)}
 
-__all__ = ["PROBES", "HessianTrace", "Point", "Probe", "TraceEstimate", "hessian_trace"]
+__all__ = ["PROBES", "HessianTrace", "Point", "Probe", "Sharpness", "TraceEstimate", "hessian_trace", "sharpness"]

@@ -1,0 +1,72 @@
+"""`fpq-analyze doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, new_table, print_json, print_table, say
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@app.command()
+@guarded
+def doctor(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file, or a run: its last checkpoint.")],
+    data_root: DataRoot = None,
+    model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
+    device: Device = "auto",
+    n_data: Annotated[int, typer.Option(help="Training images to check on, and to forecast for.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the images and of the directions.")] = 0,
+    json: Json = False,
+) -> None:
+    """Can curvature be measured on this checkpoint? Checks, cures, and what each measurement will cost.
+
+    Exits with 1 if there is a fault.
+
+    [bold]Examples[/bold]
+
+      fpq-analyze doctor checkpoints/fpq
+
+      fpq-analyze doctor checkpoints/mine/epoch_0010.pt --model package.module:factory
+    """
+    from fpq_analysis.doctor import FAULT, NOTE, diagnose_checkpoint
+
+    findings, costs = diagnose_checkpoint(
+        checkpoint, n_data=n_data, seed=seed, data_root=data_root, model=model, device=device
+    )
+    faults, notes = (int((findings["status"] == status).sum()) for status in (FAULT, NOTE))
+    if json:
+        print_json(findings)
+        print_json(costs)
+    else:
+        _print_findings(findings)
+        if not costs.empty:
+            print()
+            _print_forecast(costs, n_data)
+    say(f"{len(findings)} checks: {faults} faults, {notes} notes.")
+    if faults:
+        raise typer.Exit(1)
+
+
+def _print_findings(findings: pd.DataFrame) -> None:
+    from rich.markup import escape
+
+    table = new_table({"Check": "left", "Status": "left", "Finding": "left"})
+    table.columns[2].overflow = "fold"  # a cure must not be cut
+    for row in findings.itertuples(index=False):
+        text = escape(str(row.finding)) + (f"\n[bold]Cure:[/bold] {escape(str(row.cure))}" if row.cure else "")
+        table.add_row(str(row.check), str(row.status), text)
+    print_table(table)
+
+
+def _print_forecast(costs: pd.DataFrame, n_data: int) -> None:
+    table = new_table({f"Forecast for {n_data} images": "left", "Seconds": "right", "Peak MB": "right"})
+    for name, seconds, peak in costs.itertuples(index=False):
+        figures = [f"{value:.3g}" if value == value else "-" for value in (seconds, peak)]
+        table.add_row(str(name), *figures)
+    print_table(table)

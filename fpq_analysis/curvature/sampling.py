@@ -1,0 +1,187 @@
+"""From per-sample traces to a trace with its two errors, and how many samples and labels to draw for a wanted one.
+
+Each sample's trace t_n (by drawn labels: an estimate of it) is known.  Of P samples handed over, N are drawn without
+replacement.  With s2 the variance of the estimates over samples and w the mean variance of one of them over its labels,
+b = s2 - w is the variance of the t_n themselves, and
+
+    sem_data^2 = s2 / N            as an estimate for the distribution the samples come from,
+    sem^2      = s2 / N - b / P    as an estimate for the P samples handed over (zero if N = P and w = 0).
+
+Two stages (Neyman 1934; Cochran 1977, section 5.5, for costs): a pilot gives b and w1, w for one label.  If a forward
+pass costs c labels, the error per cost is least with M = (c w1 / b)^(1/2) labels a sample, and the number of samples
+follows from the error that is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.exact import per_sample_traces
+
+# Cost of what comes before the labels (forward pass, patches, their products), in labels: measured on ResNet-20.
+FORWARD_COST = 1.5
+PILOT = 256
+ALL = "*"  # no layer can be called so
+
+
+@dataclass(frozen=True)
+class SampleTraces:
+    """Traces by layer, and of the whole network under `ALL`.
+
+    Attributes:
+        traces: (N,) by layer, for the samples drawn, in the order drawn.
+        label_variance: (N,) by layer, of these numbers over their labels; zero when exact.
+        population: P, samples handed over.
+        n_passes: backward passes over the samples drawn.
+    """
+
+    traces: dict[str, Tensor]
+    label_variance: dict[str, Tensor]
+    population: int
+    n_passes: int
+
+    @property
+    def n(self) -> int:
+        """N, samples drawn."""
+        return len(self.traces[ALL])
+
+    def value(self, layer: str = ALL) -> float:
+        """Mean over the samples drawn."""
+        return float(self.traces[layer].mean())
+
+    def sem(self, layer: str = ALL) -> float:
+        """Standard error as an estimate for the samples handed over."""
+        if self.n == self.population:
+            return math.sqrt(float(self.label_variance[layer].mean()) / self.n)
+        whole, labels = float(self.traces[layer].var()), float(self.label_variance[layer].mean())
+        return math.sqrt(max(whole / self.n - max(0.0, whole - labels) / self.population, labels / self.n))
+
+    def sem_data(self) -> float:
+        """Standard error as an estimate for the distribution of the samples; NaN for a single one."""
+        return float(self.traces[ALL].std()) / math.sqrt(self.n) if self.n > 1 else math.nan
+
+
+def exact_traces(
+    model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor], derivatives: dict[str, Tensor] | None = None
+) -> SampleTraces:
+    """Of all samples, by the sum over classes; arguments as for `per_sample_traces`."""
+    parts = [
+        _mean_over_labels(part, None) for part in per_sample_traces(model, batches, parameters, derivatives=derivatives)
+    ]
+    traces, variance = _joined(parts)
+    return SampleTraces(traces, variance, len(traces[ALL]), _n_classes(model, batches) - 1)
+
+
+def sampled_traces(
+    model: nn.Module,
+    batches: list[Batch],
+    parameters: dict[str, Tensor],
+    derivatives: dict[str, Tensor] | None = None,
+    *,
+    generator: torch.Generator,
+    n_labels: int = 4,
+    tol: float | None = None,
+) -> SampleTraces:
+    """By drawn labels: `n_labels` for every sample; or as few samples and labels as the relative error `tol` needs.
+
+    Args:
+        batches, ...: as for `per_sample_traces`; `generator` is a CPU one.
+        tol: wanted standard error for all of `batches`, relative to the trace.
+    """
+
+    def draw(part: list[Batch], labels: int, one_label: dict[str, float] | None = None) -> list[_Part]:
+        found = per_sample_traces(
+            model, part, parameters, n_labels=labels, generator=generator, derivatives=derivatives
+        )
+        return [_mean_over_labels(traces, one_label) for traces in found]
+
+    if tol is None:
+        traces, variance = _joined(draw(batches, n_labels))
+        return SampleTraces(traces, variance, len(traces[ALL]), n_labels)
+    found = _to_tolerance(draw, batches, generator, tol, _n_classes(model, batches))
+    return found or exact_traces(model, batches, parameters, derivatives)
+
+
+_Part = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def _to_tolerance(
+    draw: Callable[..., list[_Part]], batches: list[Batch], generator: torch.Generator, tol: float, n_classes: int
+) -> SampleTraces | None:
+    """None where the sum over classes for every sample is cheaper than what the tolerance would take."""
+    population = sum(len(x) for x, _ in batches)
+    order = torch.randperm(population, generator=generator).to(batches[0][0].device)
+    inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    size = len(batches[0][0])
+
+    def take(start: int, stop: int) -> list[Batch]:
+        return [(inputs[i], targets[i]) for i in order[start:stop].split(size)]
+
+    parts = draw(take(0, min(PILOT, population)), 2)
+    passes = 2 * min(PILOT, population)
+    pilot = SampleTraces(*_joined(parts), population, 2)
+    one_label = {name: 2 * float(variance.mean()) for name, variance in pilot.label_variance.items()}
+    between = max(float(pilot.traces[ALL].var()) - one_label[ALL] / 2, 0.0) if pilot.n > 1 else 0.0
+    wanted = (tol * pilot.value()) ** 2
+    # The pilot's images keep their two labels; the others get `labels`.  The error from labels alone must stay within
+    # what is wanted even when every sample is drawn.
+    labels = max(1, round(math.sqrt(FORWARD_COST * one_label[ALL] / between)) if between else 1)
+    if wanted > 0:
+        labels = max(labels, math.ceil(1.2 * one_label[ALL] / (population * wanted)))
+    while labels < n_classes - 1:
+        traces, variance = _joined(parts)
+        found = SampleTraces(traces, variance, population, max(1, round(passes / len(traces[ALL]))))
+        if found.sem() <= tol * abs(found.value()) or not math.isfinite(found.value()):
+            return found
+        if found.n == population:
+            break
+        wanted = (tol * found.value()) ** 2
+        within = one_label[ALL] / labels
+        spread = max(float(traces[ALL].var()) - float(variance[ALL].mean()), 0.0)
+        needed = 1.1 * (spread + within) / (wanted + spread / population) if wanted else population
+        stop = min(population, max(math.ceil(needed), found.n + found.n // 4 + 1))
+        parts += draw(take(found.n, stop), labels, one_label)
+        passes += labels * (stop - found.n)
+    return None
+
+
+def layer_of(parameter: str) -> str:
+    """Name of the module that owns a parameter; empty for the model itself."""
+    return parameter.rpartition(".")[0]
+
+
+@torch.no_grad()
+def _n_classes(model: nn.Module, batches: list[Batch]) -> int:
+    return int(model(batches[0][0][:1]).shape[1])
+
+
+def _mean_over_labels(part: dict[str, Tensor], one_label: dict[str, float] | None) -> _Part:
+    """By layer, from (draws, B) by parameter: means over the draws, and the variances of these means.
+
+    Args:
+        one_label: variance over labels where a single draw tells none of its own.
+    """
+    layers: dict[str, Tensor] = {}
+    for name, draws in part.items():
+        layers[layer_of(name)] = layers[layer_of(name)] + draws if layer_of(name) in layers else draws
+    layers[ALL] = torch.stack(list(part.values())).sum(0)
+    traces = {layer: draws.mean(0) for layer, draws in layers.items()}
+    variance = {}
+    for layer, draws in layers.items():
+        if len(draws) > 1:
+            variance[layer] = draws.var(0) / len(draws)
+        else:
+            variance[layer] = torch.full_like(draws[0], one_label[layer] if one_label else 0.0)
+    return traces, variance
+
+
+def _joined(parts: list[_Part]) -> _Part:
+    names = list(parts[0][0])
+    traces, variance = ({name: torch.cat([part[i][name] for part in parts]) for name in names} for i in (0, 1))
+    return traces, variance

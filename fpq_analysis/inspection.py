@@ -1,0 +1,288 @@
+"""What is in a checkpoint file, and is it safe to use?  Nothing in the file is run to find out.
+
+What a file would have to import is read off its pickle, as text; only a file of tensors and plain values is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickletools
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from fpq_analysis import checkpoint as ckpt
+from fpq_analysis.errors import UserError
+from fpq_analysis.files import read_jsonl, sha256
+
+COLUMNS = ["field", "value"]
+RUN_COLUMNS = ["file", "epoch", "size", "sha256", "hash", "test accuracy"]
+QUANTIZER_COLUMNS = ["layer", "of", "bits", "step sizes", "smallest", "median", "largest"]
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which other programs keep a state dict
+# What plain tensors are pickled with; `torch.load` decides what is safe, these are only left out of a list of names.
+TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch\.\w+Storage|torch\.storage\.\w+|collections\.OrderedDict")
+SHOWN = 3
+
+
+def inspect_checkpoint(path: str | Path) -> pd.DataFrame:
+    """Describe one checkpoint file, of ours or a foreign state dict.
+
+    Returns:
+        field, value: two columns of text.  `kind` is `fpq-analyze checkpoint`, `foreign state dict` or `other`;
+        `non-finite` names tensors that hold NaN or infinity.
+
+    Raises:
+        UserError: if the file is missing, cut short, differs from its manifest, or would have to run code to load
+            (with the names it would import).
+    """
+    path = Path(path)
+    about = _about(path)
+    if (header := _safetensors(path)) is not None:
+        how = f"safetensors.torch.load_file('{path.name}')"
+        scalars = sum(math.prod(entry["shape"]) for entry in header.values())
+        kind = ("kind", "foreign state dict, safetensors")
+        return _frame([kind, *about, ("tensors", str(len(header))), ("scalars", f"{scalars:,}"), _how_to_use(how)])
+    content = _load(path)
+    about.append(("safe", "yes: tensors and plain values only"))
+    if _is_ours(content):
+        kind = ("kind", "fpq-analyze checkpoint")
+        return _frame([kind, *about, *_ours(content), *_versions(path.parent), *_tensors(content["state_dict"])])
+    state, key = _find_state(content)
+    if not state:
+        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        return _frame([("kind", "other"), *about, ("holds", held[:200] or "nothing")])
+    how = f"torch.load('{path.name}', weights_only=True)" + (f"['{key}']" if key else "")
+    kind = ("kind", "foreign state dict" + (f", under '{key}'" if key else ""))
+    return _frame([kind, *about, *_tensors(state), _how_to_use(how)])
+
+
+def inspect_quantizers(path: str | Path) -> pd.DataFrame:
+    """Bits and step sizes of every quantizer in one of our checkpoints; no rows for a float network.
+
+    Returns:
+        layer, of (weight or input), bits, step sizes (how many), smallest, median, largest.
+
+    Raises:
+        UserError: see `inspect_checkpoint`.
+    """
+    content = _load(Path(path))
+    rows = list(_quantizers(content)) if _is_ours(content) and content["quant"] else []
+    return pd.DataFrame(rows, columns=QUANTIZER_COLUMNS)
+
+
+def inspect_run(run: str | Path) -> pd.DataFrame:
+    """The checkpoints of a run.
+
+    Returns:
+        file, epoch, size (bytes), sha256, hash (ok, differs, not recorded, or missing), test accuracy (NaN if unknown).
+
+    Raises:
+        UserError: if the folder holds no checkpoint.
+    """
+    run = Path(run)
+    manifest = ckpt.read_manifest(run)
+    files = ckpt.checkpoints(run) if run.is_dir() else {}
+    if not files:
+        raise UserError(f"'{run}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
+    accuracy = {row.get("epoch"): row.get("test_accuracy", float("nan")) for row in read_jsonl(run / "train.jsonl")}
+    rows: list[tuple[Any, ...]] = []
+    for epoch, path in files.items():
+        digest = sha256(path)
+        status = _agreement(manifest.get(path.name), digest)
+        rows.append((path.name, epoch, path.stat().st_size, digest, status, accuracy.get(epoch, float("nan"))))
+    for name in sorted(set(manifest) - {path.name for path in files.values()}):
+        match = ckpt.CHECKPOINT_NAME.fullmatch(name)
+        if match:
+            rows.append((name, int(match[1]), 0, manifest[name], "missing", float("nan")))
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
+
+
+def unsafe_names(path: Path) -> list[str]:
+    """What the file would import to load, beyond what tensors need; read as text, nothing is imported or run.
+
+    Raises:
+        UserError: if no pickle can be read from the file.
+    """
+    try:
+        if is_zipfile(path):
+            return sorted(get_unsafe_globals_in_checkpoint(path))
+        return sorted({name for name in _pickled_names(path) if not TENSORS.fullmatch(name)})
+    except Exception as error:  # damage shows in many ways
+        if "torchscript" in str(error):
+            raise UserError(
+                f"'{path}' is a TorchScript archive, which holds a program. Nothing was run. If you trust its maker, "
+                "save its state_dict() alone."
+            ) from error
+        raise _damaged(path, error) from error
+
+
+def _about(path: Path) -> list[tuple[str, str]]:
+    """What can be said of it as a file."""
+    if not path.is_file():
+        raise UserError(f"No checkpoint '{path}'.")
+    digest = sha256(path)
+    status = _agreement(ckpt.read_manifest(path.parent).get(path.name), digest)
+    if status == "differs":
+        raise UserError(
+            f"'{path}' is damaged, or not the file it was: its SHA-256 is {digest[:12]}..., and manifest.json beside "
+            "it has another. Copy it again from its source, or train the run anew with --overwrite."
+        )
+    return [("size", f"{path.stat().st_size:,} bytes"), ("sha256", digest), ("manifest", status)]
+
+
+def _load(path: Path) -> Any:
+    """The content of a file of tensors and plain values."""
+    if not path.is_file():
+        raise UserError(f"No checkpoint '{path}'.")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, on the file's form
+            return ckpt.load_tensors(path)
+    except UserError as error:
+        names = unsafe_names(path)
+        if not names:
+            raise _damaged(path, error.__cause__ or error) from error
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise UserError(
+            f"'{path}' is not safe: to load it, Python would have to import and could run {shown}. Nothing was run. If "
+            "you trust its maker, load it where it was made, and save its state_dict() alone."
+        ) from error
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"'{path}' cannot be read: it is cut short, damaged, or no checkpoint at all ({type(error).__name__}). Copy it "
+        "again from its source."
+    )
+
+
+def _agreement(recorded: str | None, digest: str) -> str:
+    if recorded is None:
+        return "not recorded"
+    return "ok" if recorded == digest else "differs"
+
+
+def _safetensors(path: Path) -> dict[str, Any] | None:
+    """The header of a safetensors file: eight bytes of length, then JSON; None for any other file."""
+    with path.open("rb") as file:
+        start = file.read(9)
+        if len(start) < 9 or start[8:] != b"{":
+            return None
+        (length,) = struct.unpack("<Q", start[:8])
+        try:
+            header = json.loads(b"{" + file.read(min(length, 2**27) - 1))
+        except ValueError:
+            return None
+    header.pop("__metadata__", None)
+    return header
+
+
+def _pickled_names(path: Path) -> Iterator[str]:
+    """`module.name` of everything the pickles of a file in the old format, or of a plain one, would import."""
+    with path.open("rb") as file:
+        size, done = path.stat().st_size, 0
+        while file.tell() < size:
+            words: list[str] = []  # STACK_GLOBAL takes module and name from the stack: the last two words, as written
+            try:
+                for code, value, _ in pickletools.genops(file):
+                    if code.name in ("GLOBAL", "INST"):
+                        yield str(value).replace(" ", ".")
+                    elif code.name == "STACK_GLOBAL":
+                        yield ".".join(words[-2:])
+                    elif isinstance(value, str):
+                        words.append(value)
+            except ValueError:
+                if not done:
+                    raise
+                return  # behind its pickles, the old format has the tensors' bytes
+            done += 1
+
+
+def _is_ours(content: Any) -> bool:
+    fields = {field for field in ckpt.Checkpoint.__dataclass_fields__ if field != "sha256"}
+    return isinstance(content, dict) and "format" in content and fields <= content.keys()
+
+
+def _ours(content: dict[str, Any]) -> list[tuple[str, str]]:
+    run, model, data, quant = content["run"], content["model"], content["data"], content["quant"]
+    bits = (
+        f"W{quant['weight_bits']}A{quant['act_bits']}, first and last layer {quant['edge_bits']}" if quant else "float"
+    )
+    readable = "" if content["format"] == ckpt.FORMAT else f" (this version reads {ckpt.FORMAT})"
+    return [
+        ("format", f"{content['format']}{readable}"),
+        ("epoch", str(content["epoch"])),
+        ("method", str(run.get("method"))),
+        ("architecture", f"{model['name']}, {model['num_classes']} classes, {model['in_channels']} channels in"),
+        ("bits", bits),
+        ("data set", f"{data['name']}, {data['n_train']:,} training images of {data['size']}x{data['size']}"),
+        ("training seed", str(run.get("seed"))),
+    ]
+
+
+def _versions(run: Path) -> list[tuple[str, str]]:
+    """From `run.json`, where there is one."""
+    try:
+        return [("versions", ", ".join(f"{k} {v}" for k, v in ckpt.read_run(run)["versions"].items()))]
+    except (UserError, KeyError, AttributeError):
+        return []
+
+
+def _find_state(content: Any) -> tuple[dict[str, Tensor], str]:
+    """The state dict in what another program saved, and under which key it was."""
+    if not isinstance(content, dict):
+        return {}, ""
+    for key in ("", *WRAPPERS):
+        state = content.get(key) if key else content
+        if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
+            return state, key
+    return {}, ""
+
+
+def _how_to_use(load: str) -> tuple[str, str]:
+    return (
+        "to use it",
+        f"with model.load_state_dict({load}), in Python: fpq_analysis.hessian_trace(model, batches); or in a function "
+        "that gives the model, for fpq-analyze train --model package.module:factory",
+    )
+
+
+def _tensors(state: dict[str, Tensor]) -> list[tuple[str, str]]:
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})
+    bad = [name for name, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    named = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+    return [
+        ("tensors", f"{len(state)} ({', '.join(kinds)})"),
+        ("scalars", f"{sum(t.numel() for t in state.values()):,}"),
+        ("non-finite", named or "none"),
+    ]
+
+
+def _quantizers(content: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    state, spec = content["state_dict"], content["quant"]
+    # Names as `quantizers/apply.py` gives them; the order of the state dict is that of the layers.
+    ends = {".parametrizations.weight.0.step_size": "weight", ".input_quantizer.step_size": "input"}
+    found = [
+        (name.removesuffix(end), of, steps.float().reshape(-1))
+        for name, steps in state.items()
+        for end, of in ends.items()
+        if name.endswith(end)
+    ]
+    edges = {layer for layer, _, _ in (found[0], found[-1])} if found else set()
+    for layer, of, steps in found:
+        bits = spec["edge_bits"] if layer in edges else spec["weight_bits" if of == "weight" else "act_bits"]
+        smallest, median, largest = (float(f()) for f in (steps.min, steps.median, steps.max))
+        yield layer, of, bits, steps.numel(), smallest, median, largest
+
+
+def _frame(rows: list[tuple[str, str]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=COLUMNS)

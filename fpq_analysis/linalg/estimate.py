@@ -1,0 +1,93 @@
+"""A trace with its error, and how many more draws an error asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+# Fewer draws tell too little of their own spread: with a skewed distribution, as probes of a matrix with one large
+# eigenvalue have, intervals from 10 draws hold the truth in 86 % of cases instead of 95, from 30 in 91.
+FIRST = 32
+MAX_PRODUCTS = 100_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the trace of each diagonal block, and of their sum.
+
+    Attributes:
+        value, sem: the sum and its standard error.
+        blocks, block_sems: (b,) float64 each.
+        dof: degrees of freedom behind `sem`, for Student's t.
+        n_products: products with single vectors that it took.
+        rank: dimensions that were taken out exactly.
+        converged: False if a tolerance was asked for and not reached.
+    """
+
+    value: float
+    sem: float
+    blocks: Tensor
+    block_sems: Tensor
+    dof: float
+    n_products: int
+    rank: int = 0
+    converged: bool = True
+
+    @classmethod
+    def of_draws(
+        cls, draws: Tensor, n_products: int, *, known: Tensor | None = None, rank: int = 0, tol: float | None = None
+    ) -> Estimate:
+        """The mean of independent (k, b) draws, beside what is `known` (b,) without error."""
+        blocks, block_sems = mean_and_error(draws)
+        value, sem = (float(x) for x in mean_and_error(draws.sum(1)))
+        if known is not None:
+            blocks, value = blocks + known, value + float(known.sum())
+        dof = degrees_of_freedom(draws.sum(1))
+        return cls(value, sem, blocks, block_sems, dof, n_products, rank, reached(value, sem, tol))
+
+    def half_width(self, level: float = 0.95) -> float:
+        """Of the two-sided interval at `level`."""
+        return float(stats.t.ppf((1 + level) / 2, self.dof)) * self.sem if self.sem else 0.0
+
+
+def mean_and_error(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the first axis and its standard error."""
+    return draws.mean(0), draws.std(0) / math.sqrt(len(draws))
+
+
+def degrees_of_freedom(draws: Tensor) -> float:
+    """Of the standard error of the mean of (k,) draws: how well it is known, for Student's t.
+
+    k - 1 for normal draws.  Probes of a matrix with few large eigenvalues are skewed and heavy-tailed, and tell less of
+    their own spread; by Satterthwaite's argument 2 / Var(s^2 / sigma^2), with the sampled kurtosis in it.
+    """
+    k = len(draws)
+    centred = draws - draws.mean()
+    second = float(centred.square().mean())
+    excess = float(centred.pow(4).mean()) / second**2 - 3 if second > 0 else 0.0
+    return max(1.0, 2 / (2 / (k - 1) + max(0.0, excess) / k))
+
+
+def reached(value: float, sem: float, tol: float | None) -> bool:
+    """Whether the relative error is small enough; a number that is not finite gets no better by more draws."""
+    return tol is None or sem <= tol * abs(value) or not math.isfinite(value + sem)
+
+
+def more_draws(draws: int, value: float, sem: float, tol: float) -> int:
+    """Draws still missing to the relative error `tol`, from the error after `draws`; at least a quarter as many again.
+
+    Looking again and again and stopping at the first small error found would stop early by chance.  Aiming past the
+    mark by a tenth, and never by small steps, keeps the looks to two or three, which tests show to be harmless.
+    """
+    needed = 1.1 * draws * (sem / (tol * abs(value))) ** 2 if value else math.inf
+    return int(min(max(needed - draws, draws / 4 + 1), 1e9))
+
+
+def block_sums(x: Tensor, blocks: list[slice]) -> Tensor:
+    """Sums over slices of the first axis of (n, k): (k, blocks) in float64 on the CPU."""
+    double = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return torch.stack([x[block].sum(0, dtype=double) for block in blocks], 1).cpu().double()

@@ -1,0 +1,96 @@
+"""What an algorithm of this room is given: a symmetric matrix known by its products; and a dense one for trials."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Matrix(Protocol):
+    """A symmetric (size, size) matrix A, through A V."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def matmat(self, v: Tensor) -> Tensor:
+        """A V for V (size, k)."""
+        ...
+
+
+class DenseMatrix:
+    """A matrix that is all there, and counts its products."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+        self.size = len(a)
+        self.dtype = a.dtype
+        self.device = a.device
+        self.n_products = 0
+
+    def matmat(self, v: Tensor) -> Tensor:
+        """A V for V (size, k)."""
+        self.n_products += v.shape[1]
+        return self.a @ v
+
+
+def random_signs(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:
+    """A (size, k) matrix of independent signs, in the matrix's type and place, the same on every device."""
+    bits = torch.randint(0, 2, (matrix.size, k), generator=generator, device=generator.device, dtype=torch.int8)
+    return bits.to(matrix.device, matrix.dtype).mul_(2).sub_(1)
+
+
+def random_normal(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:
+    """A (size, k) matrix of independent standard normal numbers, likewise."""
+    numbers = torch.randn((matrix.size, k), generator=generator, device=generator.device)
+    return numbers.to(matrix.device, matrix.dtype)
+
+
+def orthonormalize(v: Tensor, basis: Tensor | None = None, floor: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns for the part of `v` that is outside the span of `basis`.
+
+    Each column is projected at least twice against everything before it ("twice is enough", Giraud et al. 2005), and
+    again while a projection takes most of it away.  A column that is rounding error by then is left out.
+
+    Args:
+        v: (n, k).
+        basis: (n, m) with orthonormal columns, or None.
+        floor: a column that keeps less than this share of itself in a projection is projected again.
+
+    Returns:
+        Q (n, r) with r <= k, and R (m + r, k) with `v` = [basis, Q] R.
+    """
+    n, k = v.shape
+    m = 0 if basis is None else basis.shape[1]
+    q = v.new_empty(n, m + k)
+    if basis is not None:
+        q[:, :m] = basis
+    r = v.new_zeros(m + k, k)
+    tiny = torch.finfo(v.dtype).eps * 10
+    kept = m
+    for column in range(k):
+        w = v[:, column].clone()
+        before = whole = float(w.norm())
+        for sweep in range(5):
+            share = q[:, :kept].T @ w
+            r[:kept, column] += share
+            w -= q[:, :kept] @ share
+            after = float(w.norm())
+            if after <= tiny * whole or (sweep >= 1 and after > floor * before):
+                break
+            before = after
+        if after > tiny * whole and after > 0:
+            q[:, kept] = w / after
+            r[kept, column] = after
+            kept += 1
+    return q[:, m:kept], r[:kept]
+
+
+def wide(t: Tensor) -> Tensor:
+    """`t` in float64 on the CPU, where small problems are solved."""
+    return t.detach().cpu().double()
