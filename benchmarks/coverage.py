@@ -67,8 +67,7 @@ def estimate(method: str, matrix: DenseMatrix, seed: int, budget: int, tol: floa
         run = xtrace if method == "xtrace" else xnystrace
         return run(matrix, blocks, generator=generator, n_products=budget, tol=tol)
     subspace = (Lanczos if method == "deflated" else Sketch)(matrix, generator=generator)
-    cost = 1 if method == "deflated" else 2
-    return deflated_hutchinson(matrix, blocks, subspace, cost, generator=generator, n_products=budget, tol=tol)
+    return deflated_hutchinson(matrix, blocks, subspace, generator=generator, n_products=budget, tol=tol)
 
 
 METHODS = ("hutchinson", "deflated", "hutch++", "xtrace", "xnystrace")

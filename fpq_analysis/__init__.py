@@ -14,13 +14,27 @@ if TYPE_CHECKING:
     from fpq_analysis.errors import UserError
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
-    from fpq_analysis.probes import HessianTrace, Sharpness, TraceEstimate, hessian_trace, sharpness
+    from fpq_analysis.probes import (
+        EigenEstimate,
+        HessianDensity,
+        HessianEigs,
+        HessianTrace,
+        Sharpness,
+        TraceEstimate,
+        hessian_eigs,
+        hessian_trace,
+        sharpness,
+        spectral_density,
+    )
     from fpq_analysis.quantizers import QuantSpec, calibrate, quantize
     from fpq_analysis.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EigenEstimate": "fpq_analysis.probes",
+    "HessianDensity": "fpq_analysis.probes",
+    "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
     "QuantSpec": "fpq_analysis.quantizers",
     "Sharpness": "fpq_analysis.probes",
@@ -30,6 +44,7 @@ _HOMES = {
     "calibrate": "fpq_analysis.quantizers",
     "diagnose": "fpq_analysis.doctor",
     "forecast_measurements": "fpq_analysis.doctor",
+    "hessian_eigs": "fpq_analysis.probes",
     "hessian_trace": "fpq_analysis.probes",
     "inspect_checkpoint": "fpq_analysis.inspection",
     "inspect_run": "fpq_analysis.inspection",
@@ -37,10 +52,14 @@ _HOMES = {
     "measure": "fpq_analysis.measurement",
     "quantize": "fpq_analysis.quantizers",
     "sharpness": "fpq_analysis.probes",
+    "spectral_density": "fpq_analysis.probes",
     "train": "fpq_analysis.training",
 }
 
 __all__ = [
+    "EigenEstimate",
+    "HessianDensity",
+    "HessianEigs",
     "HessianTrace",
     "QuantSpec",
     "Sharpness",
@@ -50,6 +69,7 @@ __all__ = [
     "calibrate",
     "diagnose",
     "forecast_measurements",
+    "hessian_eigs",
     "hessian_trace",
     "inspect_checkpoint",
     "inspect_run",
@@ -57,6 +77,7 @@ __all__ = [
     "measure",
     "quantize",
     "sharpness",
+    "spectral_density",
     "train",
 ]
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from fpq_analysis.errors import UserError
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -20,8 +22,9 @@ class Difference:
 
     Attributes:
         value: difference of the traces.
-        sem: its standard error over the images, paired.
+        sem: its standard error over the images.
         baseline_value: the baseline's trace.
+        paired: whether image by image.
     """
 
     run: str
@@ -30,10 +33,16 @@ class Difference:
     value: float
     sem: float
     baseline_value: float
+    paired: bool = True
+
+    @property
+    def ci95(self) -> float:
+        """Half of the 95 % interval."""
+        return 1.96 * self.sem
 
     def sentence(self) -> str:
         """The difference in plain words, with its 95 % interval."""
-        half = 1.96 * self.sem
+        half = self.ci95
         where = f"at epoch {self.epoch}"
         if abs(self.value) <= half:
             sign = "+" if self.value > 0 else ""
@@ -55,6 +64,41 @@ def number(x: float, digits: int) -> str:
     return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e7 else f"{rounded:.{digits}g}"
 
 
+def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
+    """Between two rows of records with equal settings: paired by image where both have `samples`.
+
+    Without these, the errors of the two are taken as independent, which is the wider interval.
+    """
+    pairs = ours["samples"], theirs["samples"]
+    paired = all(isinstance(samples, list) for samples in pairs) and len(pairs[0]) == len(pairs[1])
+    if paired:
+        gap = np.asarray(pairs[0]) - np.asarray(pairs[1])
+        value, sem = float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    else:
+        value, sem = ours["value"] - theirs["value"], math.hypot(ours["ci95"], theirs["ci95"]) / 1.96
+    return Difference(
+        str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), paired
+    )
+
+
+def by_epoch(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
+    """At every epoch both were measured at, from whole-network traces of one setting each.
+
+    Raises:
+        UserError: if the two were not measured on the same data, or have no epoch in common.
+    """
+    if set(ours["data"]) != set(theirs["data"]):
+        raise UserError(
+            f"{ours['run'].iloc[0]} and {theirs['run'].iloc[0]} were trained on different data, so there are no common "
+            "images to compare them on."
+        )
+    a, b = (rows.drop_duplicates("epoch", keep="last").set_index("epoch", drop=False) for rows in (ours, theirs))
+    both = [epoch for epoch in a.index if epoch in b.index]
+    if not both:
+        raise UserError("The two runs have no epoch in common that could be measured.")
+    return [difference(a.loc[epoch], b.loc[epoch]) for epoch in both]
+
+
 def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Difference]:
     """Every quantized run against the baseline method's run beside it, of equal model, data, bits and training seed.
 
@@ -71,14 +115,10 @@ def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Differ
         theirs = group[group["method"] == baseline]
         if theirs["run"].nunique() != 1:
             continue
-        for run, ours in group[group["method"] != baseline].groupby("run", sort=True):
+        for _, ours in group[group["method"] != baseline].groupby("run", sort=True):
             both = sorted(set(ours["epoch"]) & set(theirs["epoch"]))
             if both:
                 a = ours[ours["epoch"] == both[-1]].iloc[-1]
                 b = theirs[theirs["epoch"] == both[-1]].iloc[-1]
-                gap = np.asarray(a["samples"]) - np.asarray(b["samples"])
-                sem = float(gap.std(ddof=1)) / math.sqrt(len(gap))
-                found.append(
-                    Difference(str(run), str(b["run"]), int(both[-1]), float(gap.mean()), sem, float(b["value"]))
-                )
+                found.append(difference(a, b))
     return found

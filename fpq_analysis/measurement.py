@@ -53,13 +53,15 @@ class Plan:
 Fault = Callable[[Path, UserError], None]
 
 
-def plan(ckpt_dir: str | Path, probe: Probe, *, n_data: int = 1024, seed: int = 0, overwrite: bool = False) -> Plan:
+def plan(
+    ckpt_dir: str | Path, probe: Probe, *, n_data: int | None = 1024, seed: int = 0, overwrite: bool = False
+) -> Plan:
     """List the measurements of `probe` on every checkpoint at or below `ckpt_dir`.
 
     Raises:
         UserError: if there is no checkpoint, or `n_data` is too small for an error over the data.
     """
-    if n_data < 2:
+    if n_data is not None and n_data < 2:
         raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
     root = Path(ckpt_dir)
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
@@ -85,7 +87,7 @@ def measure(
     ckpt_dir: str | Path,
     probe: Probe,
     *,
-    n_data: int = 1024,
+    n_data: int | None = 1024,
     seed: int = 0,
     overwrite: bool = False,
     device: str = "auto",
@@ -94,7 +96,7 @@ def measure(
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
 
-    All checkpoints see the same `n_data` training images, drawn by `seed`, without augmentation.
+    All checkpoints see the same `n_data` training images (None: all), drawn by `seed`, without augmentation.
 
     Args:
         data_root: where the data set lies, if not where it was when the run was trained.
@@ -115,7 +117,7 @@ def carry_out(
     todo: Plan,
     probe: Probe,
     *,
-    n_data: int,
+    n_data: int | None,
     seed: int,
     device: str = "auto",
     data_root: str | None = None,
@@ -132,10 +134,12 @@ def carry_out(
         report(path, fault)
     sample = _Sampler(n_data, seed, data_root, pick_device(device))
     keys = set(todo.done)
+    memory: dict[Path, dict[str, Any]] = {}
     with Progress(len(todo.jobs), probe.name) as progress:
         for job in todo.jobs:
             try:
-                measure_one(job, probe, sample, seed=seed, model=model)
+                memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
+                measure_one(job, probe, sample, seed=seed, model=model, memory=memory[job.run])
                 keys.add(job.key)
             except UserError as fault:
                 report(job.path, fault)
@@ -147,7 +151,7 @@ def forecast(
     todo: Plan,
     probe: Probe,
     *,
-    n_data: int = 1024,
+    n_data: int | None = 1024,
     seed: int = 0,
     device: str = "auto",
     data_root: str | None = None,
@@ -158,7 +162,7 @@ def forecast(
     Returns:
         A row a run: run, checkpoints to do, seconds for all of them, and peak memory of this process so far in MB.
     """
-    few = min(n_data, FORECAST_IMAGES)
+    few = FORECAST_IMAGES if n_data is None else min(n_data, FORECAST_IMAGES)
     samples = [_Sampler(n, seed, data_root, pick_device(device)) for n in (few, few, 2 * few)]  # the first warms up
     rows = []
     for run in sorted({job.run for job in todo.jobs}):
@@ -172,7 +176,8 @@ def forecast(
             probe(Point(net, batch, seed=seed))
             times.append(time.perf_counter() - start)
         slope = max(0.0, (times[2] - times[1]) / few)
-        seconds = (times[1] + slope * (n_data - few)) * len(jobs)
+        n = n_data or content.data["n_train"]
+        seconds = (times[1] + slope * (n - few)) * len(jobs)
         rows.append((records.run_name(todo.root, run), len(jobs), seconds, _peak_memory()))
     return pd.DataFrame(rows, columns=["run", "to do", "seconds", "peak MB"])
 
@@ -188,12 +193,14 @@ def _peak_memory() -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure_one(job: Job, probe: Probe, sample: _Sampler, *, seed: int, model: str | None) -> None:
+def measure_one(
+    job: Job, probe: Probe, sample: _Sampler, *, seed: int, model: str | None, memory: dict[str, Any]
+) -> None:
     """Load, measure, record one checkpoint."""
     start = time.perf_counter()
     content = read_checkpoint(job.path)
     net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows = probe(Point(net, sample(content), seed=seed))
+    rows = probe(Point(net, sample(content), seed=seed, memory=memory))
     common = {
         **describe(content),
         "checkpoint": content.sha256,
@@ -226,7 +233,7 @@ def _raise(path: Path, fault: UserError) -> None:
 class _Sampler:
     """The images to measure on; a data set that several runs share is read once."""
 
-    def __init__(self, n_data: int, seed: int, data_root: str | None, device: torch.device) -> None:
+    def __init__(self, n_data: int | None, seed: int, data_root: str | None, device: torch.device) -> None:
         self.n_data = n_data
         self.seed = seed
         self.data_root = data_root
@@ -239,7 +246,7 @@ class _Sampler:
         key = (config["data"], root, config["image_size"])
         if key not in self._cache:
             data = load_dataset(config["data"], root, image_size=config["image_size"])
-            images, labels = training_sample(data, self.n_data, self.seed)
+            images, labels = training_sample(data, self.n_data or len(data.train), self.seed)
             self._cache[key] = data, (images.to(self.device), labels.to(self.device))
         data, batch = self._cache[key]
         if data.fingerprint != content.data["fingerprint"]:

@@ -188,7 +188,6 @@ def test_dropout_in_training_mode():
     assert row["status"] == "fault"
     assert "'1' (Dropout)" in row["finding"]
     assert "model.eval()" in row["cure"]
-    assert faults(findings(model, mode_as_found=False)) == []
     assert faults(findings(model.eval())) == []
 
 
@@ -207,22 +206,12 @@ def test_nan_weights():
     assert "earlier epoch" in frame.loc["weights", "cure"]
 
 
-def test_buffers_may_be_infinite_and_lazy_weights_are_named():
+def test_buffers_may_be_infinite():
     model = around(nn.ReLU())
     model.register_buffer("mask", torch.tensor([-torch.inf]))
     assert faults(findings(model)) == []
     model.mask.fill_(torch.nan)
     assert "'mask'" in findings(model).loc["weights", "finding"]
-    row = findings(nn.LazyLinear(3)).loc["weights"]
-    assert ("no shape" in row["finding"], "Run the model once" in row["cure"]) == (True, True)
-
-
-def test_a_model_that_cannot_be_copied():
-    model = around(nn.ReLU())
-    model[0].extra = model[0].weight * 2
-    row = findings(model).loc["copy"]
-    assert row["status"] == "fault"
-    assert "parametrizations" in row["cure"]
 
 
 def test_an_asymmetric_function():
@@ -231,7 +220,10 @@ def test_an_asymmetric_function():
     assert row["status"] == "fault"
     assert "'Asymmetric' in '1' (Apply)" in row["finding"]
     assert "derivative of one function" in row["cure"]
-    assert faults(findings(around(nn.Tanh()))) == []
+    model = around(nn.Tanh())
+    assert faults(findings(model)) == []
+    model[1].register_full_backward_hook(lambda module, inputs, outputs: (inputs[0].clamp(-1e-3, 1e-3),))
+    assert "backward hook" in findings(model).loc["symmetric", "cure"]
 
 
 @pytest.mark.parametrize("function", [Forgetful, Once])
@@ -240,7 +232,6 @@ def test_a_function_whose_second_derivative_is_silently_zero(function):
     assert row["status"] == "fault"
     assert f"'{function.__name__}' in '1' (Apply) is silently wrong: autograd gives 0 where" in row["finding"]
     assert "ctx.saved_tensors" in row["cure"]
-    assert faults(findings(around(Apply(Square)))) == []
 
 
 def test_a_function_that_refuses():
@@ -256,15 +247,6 @@ def test_functions_that_are_right(function):
     frame = findings(around(Apply(function)))
     assert faults(frame) == []
     assert f"'{function.__name__}' in '1' (Apply)" in frame.loc["Functions", "finding"]
-
-
-def test_a_backward_hook():
-    model = around(nn.Tanh())
-    model[1].register_full_backward_hook(lambda module, inputs, outputs: (inputs[0].clamp(-1e-3, 1e-3),))
-    row = findings(model).loc["symmetric"]
-    assert row["status"] == "fault"
-    assert "'1' (Tanh)" in row["finding"]
-    assert "Remove it" in row["cure"]
 
 
 def test_in_place_activation():
@@ -315,9 +297,6 @@ def test_other_models_without_a_second_derivative():
     assert row["status"] == "fault"
     assert "'1' (Hardsigmoid) uses 'hardsigmoid'" in row["finding"]
     assert "relu6" in row["cure"]
-    frame = findings(torch.compile(around(nn.ReLU())))
-    assert faults(frame) == ["compiled"]
-    assert "_orig_mod" in frame.loc["compiled", "cure"]
     row = findings(Reentrant()).loc["Functions"]
     assert row["status"] == "fault"
     assert "'CheckpointFunction'" in row["finding"]
@@ -398,8 +377,9 @@ def test_no_weights_and_coarse_ones():
 
 
 def test_forecast():
-    frame = forecast_measurements(tiny().eval(), (IMAGES, LABELS), n_data=24)
-    twice = forecast_measurements(tiny().eval(), (IMAGES, LABELS), n_data=48)
+    images, labels = IMAGES.repeat(6, 1, 1, 1), LABELS.repeat(6)
+    frame = forecast_measurements(tiny().eval(), (images[:32], labels[:32]))
+    twice = forecast_measurements(tiny().eval(), (images[:64], labels[:64]))
     assert list(frame.columns) == ["measurement", "seconds", "peak MB"]
     assert (frame.drop(columns="measurement") > 0).all(axis=None)
     assert twice["peak MB"].iloc[0] == pytest.approx(2 * frame["peak MB"].iloc[0])
@@ -419,15 +399,13 @@ def call(*arguments, code=0):
 OPTIONS = ["--model", "tests.nets:tiny", "--n-data", 32, "--device", "cpu"]
 
 
-@pytest.mark.parametrize("run", ["fp", "fpq-w4a4"])
-def test_command_on_a_good_run(tiny_runs, run):
-    result = call(tiny_runs / run, *OPTIONS)
+def test_command_on_a_good_run(tiny_runs):
+    result = call(tiny_runs / "fp", *OPTIONS)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     assert "0 faults" in result.stderr
     assert "Hessian-vector product" in result.stdout
-    rows = [
-        json.loads(line) for line in call(tiny_runs / run / "epoch_0001.pt", *OPTIONS, "--json").stdout.splitlines()
-    ]
+    lines = call(tiny_runs / "fpq-w4a4" / "epoch_0001.pt", *OPTIONS, "--json").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
     assert {row["status"] for row in rows if "check" in row} == {"ok"}
     assert next(row["measurement"] for row in rows if "measurement" in row) == "trace (exact)"
 

@@ -17,12 +17,33 @@ from fpq_analysis.plots.figure5 import totals
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
     return {
-        "run": run, "method": method, "model": "resnet20", "dataset": "digits", "data": "f", "bits": bits,
+        "run": run,
+        "method": method,
+        "model": "resnet20",
+        "dataset": "digits",
+        "data": "f",
+        "bits": bits,
         "train_seed": 0,
-        "epoch": epoch, "checkpoint": "c", "probe": "hessian_trace", "definition": "dequantized", "estimator": "exact",
-        "layer": "all", "quantity": "trace", "value": value, "sem": 0.0, "sem_data": 1.0, "ci95": 1.96,
-        "n_data": 4, "n_products": 9, "seed": 0, "key": f"{run}{epoch}", "status": "ok", "seconds": 1.0, "samples": [value] * 4, **other,
-    }  # fmt: skip
+        "epoch": epoch,
+        "checkpoint": "c",
+        "probe": "hessian_trace",
+        "definition": "dequantized",
+        "estimator": "exact",
+        "layer": "all",
+        "quantity": "trace",
+        "value": value,
+        "sem": 0.0,
+        "sem_data": 1.0,
+        "ci95": 1.96,
+        "n_data": 4,
+        "n_products": 9,
+        "seed": 0,
+        "key": f"{run}{epoch}",
+        "status": "ok",
+        "seconds": 1.0,
+        "samples": [value] * 4,
+        **other,
+    }
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fpq_analysis.cli.app import Device, app, guarded, say
-from fpq_analysis.cli.hessian import draw_figure5, print_traces
+from fpq_analysis.cli.hessian import draw, print_traces
 
 
 @app.command()
@@ -31,4 +31,4 @@ def demo(
 
     frame = run_demo(out, device=device, log=say)
     print_traces(frame)
-    draw_figure5(frame, figures)
+    draw("hessian_trace", frame, figures)

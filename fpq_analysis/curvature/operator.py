@@ -48,7 +48,6 @@ class CurvatureOperator(ABC):
         self.model = model
         self.loss = loss
         self.batches: list[tuple[Tensor, ...]] = list(batches)
-        self.names = list(parameters)
         self.parameters = list(parameters.values())
         self.n_data = sum(len(batch[0]) for batch in batches)
         self.n_products = 0

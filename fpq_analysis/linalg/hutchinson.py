@@ -35,11 +35,15 @@ MAX_BASIS_BYTES = 2**31
 
 
 class Subspace(Protocol):
-    """An orthonormal basis `q` (n, m) and `z` = A q, which grows; `ended` when it cannot."""
+    """An orthonormal basis `q` (n, m) and `z` = A q, that grows by `COST` products a column; `ended` when it cannot."""
 
+    COST: int
     q: Tensor
     z: Tensor
     ended: bool
+
+    @property
+    def n_products(self) -> int: ...
 
     def extend(self, columns: int) -> None: ...
 
@@ -74,7 +78,6 @@ def deflated_hutchinson(
     matrix: Matrix,
     blocks: list[slice],
     subspace: Subspace,
-    cost: int,
     *,
     generator: torch.Generator,
     n_products: int = 60,
@@ -84,16 +87,15 @@ def deflated_hutchinson(
     """With `subspace` taken out.
 
     Args:
-        subspace: empty; it is grown here.
-        cost: products that a column of it takes: 1 for `Lanczos`, 2 for `Sketch`.
+        subspace: a new `Lanczos` or `Sketch`; it is grown here.
         n_products: without `tol`: half of them for the subspace, half for probes.
         tol: relative standard error wanted.  The subspace is doubled as long as that saves more probes than it costs
             products (judged by the doubling before), then probes are drawn.
     """
     largest = max(1, min(matrix.size, MAX_BASIS_BYTES // (2 * matrix.size * matrix.dtype.itemsize)))
     if tol is None:
-        subspace.extend(min(largest, max(1, n_products // (2 * cost))))
-        used = cost * subspace.q.shape[1]
+        subspace.extend(min(largest, max(1, n_products // (2 * subspace.COST))))
+        used = subspace.n_products
         draws = _draw(matrix, blocks, generator, max(2, n_products - used), subspace)
         known = _known(subspace, blocks)
         return Estimate.of_draws(draws, used + len(draws), known=known, rank=subspace.q.shape[1])
@@ -106,14 +108,14 @@ def deflated_hutchinson(
     before = math.inf  # products the last, smaller subspace would have taken in all
     while True:
         rank = subspace.q.shape[1]
-        used = cost * rank + len(draws)
+        used = subspace.n_products + len(draws)
         estimate = Estimate.of_draws(draws, used, known=_known(subspace, blocks), rank=rank, tol=tol)
         room = max_products - used
         if estimate.converged or room < 1:
             return estimate
         missing = more_draws(len(draws), estimate.value, estimate.sem, tol)
-        growth = min(rank, largest - rank, room // cost)
-        worth = used + missing < before and missing > cost * growth
+        growth = min(rank, largest - rank, room // subspace.COST)
+        worth = used + missing < before and missing > subspace.COST * growth
         if growth > 0 and worth and not subspace.ended and len(draws) == FIRST:
             before = used + missing
             subspace.extend(growth)

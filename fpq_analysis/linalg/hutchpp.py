@@ -13,13 +13,17 @@ class Sketch:
     Attributes:
         q, z: (n, m).
         ended: the range is exhausted.
+        n_products: products so far; COST: products a column.
     """
+
+    COST = 2
 
     def __init__(self, matrix: Matrix, *, generator: torch.Generator) -> None:
         self.matrix = matrix
         self.generator = generator
         self.q = self.z = torch.empty(matrix.size, 0, dtype=matrix.dtype, device=matrix.device)
         self.ended = False
+        self.n_products = 0
 
     def extend(self, columns: int) -> None:
         """Grow the basis by `columns`; by fewer where the range ends."""
@@ -29,3 +33,4 @@ class Sketch:
         self.ended = new.shape[1] < columns
         self.q = torch.cat([self.q, new], 1)
         self.z = torch.cat([self.z, self.matrix.matmat(new)], 1)
+        self.n_products += columns + new.shape[1]

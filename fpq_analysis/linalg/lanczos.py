@@ -18,7 +18,10 @@ class Lanczos:
         q, z: (n, m).
         alpha: (m,), diagonal of T; beta: (m,), beside it, the last one being the norm of what comes next.
         ended: the Krylov space is exhausted; an invariant subspace was found.
+        n_products: products so far; COST: products a column.
     """
+
+    COST = 1
 
     def __init__(
         self, matrix: Matrix, *, generator: torch.Generator | None = None, start: Tensor | None = None
@@ -56,6 +59,10 @@ class Lanczos:
             if not self.ended:
                 self.next = w / norm
         self.q, self.z = q[:, : len(self.alpha)], z[:, : len(self.alpha)]
+
+    @property
+    def n_products(self) -> int:
+        return len(self.alpha)
 
     def tridiagonal(self) -> Tensor:
         """T, (m, m) in float64 on the CPU."""

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fpq_analysis.errors import UserError
+
 
 class Matrix(Protocol):
     """A symmetric (size, size) matrix A, through A V."""
@@ -89,6 +91,23 @@ def orthonormalize(v: Tensor, basis: Tensor | None = None, floor: float = 1e-3) 
             r[kept, column] = after
             kept += 1
     return q[:, m:kept], r[:kept]
+
+
+def check_symmetric(projected: Tensor, dtype: torch.dtype) -> None:
+    """Raise `UserError` if V^T A V in float64, from products in `dtype`, is not finite or not symmetric.
+
+    Solvers for symmetric matrices take any matrix, and give wrong numbers without a word.
+    """
+    if not bool(projected.isfinite().all()):
+        raise UserError(
+            "A product with the matrix is not finite: the loss or a derivative overflowed on these data. Check the "
+            "weights and inputs for NaN, or measure in float64 (model.double(), inputs.double())."
+        )
+    if float((projected - projected.T).abs().max()) > 10 * torch.finfo(dtype).eps ** 0.5 * float(projected.abs().max()):
+        raise UserError(
+            "The matrix of second derivatives is not symmetric, so it is no Hessian: the backward of some custom "
+            "autograd.Function is not the derivative of its forward. `fpq-analyze doctor` names it."
+        )
 
 
 def wide(t: Tensor) -> Tensor:

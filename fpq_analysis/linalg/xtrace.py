@@ -183,11 +183,11 @@ def xnystrace(
 
 
 def _xnystrace(omega: Tensor, y: Tensor, blocks: list[slice], tol: float | None) -> Estimate:
-    # A small multiple of the identity keeps H invertible where A has fewer dimensions than there are test vectors; it
-    # is taken off at the end.
-    shift = torch.finfo(y.dtype).eps * float(y.norm())
-    y = y + shift * omega
+    # A small multiple of the identity keeps H well conditioned, also where A has fewer dimensions than there are test
+    # vectors.  The estimate is then that of A + shift I, without bias, and the shift is taken off at the end.
     n, k = y.shape
+    shift = torch.finfo(y.dtype).eps ** 0.5 * float(y.norm()) / math.sqrt(k)
+    y = y + shift * omega
     h, w = wide(omega.T @ y), wide(y.T @ y)
     h = (h + h.T) / 2
     without = torch.zeros(k, k, dtype=torch.float64)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which survives the common forms of colour blindness and grey print; the hues are those the
@@ -55,6 +57,32 @@ def label(method: str, bits: str) -> str:
     """What a legend calls a run."""
     name = NAMES.get(method, method)
     return name if bits == "FP" else f"{name} {bits}"
+
+
+def panels(rows: pd.DataFrame, size: tuple[float, float], shared: bool) -> Iterator[tuple[Axes, pd.DataFrame]]:
+    """A new figure with a titled panel for each run, definition and estimator, at most three in a row.
+
+    Args:
+        rows: records, not empty.
+        size: of a panel, in inches.
+        shared: whether all have one y axis.
+
+    Yields:
+        The panel's axes, whose `figure` is the figure, and its rows.
+    """
+    groups = list(rows.groupby(["run", "definition", "estimator"], sort=True))
+    across = min(3, len(groups))
+    down = -(-len(groups) // across)
+    figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
+    first_axes = None
+    for index, ((run, definition, _), panel) in enumerate(groups):
+        axes = figure.add_subplot(down, across, index + 1, sharey=first_axes if shared else None)
+        first_axes = first_axes or axes
+        first = panel.iloc[0]
+        alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
+        title = label(first["method"], first["bits"]) + (f" ({run})" if alike["run"].nunique() > 1 else "")
+        axes.set_title(title + (f", {definition}" if rows["definition"].nunique() > 1 else ""))
+        yield axes, panel
 
 
 def save(figure: Figure, path: str | Path, caption: str) -> list[Path]:

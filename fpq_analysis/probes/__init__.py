@@ -1,9 +1,25 @@
 """Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
 
+from fpq_analysis.probes.density import HessianDensity, spectral_density
+from fpq_analysis.probes.eigs import EigenEstimate, HessianEigs, hessian_eigs
 from fpq_analysis.probes.point import Point, Probe
 from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 
-PROBES = {probe.name: probe for probe in (HessianTrace, Sharpness)}
+PROBES = {probe.name: probe for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness)}
 
-__all__ = ["PROBES", "HessianTrace", "Point", "Probe", "Sharpness", "TraceEstimate", "hessian_trace", "sharpness"]
+__all__ = [
+    "PROBES",
+    "EigenEstimate",
+    "HessianDensity",
+    "HessianEigs",
+    "HessianTrace",
+    "Point",
+    "Probe",
+    "Sharpness",
+    "TraceEstimate",
+    "hessian_eigs",
+    "hessian_trace",
+    "sharpness",
+    "spectral_density",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ class Point:
     Attributes:
         batches: (inputs, targets).
         seed: of everything random in the measurement.
+        memory: what a probe wants to find again at the next checkpoint of the same run (a warm start), by its name;
+            it may change a measurement's cost, never its meaning.
     """
 
     model: nn.Module
     batches: tuple[Tensor, Tensor]
     loss: str = "cross_entropy"
     seed: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Probe(Protocol):

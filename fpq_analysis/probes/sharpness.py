@@ -297,7 +297,7 @@ def _by_product(subject: Subject, norms: dict[str, float], seed: int) -> tuple[R
         blocks[layer_of(name)] = slice(blocks.get(layer_of(name), place).start, place.stop)
     generator = torch.Generator().manual_seed(seed)
     krylov = Lanczos(matrix, generator=generator)
-    found = deflated_hutchinson(matrix, list(blocks.values()), krylov, 1, generator=generator, n_products=N_PRODUCTS)
+    found = deflated_hutchinson(matrix, list(blocks.values()), krylov, generator=generator, n_products=N_PRODUCTS)
 
     def row(layer: str, value: float, sem: float) -> dict[str, Any]:
         return _row(layer, "scaled_trace", "deflated", found.n_products, value=value, sem=sem, sem_data=math.nan)

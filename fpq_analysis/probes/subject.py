@@ -63,8 +63,7 @@ class Subject:
             return HessianOperator(self.view, self.loss, self.data, self.parameters)
         if kind == "gauss-newton":
             return GaussNewtonOperator(self.view, self.loss, self.data, self.parameters)
-        if kind != "fisher":
-            raise UserError(f"Unknown operator '{kind}'{did_you_mean(kind, OPERATORS)}. Known: {', '.join(OPERATORS)}.")
+        check_operator(kind)
         if not self.cross_entropy:
             raise UserError("The Fisher matrix here is that of the cross-entropy; use operator='gauss-newton'.")
         return FisherOperator(self.view, self.data, self.parameters, seed=seed)
@@ -102,6 +101,12 @@ def prepare(
     function, cross_entropy = _loss(loss)
     _check_data(view, data, cross_entropy)
     return Subject(view, data, function, cross_entropy, named)
+
+
+def check_operator(kind: str) -> None:
+    """Raise `UserError` unless it is one of `OPERATORS`."""
+    if kind not in OPERATORS:
+        raise UserError(f"Unknown operator '{kind}'{did_you_mean(kind, OPERATORS)}. Known: {', '.join(OPERATORS)}.")
 
 
 def check_finite(value: float, what: str) -> None:

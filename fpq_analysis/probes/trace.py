@@ -31,7 +31,7 @@ from fpq_analysis.curvature.sampling import ALL, layer_of
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.probes.point import Point, Rows
-from fpq_analysis.probes.subject import OPERATORS, Subject, check_finite, prepare
+from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction, fused_quantizers, latent_derivatives
 
 BY_SAMPLE = ("exact", "sampled")
@@ -190,10 +190,7 @@ def _check_settings(
     if method not in METHODS:
         raise UserError(f"Unknown method '{method}'{did_you_mean(method, METHODS)}. Known: {', '.join(METHODS)}.")
     check_definition(definition)
-    if operator not in OPERATORS:
-        raise UserError(
-            f"Unknown operator '{operator}'{did_you_mean(operator, OPERATORS)}. Known: {', '.join(OPERATORS)}."
-        )
+    check_operator(operator)
     if method == "xnystrace" and operator == "hessian":
         raise UserError(
             "xnystrace is for positive semidefinite matrices, and a Hessian need not be one. Use method='xtrace', or "
@@ -296,9 +293,9 @@ def _estimate(
         return xnystrace(matrix, blocks, n_products=n_products, **common)
     if method == "hutch++":
         sketch = Sketch(matrix, generator=generator)
-        return deflated_hutchinson(matrix, blocks, sketch, 2, n_products=n_products, **common)
+        return deflated_hutchinson(matrix, blocks, sketch, n_products=n_products, **common)
     krylov = Lanczos(matrix, generator=generator)
-    return deflated_hutchinson(matrix, blocks, krylov, 1, n_products=n_products, **common)
+    return deflated_hutchinson(matrix, blocks, krylov, n_products=n_products, **common)
 
 
 def _pyhessian(subject: Subject, n_probes: int, tol: float | None, seed: int) -> Estimate:

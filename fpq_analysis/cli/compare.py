@@ -1,0 +1,76 @@
+"""`fpq-analyze compare`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, new_table, print_json, print_table, say
+
+
+@app.command()
+@guarded
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="A run.")],
+    run_b: Annotated[Path, typer.Argument(help="The run it is compared with.")],
+    definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",
+    n_data: Annotated[int, typer.Option(help="Training images to measure on.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the images and of the probes.")] = 0,
+    data_root: DataRoot = None,
+    model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Difference of two runs' Hessian traces, epoch by epoch, on the same images.
+
+    Image by image, so that the interval is that of the difference: two runs share most of their error over the data.
+    What is not measured yet is measured first.
+
+    [bold]Example[/bold]
+
+      fpq-analyze compare checkpoints/demo/fpq-w4a4 checkpoints/demo/lsq-w4a4
+    """
+    import pandas as pd
+
+    from fpq_analysis import measurement
+    from fpq_analysis.comparison import by_epoch, number
+    from fpq_analysis.plots.figure5 import totals
+    from fpq_analysis.probes import HessianTrace
+
+    traces = [
+        totals(
+            measurement.measure(
+                run,
+                HessianTrace(definition),
+                n_data=n_data,
+                seed=seed,
+                device=device,
+                data_root=data_root,
+                model=model,
+            )
+        )
+        for run in (run_a, run_b)
+    ]
+    for run, frame in zip((run_a, run_b), traces, strict=True):
+        if frame["run"].nunique() != 1:
+            names = ", ".join(sorted(frame["run"].unique()))
+            raise typer.BadParameter(f"'{run}' holds more than one run, or none ({names}); name one of them.")
+    found = by_epoch(*traces)
+    if json:
+        print_json(pd.DataFrame([vars(difference) | {"ci95": difference.ci95} for difference in found]))
+        return
+    table = new_table(
+        {"Epoch": "right", found[0].run: "right", found[0].baseline: "right", "Difference": "right", "± 95 %": "right"}
+    )
+    for difference in found:
+        ours = difference.baseline_value + difference.value
+        numbers = (ours, difference.baseline_value, difference.value)
+        table.add_row(str(difference.epoch), *(number(x, 4) for x in numbers), number(difference.ci95, 2))
+    print_table(table)
+    say("")
+    print(textwrap.fill(found[-1].sentence(), width=80))
+    how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
+    print(f"{how}: {n_data} training images; one training run each.")

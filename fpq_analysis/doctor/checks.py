@@ -1,0 +1,298 @@
+"""The checks: of what can be read off the model, and of what shows when it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fpq_analysis.curvature import HessianOperator, MixedSamplesError, NotExactError, certify, check_samples_apart
+from fpq_analysis.curvature.batches import full_precision
+from fpq_analysis.curvature.certificate import spread
+from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
+from fpq_analysis.doctor.patient import (
+    FAULT,
+    NOTE,
+    OK,
+    Finding,
+    Patient,
+    Step,
+    first,
+    label,
+    nodes,
+    owner,
+    short,
+    watch,
+)
+from fpq_analysis.quantizers import clipped_fraction, quantizers, variables
+
+MUCH_CLIPPED = 0.05
+REPEAT = 1e-4  # relative disagreement of two runs beyond the order in which a device adds
+MIXED = 1e-2  # of an image's output beside others; as `check_samples_apart` has it
+# By a part of the operation's name, what to do where autograd has no second derivative.
+CURES = {
+    "attention": "Measure inside `with sdpa_kernel(SDPBackend.MATH):`, both from torch.nn.attention.",
+    "cudnn_rnn": "Measure inside `with torch.backends.cudnn.flags(enabled=False):`.",
+    "": "Write it in plain operations, as F.relu6(x + 3) / 6 is for hardsigmoid.",
+}
+
+
+def _mode(model: nn.Module) -> Finding:
+    def minds(module: nn.Module) -> bool:
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            return module.dropout > 0
+        return isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
+
+    found = [label(name, m) for name, m in model.named_modules() if m.training and minds(m)]
+    if not found:
+        return Finding(OK, f"The model is in {'training mode, but no layer minds' if model.training else 'eval mode'}.")
+    text = f"{first(found)} is in training mode, so it draws random numbers or normalises over the batch."
+    return Finding(FAULT, text, "Call model.eval() before measuring.")
+
+
+def weights(state: Mapping[str, Tensor], may_be_infinite: Collection[str] = ()) -> Finding:
+    """Are all tensors of a state dict finite?  Step sizes that were never set are left to the row `quantizers`."""
+    bad = []
+    for name, t in state.items():
+        wrong = t.isnan() if name in may_be_infinite else ~t.isfinite()
+        if bool(wrong.any()) and not name.endswith("step_size"):
+            bad.append(f"'{name}'")
+    if not bad:
+        return Finding(OK, f"All of the {len(state)} tensors are finite.")
+    cure = "The training diverged: use an earlier epoch, or train again with a smaller learning rate."
+    return Finding(FAULT, f"{first(bad)} holds NaN or infinity.", cure)
+
+
+def _variables(model: nn.Module) -> Finding:
+    own = variables(model)
+    if not own:
+        text = "No parameter is trainable, so the Hessian is empty."
+        return Finding(FAULT, text, "Set requires_grad on those to be measured.")
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(f"'{name}'")
+    tied = [" and ".join(same) for same in names.values() if len(same) > 1]
+    if tied:
+        text = f"{first(tied)} are one tensor, which counts once in the Hessian."
+        return Finding(NOTE, text, "Nothing to do if it is meant; the exact trace needs untied weights.")
+    return Finding(OK, f"The Hessian is that of {sum(p.numel() for p in own.values()):,} weights.")
+
+
+def _dtype(model: nn.Module) -> Finding:
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in variables(model).values()})
+    if kinds in (["float32"], ["float64"], []):
+        return Finding(OK, f"The weights are {''.join(kinds)}.")
+    text = f"The weights are {' and '.join(kinds)}: second derivatives want float32 or float64 throughout."
+    return Finding(NOTE, text, "Use model.float().")
+
+
+def _quantizers(model: nn.Module) -> Finding:
+    found = list(quantizers(model))
+    if not found:
+        return Finding(OK, "The model has no quantizers of this package.")
+    unset = [f"'{name}'" for name, quantizer, _ in found if bool(quantizer.step_size.isnan().any())]
+    if unset:
+        text = f"The quantizer of {first(unset)} was never calibrated, so its output is NaN."
+        return Finding(FAULT, text, "Call fpq_analysis.calibrate(model, images, 'mse'), or load a trained state.")
+    share = clipped_fraction(model)
+    text = f"All of the {len(found)} quantizers are calibrated; {share:.1%} of the quantized weights are clipped."
+    if share > MUCH_CLIPPED:
+        return Finding(NOTE, text, "Prefer the definition 'dequantized': in 'latent', clipped weights look flat.")
+    return Finding(OK, text)
+
+
+def _tf32(patient: Patient) -> Finding:
+    backends: Any = torch.backends  # typed in part only
+    places = {"matrix products": backends.cuda.matmul, "convolutions": backends.cudnn.conv}
+    found = [name for name, place in places.items() if place.fp32_precision == "tf32"]
+    if patient.device.type != "cuda" or not found:
+        return Finding(OK, f"TF32 is off, or not for this device ({patient.device.type}).")
+    text = f"TF32 is on for {' and '.join(found)}, which rounds what is multiplied to three digits."
+    return Finding(NOTE, text, "Measurements switch it off; in code of your own, set fp32_precision = 'ieee'.")
+
+
+def _finite(patient: Patient) -> Finding:
+    for x, y in patient.data:
+        if not bool(x.isfinite().all()):
+            return Finding(FAULT, "The inputs hold NaN or infinity.", "Check the images and their normalisation.")
+        try:
+            with torch.no_grad():
+                value = _loss(patient, x, y)
+        except Exception as error:  # the user's code: anything can happen
+            cure = "Check the shapes, and that targets are class numbers from 0 to C - 1; or give another loss."
+            return Finding(FAULT, f"The loss cannot be computed on these data ({short(error)}).", cure)
+        if value - value != 0:  # NaN or infinity
+            bad = [step.label for step in patient.steps(x) if not bool(step.value.isfinite().all())]
+            where = f"; {bad[0]} is the first whose output is not" if bad else ""
+            return Finding(FAULT, f"The loss is not finite{where}.", "Check the inputs' scale, or use model.double().")
+    bad = [f"'{name}'" for name, g in patient.gradients().items() if g is not None and not bool(g.isfinite().all())]
+    if bad:
+        text = f"The gradient of {first(bad)} is not finite, though the loss is."
+        return Finding(FAULT, text, "Look for sqrt, log, norm or a division at zero; add a small constant inside.")
+    return Finding(OK, "The loss and its gradient are finite.")
+
+
+def _loss(patient: Patient, x: Tensor, y: Tensor) -> float:
+    z = patient.model(x)
+    # On CUDA, cross-entropy answers a class that is not there with an error that ends the process.
+    if patient.loss is F.cross_entropy and (
+        y.is_floating_point() or y.ndim != z.ndim - 1 or not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]
+    ):
+        raise ValueError(f"targets are not one class number an image, out of {z.shape[1]}")
+    return float(patient.loss(z, y))
+
+
+def _used(patient: Patient) -> Finding:
+    unused = [f"'{name}'" for name, g in patient.gradients().items() if g is None]
+    if not unused:
+        return Finding(OK, "The loss uses every weight.")
+    text = f"The loss does not use {first(unused)}: rows of zeros in the Hessian."
+    return Finding(NOTE, text, "Nothing to do; set requires_grad_(False) on it to leave it out.")
+
+
+def _repeatable(patient: Patient) -> Finding:
+    place = _first_difference(patient.steps(patient.few[0]), patient.steps(patient.few[0]), REPEAT)
+    if place:
+        cure = "Switch its random numbers off in eval mode, as F.dropout(x, p, training=self.training) does."
+        return Finding(FAULT, f"Two forward passes in eval mode differ, from {place} on.", cure)
+    pairs = zip(patient.gradients().items(), patient.gradients().values(), strict=True)
+    far = [f"'{name}'" for (name, a), b in pairs if a is not None and b is not None and _differ(a, b, REPEAT)]
+    if far:
+        text = f"Two gradients of {first(far)} differ, though the forward passes agree."
+        return Finding(FAULT, text, "Look for random numbers in a backward pass or a backward hook.")
+    return Finding(OK, "Two forward passes agree, and so do two gradients.")
+
+
+def _samples_apart(patient: Patient) -> Finding:
+    try:
+        check_samples_apart(patient.model, patient.data)
+        return Finding(OK, "Each image's output depends on that image alone.")
+    except (MixedSamplesError, ValueError, RuntimeError):  # a BatchNorm by batch refuses a single image
+        x = spread(patient.data, 3)
+        place = _first_difference(patient.steps(x), patient.steps(x[:2]), MIXED)
+    text = f"An image's output depends on the others in its batch{f', from {place} on' if place else ''}."
+    return Finding(FAULT, text, "Normalise over channels or layers (GroupNorm, LayerNorm), or by running statistics.")
+
+
+def _first_difference(steps: list[Step], others: list[Step], tolerance: float) -> str:
+    """The first module to give something else; `others` may have seen the first images only."""
+    pairs = zip(steps, others, strict=False)
+    return next(
+        (a.label for a, b in pairs if _differ(a.value[tuple(map(slice, b.value.shape[:1]))], b.value, tolerance)), ""
+    )
+
+
+def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape != b.shape or bool((a.float() - b.float()).norm() > tolerance * a.float().norm())
+
+
+def _in_place(patient: Patient) -> Finding:
+    steps = patient.steps(patient.few[0])
+    # A layer that works in place gives its input back: what it overwrote is the output of the layer before.
+    overwritten = [i for i, step in enumerate(steps) if step.output._version != step.version]
+    if not overwritten:
+        return Finding(OK, "No layer's output is overwritten after the hooks on it have run.")
+    i, place = overwritten[0], steps[overwritten[0]].output.untyped_storage().data_ptr()
+    later = (s for s in steps[i + 1 :] if s.version > steps[i].version)
+    by = next((s.label for s in later if s.output.untyped_storage().data_ptr() == place), "a later operation")
+    outputs = first([steps[i].label for i in overwritten])
+    text = f"{by} overwrites the output of {outputs}, so a forward hook that keeps it will find other values there."
+    return Finding(NOTE, text, "Build the activation with inplace=False, or keep output.clone() in the hook.")
+
+
+def _twice(patient: Patient) -> Finding:
+    found = _differentiate_twice(patient)
+    if found.status == FAULT:
+        with full_precision():
+            if _differentiate_twice(patient).status == OK:
+                return Finding(NOTE, found.finding, f"Measurements here see to it; in code of your own: {found.cure}")
+    return found
+
+
+def _differentiate_twice(patient: Patient) -> Finding:
+    loss, steps = watch(patient.model, patient.few_loss)
+    graph, own = nodes(loss), list(patient.variables.values())
+    try:
+        gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+        curved = [g for g in gradients if g is not None and g.requires_grad]
+        if curved:
+            torch.autograd.grad(curved, own, [patient.random(g) for g in curved], allow_unused=True)
+        return Finding(OK, "The loss can be differentiated twice.")
+    except RuntimeError as error:
+        message = short(error)
+    stopped = [verdict for verdict in check_functions(patient.precise) if verdict.status == "raises"]
+    if stopped:
+        return report(stopped)
+    # Autograd names the operation; `aten::_some_op_backward` belongs to the node `SomeOpBackward0`.
+    named = re.search(r"(?:aten::)?_*(\w+?)_backward\b", message)
+    if not named:
+        return Finding(FAULT, f"The model has no second derivative ({message}).", "Use plain operations throughout.")
+    operation = named[1]
+    pattern = re.compile(operation.replace("_", "") + r"Backward\d*", re.IGNORECASE)
+    owners = [owner(steps, node) for node in graph if pattern.fullmatch(node.name())] or ["The model"]
+    what = f"fused attention ('{operation}')" if "attention" in operation else f"'{operation}'"
+    cure = next(cure for part, cure in CURES.items() if part in operation)
+    return Finding(FAULT, f"{first(owners)} uses {what}, which has no second derivative.", cure)
+
+
+def _symmetric(patient: Patient) -> Finding:
+    exact = patient.precise
+    operator = HessianOperator(exact.model, exact.loss, exact.data, exact.variables)
+    both = patient.random(torch.zeros(operator.size, 2, dtype=operator.dtype, device=operator.device))
+    try:
+        (u, v), (hu, hv) = both.T, operator.matmat(both).T
+    except RuntimeError:
+        return Finding(NOTE, "Not checked, as there is no second derivative.")
+    scale = float(hu.norm() * v.norm() + hv.norm() * u.norm()) / len(u) ** 0.5  # what the lengths alone would give
+    gap = float((u @ hv - v @ hu).abs()) / (scale or 1.0)
+    if gap <= ASYMMETRY.get(operator.dtype, COARSE):
+        return Finding(OK, f"The Hessian is symmetric: u.Hv and v.Hu differ by {gap:.0e} ({operator.dtype}).")
+    text = f"The Hessian is not symmetric: u.Hv and v.Hu differ by {gap:.0e}"
+    for kind in ("asymmetric", "wrong"):
+        culprits = [v.label for v in check_functions(exact) if v.status == kind]
+        if culprits:
+            return Finding(FAULT, f"{text}, through the backward of {first(culprits)}.", REPORTS[kind].cure)
+    return Finding(FAULT, f"{text}.", "Look for a backward hook, or a gradient that is not that of the forward.")
+
+
+def _exact_trace(patient: Patient) -> Finding:
+    if patient.loss is not F.cross_entropy:
+        return Finding(NOTE, "The exact trace is for cross-entropy only.", "Use method='auto' or 'hutchinson'.")
+    try:
+        certify(patient.model, patient.data, patient.variables)
+        return Finding(OK, "The exact trace holds: the logits are piecewise linear in every weight.")
+    except NotExactError as outside:
+        # The check differentiates twice itself, though the exact trace does not.
+        cure = "Mend that first." if outside.__cause__ else "Use method='auto': Hutchinson's estimator, with its error."
+        return Finding(NOTE, f"The exact trace does not hold: {outside}.", cure)
+
+
+# Read off the model; a fault beside `mode` ends the examination.
+STANDING: dict[str, Callable[[nn.Module], Finding]] = {
+    "mode": _mode,
+    "weights": lambda model: weights(model.state_dict(), dict(model.named_buffers())),
+    "variables": _variables,
+    "dtype": _dtype,
+    "quantizers": _quantizers,
+}
+# With the model running.
+RUNNING: dict[str, Callable[[Patient], Finding]] = {
+    "TF32": _tf32,
+    "finite": _finite,
+    "used": _used,
+    "repeatable": _repeatable,
+    "samples apart": _samples_apart,
+    "in place": _in_place,
+    "Functions": lambda patient: report(check_functions(patient.precise)),
+    "differentiable twice": _twice,
+    "symmetric": _symmetric,
+    "exact trace": _exact_trace,
+}
+ESSENTIAL = ("finite", "repeatable")  # a fault here makes the rest meaningless
+AS_FOUND = ("TF32", "differentiable twice")  # with the user's settings; the others with those of measurements

@@ -1,0 +1,112 @@
+"""The whole examination, of a model or of a checkpoint file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from fpq_analysis import checkpoint as ckpt
+from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.operator import Loss
+from fpq_analysis.data import load_dataset, training_sample
+from fpq_analysis.devices import pick_device
+from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, weights
+from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
+from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
+from fpq_analysis.errors import UserError
+
+
+def diagnose(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    loss: str | Loss = "cross_entropy",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Check whether the curvature of `model` can be measured on these data.
+
+    Args:
+        model: any `nn.Module` whose output the loss takes; quantized ones are checked as `dequantized`.
+        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        device: where to compute; None for where the model is.
+        seed: of the random directions.
+
+    Returns:
+        A row a check: check, status (ok, note or fault), finding (one sentence), cure (what to do, or empty).  Checks
+        that a fault makes meaningless are left out.
+
+    Raises:
+        UserError: if there are no data, or the loss has an unknown name.
+    """
+    found = {name: check(model) for name, check in STANDING.items()}
+    if any(finding.status == FAULT for name, finding in found.items() if name != "mode"):
+        return _frame(found)
+    patient = admit(model, batches, loss, device, seed)
+    with same_random_state(patient.device):
+        for name, check in RUNNING.items():
+            try:
+                with nullcontext() if name in AS_FOUND else full_precision():
+                    found[name] = check(patient)
+            except Exception as error:  # the user's code: anything can happen
+                found[name] = Finding(NOTE, f"The check itself failed ({short(error)}).")
+            if name in ESSENTIAL and found[name].status == FAULT:
+                break
+    return _frame(found)
+
+
+def _frame(found: dict[str, Finding]) -> pd.DataFrame:
+    return pd.DataFrame([(name, *finding) for name, finding in found.items()], columns=COLUMNS)
+
+
+def diagnose_checkpoint(
+    path: str | Path,
+    *,
+    n_data: int = 256,
+    seed: int = 0,
+    data_root: str | None = None,
+    model: str | None = None,
+    device: str = "auto",
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`diagnose` and `forecast_measurements` for a checkpoint file, or for the last one of a run.
+
+    Args:
+        n_data: training images, drawn by `seed`, to check on and to forecast for.
+        data_root: where the data set lies, if not where it was when the run was trained.
+        model: for a network of your own, `package.module:factory`.
+
+    Returns:
+        The checks; and the forecast, empty if there is a fault.
+
+    Raises:
+        UserError: if the file or the data are not there, or the file does not fit the model.
+    """
+    path, where = Path(path), pick_device(device)
+    if path.is_dir():
+        existing = ckpt.checkpoints(path)
+        if not existing:
+            raise UserError(f"'{path}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
+        path = existing[max(existing)]
+    content = ckpt.read_checkpoint(path)
+    no_forecast = pd.DataFrame(columns=FORECAST_COLUMNS)
+    finite = weights(content.state_dict)
+    if finite.status == FAULT:  # which no model can be built from
+        return _frame({"weights": finite}), no_forecast
+    net = content.build(model).to(where)
+    config = content.run
+    data = load_dataset(config["data"], data_root or config["data_root"], image_size=config["image_size"])
+    if data.fingerprint != content.data["fingerprint"]:
+        text = f"The images of '{data.name}' found here are not those the checkpoint was trained on."
+        other = Finding(FAULT, text, "Point --data-root at the data set of the training run.")
+        return _frame({"data": other}), no_forecast
+    batch = training_sample(data, n_data, seed)
+    frame = diagnose(net, batch, device=where, seed=seed)
+    if (frame["status"] == FAULT).any():
+        return frame, no_forecast
+    return frame, forecast_measurements(net, batch, device=where, seed=seed)

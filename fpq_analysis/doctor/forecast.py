@@ -1,0 +1,113 @@
+"""What it will cost: short timings, scaled up."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
+
+from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
+from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.operator import Loss
+from fpq_analysis.doctor.patient import admit, same_random_state
+
+FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
+FORECAST_IMAGES = 32
+# Products with single vectors that a measurement takes.
+PRODUCTS = {
+    "one Hessian-vector product": 1,
+    "top-5 eigenvalues (about 60 products)": 60,
+    "density (about 100 products)": 100,
+}
+
+
+def forecast_measurements(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    loss: str | Loss = "cross_entropy",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Time and memory of the usual measurements, from timings on few of the images and linear in their number.
+
+    Args:
+        batches: as for `diagnose`; at most `FORECAST_IMAGES` of them are used.
+
+    Returns:
+        measurement, seconds, peak MB: memory for tensors beside the data, weights included.  The exact trace's row is
+        NaN where it does not hold.
+    """
+    patient = admit(model, batches, loss, device, seed)
+    own, where = patient.variables, patient.device
+    sizes = [len(x) for x, _ in patient.data]  # of the micro-batches
+    x, y = (part[:FORECAST_IMAGES] for part in patient.data[0])
+    scale, wider = sum(sizes) / len(x), max(sizes) / len(x)
+
+    def operator() -> HessianOperator:
+        return HessianOperator(patient.model, patient.loss, [(x, y)], own)
+
+    with same_random_state(where):
+        seconds = peak = float("nan")
+        if patient.loss is F.cross_entropy:
+            with suppress(NotExactError):
+                certify(patient.model, [(x, y)], own, seed)
+                seconds, peak = _measure(lambda: list(per_sample_traces(patient.model, [(x, y)], own)), where)
+        rows = [("trace (exact)", seconds * scale, peak * wider)]
+        vector = patient.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))
+        seconds, peak = _measure(lambda: operator().matvec(vector), where)
+        kept = operator()  # and its graph
+        # With a single micro-batch the graph is built once; with several, for every product.
+        later = _measure(lambda: kept.matvec(vector), where)[0] if len(sizes) == 1 else seconds
+    for name, products in PRODUCTS.items():
+        basis = (products - 1) * vector.nbytes  # Lanczos keeps its vectors, for reorthogonalisation
+        rows.append((name, (seconds + (products - 1) * later) * scale, peak * wider + basis))
+    frame = pd.DataFrame(rows, columns=FORECAST_COLUMNS)
+    frame["peak MB"] /= 2**20
+    return frame
+
+
+def _measure(task: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of a warm call, and bytes of tensors at its peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        task()
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        with _Memory() as memory:
+            task()
+        peak = memory.peak
+    timer = Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())  # waits for the device
+    return timer.timeit(2).mean, float(peak)
+
+
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, for devices that do not count themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(output) if isinstance(t, Tensor)]:
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return output
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size

@@ -1,0 +1,104 @@
+"""The spectral density of the Hessian."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fpq_analysis.plots.style import colour, panels, style
+
+POINTS = 800
+WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
+FLOOR = 1e-6
+
+
+def density_figure(records: pd.DataFrame) -> Figure:
+    """Density of the eigenvalues at each run's first and last measured epoch, on a logarithmic axis.
+
+    Lanczos nodes are smoothed by a Gaussian whose width is 1 % of the range; the band is one standard error over the
+    runs.  Triangles mark nodes that stand alone at the upper end: the outliers.
+
+    Args:
+        records: of the probe `hessian_density`; columns as in `records.COLUMNS`.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    rows = records[records["quantity"].str.match(r"(nodes|weights)_\d+$") & records["samples"].notna()]
+    if rows.empty:
+        raise ValueError("no spectral density among the records")
+    methods = sorted(rows["method"].unique())
+    with style():
+        for axes, panel in panels(rows, (3.4, 2.7), shared=True):
+            tint = colour(panel["method"].iloc[0], methods)
+            epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
+            for epoch in epochs:
+                last = epoch == epochs[-1]
+                _draw(axes, panel[panel["epoch"] == epoch], tint if last else "0.55", f"epoch {epoch}", last)
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=FLOOR)
+            axes.legend(loc="upper right")
+            axes.set_xlabel("Eigenvalue")
+            axes.set_ylabel("Density")
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _draw(axes: Axes, rows: pd.DataFrame, tint: str, text: str, outliers: bool) -> None:
+    nodes, weights = (
+        np.array(rows[rows["quantity"].str.startswith(kind)].sort_values("quantity")["samples"].tolist())
+        for kind in ("nodes", "weights")
+    )
+    low, high = nodes.min(), nodes.max()
+    scale = WIDTH * (high - low) or 1.0
+    grid = np.linspace(low - 5 * scale, high + 5 * scale, POINTS)
+    runs = np.stack(
+        [
+            np.exp(-0.5 * ((grid[:, None] - x) / scale) ** 2) @ w / (scale * np.sqrt(2 * np.pi))
+            for x, w in zip(nodes, weights, strict=True)
+        ]
+    )
+    mean, error = runs.mean(0), runs.std(0, ddof=1) / np.sqrt(len(runs))
+    axes.plot(grid, np.maximum(mean, FLOOR / 10), color=tint, linewidth=1.0, label=text)
+    axes.fill_between(
+        grid, np.maximum(mean - error, FLOOR / 10), np.maximum(mean + error, FLOOR / 10), color=tint, alpha=0.2, lw=0
+    )
+    if outliers:
+        alone = standing_alone(nodes, 4 * scale)
+        axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=tint, markersize=4, clip_on=False)
+
+
+def standing_alone(nodes: np.ndarray, gap: float) -> np.ndarray:
+    """Upper nodes that all runs agree on and that are further than `gap` from what lies below them.
+
+    Args:
+        nodes: (runs, steps), ascending in each run.
+
+    Returns:
+        The means over the runs, from the largest down.
+    """
+    found = []
+    for place in range(1, nodes.shape[1]):
+        here, below = nodes[:, -place], nodes[:, -place - 1]
+        if here.max() - here.min() > gap or here.min() - below.max() < gap:
+            break
+        found.append(here.mean())
+    return np.array(found)
+
+
+def density_caption(records: pd.DataFrame) -> str:
+    """What a reader must know beside the figure."""
+
+    def several(column: str) -> str:
+        return ", ".join(str(value) for value in sorted(records[column].unique()))
+
+    runs = records["quantity"].str.startswith("nodes_").groupby(records["key"]).sum().max()
+    return (
+        f"Spectral density of the Hessian of the mean cross-entropy (definition: {several('definition')}) by "
+        f"stochastic Lanczos quadrature ({runs} random vectors), smoothed by a Gaussian of 1 % of the range; "
+        f"bands: one standard error over the vectors; triangles: outliers. BatchNorm in eval mode, {several('n_data')} training images "
+        f"without augmentation (seed {several('seed')})."
+    )

@@ -1,0 +1,183 @@
+"""Extreme eigenvalues of the Hessian: the sharpest directions, and how far it is from being positive.
+
+The largest eigenvalue bounds the step a gradient method may take (2 / lambda for plain gradient descent); negative ones
+are directions of escape.  A rising one means a sharper minimum in its worst direction, where the trace speaks of the
+average one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.operator import Loss
+from fpq_analysis.errors import UserError
+from fpq_analysis.linalg import eigenpairs
+from fpq_analysis.linalg.eigs import check_which
+from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.subject import check_operator, prepare
+from fpq_analysis.quantizers import check_definition, clipped_fraction
+
+MAX_PRODUCTS = 1000
+
+
+@dataclass(frozen=True)
+class EigenEstimate:
+    """Eigenvalues with their residuals and their definition.
+
+    Attributes:
+        values: (k,), the wanted end first.
+        residuals: (k,) |H v - value v|: there is an eigenvalue within it of each value (not a statistical error).
+        converged: (k,) whether the residual is within the tolerance.
+        vectors: by parameter name, (k, *its shape), or None; together each eigenvector has length 1.
+        definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
+        operator: `hessian`, `gauss-newton` or `fisher`.
+        which: `LA`, `SA` or `LM`.
+        n_data, n_products, seed, clipped_fraction: as in `TraceEstimate`.
+        start: (n,) hand it to the next call for a warm start.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    converged: np.ndarray
+    vectors: dict[str, Tensor] | None = field(repr=False)
+    definition: str
+    operator: str
+    which: str
+    n_data: int
+    n_products: int
+    seed: int
+    clipped_fraction: float
+    start: Tensor = field(repr=False)
+
+
+def hessian_eigs(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    k: int = 5,
+    *,
+    which: str = "LA",
+    loss: str | Loss = "cross_entropy",
+    definition: str = "dequantized",
+    operator: str = "hessian",
+    parameters: str | Iterable[str] | None = None,
+    tol: float = 1e-3,
+    start: Tensor | None = None,
+    eigenvectors: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    micro_batch: int | None = None,
+    max_products: int = MAX_PRODUCTS,
+) -> EigenEstimate:
+    """The k largest, smallest, or largest-in-magnitude eigenvalues of the Hessian of the mean loss.
+
+    The model is measured as for `hessian_trace`.
+
+    Args:
+        model, batches, loss, definition, operator, parameters, seed, device, micro_batch: as for `hessian_trace`.
+        which: `LA` (largest), `SA` (smallest), `LM` (largest in magnitude).
+        tol: a pair has converged when |H v - value v| is within `tol` times |value|.
+        start: `start` of an earlier estimate, of this network at an epoch nearby: fewer products, the same values.
+        eigenvectors: return them.
+        max_products: pairs that have not converged after so many products are returned as such.
+
+    Raises:
+        UserError: for names and numbers that make no sense, or a matrix that is not finite or not symmetric.
+    """
+    _check_settings(k, which, definition, operator, tol)
+    subject = prepare(
+        model, batches, loss=loss, definition=definition, parameters=parameters, device=device, micro_batch=micro_batch
+    )
+    matrix = subject.operator(operator, seed)
+    if start is not None and len(start) != matrix.size:
+        raise UserError(f"The warm start has {len(start):,} rows and the model {matrix.size:,} variables.")
+    generator = torch.Generator().manual_seed(seed)
+    found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, max_products=max_products)
+    vectors = None
+    if eigenvectors:
+        shapes = {name: p.shape for name, p in subject.parameters.items()}
+        vectors = {name: found.vectors[place].T.reshape(-1, *shapes[name]) for name, place in matrix.slices.items()}
+    return EigenEstimate(
+        found.values.numpy(),
+        found.residuals.numpy(),
+        found.converged.numpy(),
+        vectors,
+        definition,
+        operator,
+        which,
+        subject.n_data,
+        matrix.n_products,
+        seed,
+        clipped_fraction(model),
+        found.start,
+    )
+
+
+def _check_settings(k: int, which: str, definition: str, operator: str, tol: float) -> None:
+    check_which(which)
+    check_definition(definition)
+    check_operator(operator)
+    if k < 1:
+        raise UserError(f"k is {k}; ask for at least one eigenvalue.")
+    if not 0 < tol < 1:
+        raise UserError(f"tol is {tol}, and must be between 0 and 1 (0.001 for a relative residual of 0.1 %).")
+
+
+@dataclass(frozen=True)
+class HessianEigs:
+    """The probe: `hessian_eigs` on a checkpoint, started warm from the checkpoint before it.
+
+    Attributes: see `hessian_eigs`.
+
+    Raises:
+        UserError: for settings that `hessian_eigs` would refuse.
+    """
+
+    definition: str = "dequantized"
+    k: int = 5
+    which: str = "LA"
+    operator: str = "hessian"
+    tol: float = 1e-3
+
+    name = "hessian_eigs"
+    version = 1
+
+    def __post_init__(self) -> None:
+        _check_settings(self.k, self.which, self.definition, self.operator, self.tol)
+
+    def __call__(self, point: Point) -> Rows:
+        """Rows: `eigenvalue_1` ... `eigenvalue_k`; `sem` is 0, the residual stands in rows of its own."""
+        estimate = hessian_eigs(
+            point.model,
+            point.batches,
+            self.k,
+            which=self.which,
+            loss=point.loss,
+            definition=self.definition,
+            operator=self.operator,
+            tol=self.tol,
+            start=point.memory.get(self.name),
+            seed=point.seed,
+        )
+        point.memory[self.name] = estimate.start
+        common: dict[str, Any] = {
+            "layer": "all",
+            "definition": self.definition,
+            "estimator": f"lanczos {self.which}" + ("" if self.operator == "hessian" else f", {self.operator}"),
+            "n_data": estimate.n_data,
+            "n_products": estimate.n_products,
+        }
+        rows: Rows = [{"quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common}]
+        for i, (value, residual, converged) in enumerate(
+            zip(estimate.values, estimate.residuals, estimate.converged, strict=True), 1
+        ):
+            rows.append({"quantity": f"residual_{i}", "value": float(residual), **common})
+            status = "ok" if converged else "tolerance not reached"
+            rows.append({"quantity": f"eigenvalue_{i}", "value": float(value), "sem": 0.0, "status": status, **common})
+        return rows

@@ -1,0 +1,232 @@
+"""Eigenvalues, densities and trace estimators on dense matrices of known spectra."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpq_analysis import UserError
+from fpq_analysis.linalg import (
+    DenseMatrix,
+    Lanczos,
+    Sketch,
+    deflated_hutchinson,
+    eigenpairs,
+    hutchinson,
+    spectral_measure,
+    xnystrace,
+    xtrace,
+)
+from fpq_analysis.linalg.matrix import orthonormalize
+
+
+def dice(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rotated(eigenvalues: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    q, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=dice(seed), dtype=torch.float64))
+    a = (q * eigenvalues.double()) @ q.T
+    return (a + a.T) / 2
+
+
+# --- Eigenvalues ---
+
+
+@given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from(["LA", "SA", "LM"]), st.booleans(), st.data())
+@settings(max_examples=60)
+def test_eigenvalues_equal_the_dense_ones(n, seed, which, low_rank, data):
+    k = data.draw(st.integers(1, min(n, 5)))
+    values = torch.randn(n, generator=dice(seed), dtype=torch.float64)
+    if low_rank:
+        values[3:] = 0
+    a = rotated(values, seed)
+    matrix = DenseMatrix(a)
+    found = eigenpairs(matrix, k, which=which, tol=1e-9, generator=dice())
+    key = {"LA": -values, "SA": values, "LM": -values.abs()}[which]
+    truth = values[key.argsort()][:k]
+    if low_rank and which == "LM":
+        found_values, truth = found.values.abs(), truth.abs()
+    else:
+        found_values = found.values
+    torch.testing.assert_close(found_values, truth, rtol=1e-8, atol=1e-8)
+    assert found.converged.all()
+    assert found.n_products == matrix.n_products <= n + 1
+    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    true_residuals = (a @ found.vectors - found.vectors * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, true_residuals, rtol=1e-6, atol=1e-12)
+
+
+def test_a_small_basis_restarts_and_finds_the_same():
+    values = torch.cat([torch.tensor([10.0, 9.5, 9.0, -20.0]), torch.linspace(-1, 1, 300)])
+    matrix = DenseMatrix(rotated(values))
+    found = eigenpairs(matrix, 3, tol=1e-8, generator=dice(), max_basis=8)
+    torch.testing.assert_close(found.values, torch.tensor([10, 9.5, 9]).double(), rtol=1e-10, atol=0)
+    assert found.n_products > 8
+    assert found.converged.all()
+
+
+def test_too_few_products_say_so():
+    found = eigenpairs(DenseMatrix(rotated(torch.linspace(0, 1, 200))), 4, tol=1e-8, generator=dice(), max_products=10)
+    assert not found.converged.any()
+    assert found.n_products == 10
+
+
+def test_a_warm_start_saves_products_and_finds_the_same():
+    values = torch.cat([torch.tensor([10.0, 8.0, 7.0, 6.5, 6.0]), torch.linspace(-1, 3, 300)])
+    a = rotated(values)
+    nudge = torch.randn(305, 305, generator=dice(5), dtype=torch.float64)
+    before = eigenpairs(DenseMatrix(a), 5, generator=dice())
+    b = a + 3e-4 * (nudge + nudge.T)
+    cold = eigenpairs(DenseMatrix(b), 5, generator=dice())
+    warm = eigenpairs(DenseMatrix(b), 5, generator=dice(), start=before.start)
+    assert warm.n_products < cold.n_products
+    assert (abs(warm.values - cold.values) <= warm.residuals + cold.residuals).all()
+
+
+def test_a_warm_start_does_not_shut_out_a_new_direction():
+    """The old top vectors stay exact eigenvectors, and a larger eigenvalue appears orthogonally to them."""
+    values = torch.zeros(50)
+    values[:3] = torch.tensor([5.0, 4.0, 3.0])
+    a = rotated(values)
+    before = eigenpairs(DenseMatrix(a), 3, generator=dice())
+    new = torch.randn(50, generator=dice(9), dtype=torch.float64)
+    new -= before.vectors @ (before.vectors.T @ new)
+    b = a + 20 * torch.outer(new, new) / new.square().sum()
+    after = eigenpairs(DenseMatrix(b), 3, generator=dice(), start=before.start)
+    torch.testing.assert_close(after.values, torch.tensor([20, 5, 4]).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("a", "message"),
+    [
+        (torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "not symmetric"),
+        (torch.full((2, 2), float("nan")), "not finite"),
+    ],
+)
+def test_what_is_no_symmetric_matrix_is_refused(a, message):
+    with pytest.raises(UserError, match=message):
+        eigenpairs(DenseMatrix(a.double()), 2, generator=dice())
+    with pytest.raises(UserError, match=message):
+        spectral_measure(DenseMatrix(a.double()), generator=dice())
+
+
+def test_a_zero_matrix_has_zero_eigenvalues():
+    found = eigenpairs(DenseMatrix(torch.zeros(6, 6, dtype=torch.float64)), 2, generator=dice())
+    assert found.values.abs().max() == 0
+    assert found.converged.all()
+
+
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 12), st.integers(0, 1000))
+@settings(max_examples=40)
+def test_orthonormal_columns_span_what_was_given(n, m, k, seed):
+    m = min(m, n)
+    basis = torch.linalg.qr(torch.randn(n, m, generator=dice(seed), dtype=torch.float64))[0] if m else None
+    v = torch.randn(n, k, generator=dice(seed + 1), dtype=torch.float64)
+    v[:, k // 2 :] = v[:, :1]  # dependent columns
+    q, r = orthonormalize(v, basis)
+    whole = q if basis is None else torch.cat([basis, q], 1)
+    torch.testing.assert_close(whole.T @ whole, torch.eye(whole.shape[1]).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(whole @ r, v, rtol=0, atol=1e-12)
+
+
+# --- Density ---
+
+
+def test_full_runs_of_lanczos_give_the_moments_to_their_error():
+    values = torch.cat([torch.tensor([30.0, 12.0, -5.0]), 0.1 * torch.randn(197, generator=dice(1))]).double()
+    inside = {1: 0, 2: 0}  # of many runs: a few outliers make the runs' distribution skewed
+    for seed in range(40):
+        measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(seed), runs=40, steps=8)
+        assert measure.n_products == 320
+        np.testing.assert_allclose(measure.weights.sum(1), 1, rtol=1e-10)
+        assert measure.moment(0)[0] == pytest.approx(200)
+        for power in inside:
+            value, sem = measure.moment(power)
+            inside[power] += abs(value - float((values**power).sum())) < 2.02 * sem  # Student's t, 39 degrees
+    assert min(inside.values()) >= 34  # Binomial(40, 0.95): 33 or fewer has a probability of 0.3 %
+
+
+def test_one_run_to_the_end_is_the_spectral_measure_of_its_vector():
+    a = rotated(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    lanczos = Lanczos(DenseMatrix(a), start=torch.ones(4, dtype=torch.float64))
+    lanczos.extend(10)
+    nodes, weights = lanczos.quadrature()
+    torch.testing.assert_close(nodes, torch.tensor([1.0, 2.0, 4.0, 8.0]).double())
+    _, vectors = torch.linalg.eigh(a)
+    torch.testing.assert_close(weights, (vectors.T @ torch.ones(4).double() / 2).square())
+
+
+def test_the_smoothed_density_integrates_to_one_and_sees_the_outlier():
+    values = torch.cat([torch.tensor([10.0]), torch.zeros(99)])
+    measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(), runs=30, steps=10)
+    grid = np.linspace(-3, 13, 4001)
+    density, error = measure.density(grid, 0.2)
+    assert np.trapezoid(density, grid) == pytest.approx(1, rel=1e-6)
+    near = grid > 8
+    assert np.trapezoid(density[near], grid[near]) == pytest.approx(0.01, abs=0.01)
+    assert (error >= 0).all()
+
+
+# --- Traces ---
+
+SPECTRA = {
+    "fast": 0.8 ** torch.arange(100),
+    "flat": torch.linspace(0.5, 1.5, 100),
+    "negative": torch.where(torch.arange(100) % 4 == 0, 1.0, -1.5) / (1 + torch.arange(100)).sqrt(),
+    "cancelling": torch.where(torch.arange(100) % 2 == 0, 1.06, -1.0) / (1 + torch.arange(100) // 2),
+}
+
+
+def estimate(method: str, a: torch.Tensor, seed: int, tol: float | None):
+    matrix, blocks = DenseMatrix(a), [slice(0, 30), slice(30, len(a))]
+    common = {"generator": dice(seed), "tol": tol, "max_products": 3000}
+    if method == "hutchinson":
+        found = hutchinson(matrix, blocks, n_probes=40, **common)
+    elif method == "deflated":
+        found = deflated_hutchinson(matrix, blocks, Lanczos(matrix, generator=common["generator"]), **common)
+    elif method == "hutch++":
+        found = deflated_hutchinson(matrix, blocks, Sketch(matrix, generator=common["generator"]), **common)
+    else:
+        found = (xtrace if method == "xtrace" else xnystrace)(matrix, blocks, **common)
+    assert found.n_products == matrix.n_products
+    assert float(found.blocks.sum()) == pytest.approx(found.value, rel=1e-8, abs=1e-9)
+    return found
+
+
+@pytest.mark.parametrize("tol", [None, 0.1], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("spectrum", list(SPECTRA))
+@pytest.mark.parametrize("method", ["hutchinson", "deflated", "hutch++", "xtrace", "xnystrace"])
+def test_stated_intervals_hold_the_truth(method, spectrum, tol):
+    values = SPECTRA[spectrum].double()
+    if method == "xnystrace" and values.min() < 0:
+        pytest.skip("for positive semidefinite matrices")
+    if spectrum == "cancelling" and tol:
+        tol = 0.5  # of a trace that is 3 % of the sum of the eigenvalues' magnitudes
+    a, truth = rotated(values, 1), float(values.sum())
+    found = [estimate(method, a, seed, tol) for seed in range(200)]
+    covered = sum(abs(e.value - truth) <= e.half_width() + 1e-9 for e in found) / 200
+    assert 0.92 <= covered <= 0.98, covered
+    assert tol is None or all(e.converged and e.sem <= tol * abs(e.value) for e in found)
+
+
+@pytest.mark.parametrize("method", ["deflated", "hutch++", "xtrace", "xnystrace"])
+def test_a_matrix_of_low_rank_is_exact(method):
+    """More vectors than the matrix has dimensions: XTrace counted some twice, and missed by six standard errors."""
+    values = torch.zeros(80, dtype=torch.float64)
+    values[:21] = torch.linspace(1, 5, 21)
+    found = estimate(method, rotated(values), 0, 1e-6)
+    assert found.value == pytest.approx(float(values.sum()), rel=1e-6)
+
+
+def test_hutchinson_on_a_known_matrix():
+    """Mean and spread in closed form: the variance of a probe is twice the squared norm of the off-diagonal part."""
+    a = rotated(torch.randn(40, generator=dice()))
+    found = hutchinson(DenseMatrix(a), [slice(0, 10), slice(10, 40)], generator=dice(), n_probes=20_000)
+    spread = float((2 * (a - a.diagonal().diag()).square().sum()).sqrt())
+    assert found.sem * 20_000**0.5 == pytest.approx(spread, rel=0.03)
+    for value, sem, block in zip(found.blocks, found.block_sems, (slice(0, 10), slice(10, 40)), strict=True):
+        assert abs(float(value - a.diagonal()[block].sum())) < 4 * float(sem)
