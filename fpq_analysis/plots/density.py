@@ -97,8 +97,8 @@ def density_caption(records: pd.DataFrame) -> str:
 
     runs = records["quantity"].str.startswith("nodes_").groupby(records["key"]).sum().max()
     return (
-        f"Spectral density of the Hessian of the mean cross-entropy (definition: {several('definition')}) by "
-        f"stochastic Lanczos quadrature ({runs} random vectors), smoothed by a Gaussian of 1 % of the range; "
-        f"bands: one standard error over the vectors; triangles: outliers. BatchNorm in eval mode, {several('n_data')} training images "
-        f"without augmentation (seed {several('seed')})."
+        "Spectral density of the Hessian of the mean cross-entropy (definition: "
+        f"{several('definition')}) by stochastic Lanczos quadrature ({runs} random vectors), smoothed by a Gaussian of "
+        "1 % of the range; bands: one standard error over the vectors; triangles: outliers. BatchNorm in eval mode, "
+        f"{several('n_data')} training images without augmentation (seed {several('seed')})."
     )
