@@ -183,7 +183,7 @@ def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
     assert 0 < finished < 9
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["hessian"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["hessian"], ["compare"], ["doctor"], ["inspect"], ["demo"]])
 def test_help_has_an_example(command):
     result = call(*command, "--help")
     if command:
@@ -216,3 +216,55 @@ def test_other_data_than_trained_on(runs, tmp_path):
         (run / "manifest.json").unlink()
     result = call("hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path, code=1)
     assert "not those the checkpoint was trained on" in " ".join(result.stderr.split())
+
+
+def test_everything_at_once(runs, tmp_path):
+    """Trace, eigenvalues, density and sharpness of one run, under all definitions."""
+    arguments = ["hessian", "--ckpt-dir", runs / "lsq-w4a4", *FAST, "--definition", "all", "--top-k", 3, "--density"]
+    arguments += ["--sharpness", "--figures", tmp_path / "figures"]
+    result = call(*arguments)
+    assert all(len(line) <= 80 for line in result.stdout.splitlines()), result.stdout
+    for word in ("dequantized", "latent", "float", "Clipped", "Eigenv. 1", "spectral density", "scaled_trace"):
+        assert word in result.stdout
+    for name in ("figure5", "eigenvalues", "density"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
+    again = call(*arguments, "--json")
+    assert again.stderr.count("3 done, 0 to do") == 11  # three definitions of each, but latent sharpness
+    rows = [json.loads(line) for line in again.stdout.splitlines()]
+    values = {(row["definition"], row["epoch"]): row["value"] for row in rows if row["quantity"] == "eigenvalue_1"}
+    assert len(values) == 9
+    assert values["dequantized", 2] != values["float", 2]
+
+
+def test_compare(runs):
+    result = call("compare", runs / "fpq-w4a4", runs / "lsq-w4a4", *FAST)
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    assert "Paired, image by image" in result.stdout
+    assert "fpq-w4a4" in result.stdout.splitlines()[0]
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["0", "1", "2"]
+    rows = [
+        json.loads(line)
+        for line in call("compare", runs / "fpq-w4a4", runs / "lsq-w4a4", *FAST, "--json").stdout.splitlines()
+    ]
+    frame = records.read(runs, sorted(runs.iterdir()), "hessian_trace")
+    totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")].set_index(["run", "epoch"])
+    for row in rows:
+        ours, theirs = (totals.loc[(run, row["epoch"])] for run in ("fpq-w4a4", "lsq-w4a4"))
+        assert row["value"] == pytest.approx(ours["value"] - theirs["value"], rel=1e-4)
+        gap = torch.tensor(ours["samples"]) - torch.tensor(theirs["samples"])
+        assert row["sem"] == pytest.approx(float(gap.std()) / len(gap) ** 0.5, rel=1e-4)
+    result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=2)
+    assert "more than one run" in result.output
+    assert "no such" in call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr.lower()
+
+
+def test_a_tolerance_draws_as_few_images_as_it_takes(runs, tmp_path):
+    arguments = ["hessian", "--ckpt-dir", runs / "fp", *MODEL, "--device", "cpu", "--figures", tmp_path]
+    rows = [json.loads(line) for line in call(*arguments, "--tol", 0.1, "--json").stdout.splitlines()]
+    totals = [row for row in rows if row["layer"] == "all" and row["quantity"] == "trace"]
+    assert len(totals) == 3
+    for row in totals:
+        assert row["estimator"] == "sampled"
+        assert row["n_data"] < 1438
+        assert row["sem"] <= 0.1 * row["value"]
+        assert row["sem"] <= row["sem_data"]

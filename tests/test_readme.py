@@ -1,4 +1,4 @@
-"""The README's example runs and prints what stands beside it."""
+"""The examples of the README and of `docs/` run, and print what stands beside them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ import io
 import re
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import matplotlib as mpl
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_example_prints_what_it_says():
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    said = re.findall(r"^# (\d.*)$", example, re.MULTILINE)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(example, "README.md", "exec"), {})
-    assert printed.getvalue().splitlines() == said
-    assert len(said) == 2
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run_and_print_what_they_say(page):
+    mpl.use("Agg")
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    for example in examples:
+        said = re.findall(r"^# (\d.*)$", example, re.MULTILINE)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(example, page.name, "exec"), names)
+        assert not said or printed.getvalue().splitlines() == said
 
 
-def test_every_file_it_names_is_there():
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_named_is_there(page):
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from fpq_analysis import records
-from fpq_analysis.comparison import against_baseline, number
-from fpq_analysis.plots import caption5, figure5, save
+from fpq_analysis import UserError, records
+from fpq_analysis.comparison import against_baseline, by_epoch, number
+from fpq_analysis.plots import caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.figure5 import totals
 
 
@@ -134,6 +134,48 @@ def test_figure5_of_nothing():
         figure5(pd.DataFrame(columns=list(records.COLUMNS)))
 
 
+def spectrum(run, epoch, nodes, weights, **other):
+    """Rows as the density probe writes them."""
+    rows = []
+    for r, (x, w) in enumerate(zip(nodes, weights, strict=True), 1):
+        for quantity, samples in ((f"nodes_{r}", x), (f"weights_{r}", w)):
+            rows.append(row(run, run, epoch=epoch, quantity=quantity, value=1.0, samples=list(samples), **other))
+    return rows
+
+
+def test_density_figure_draws_the_smoothed_measure_and_marks_outliers():
+    nodes = [[-1.0, 0.0, 1.0, 40.0, 100.0], [-1.2, 0.1, 1.1, 40.5, 99.5]]
+    weights = [[0.1, 0.7, 0.1, 0.07, 0.03], [0.1, 0.7, 0.1, 0.05, 0.05]]
+    figure = density_figure(pd.DataFrame(spectrum("lsq", 0, nodes, weights) + spectrum("lsq", 5, nodes, weights)))
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["epoch 0", "epoch 5"]
+    curve, marks = axes.lines[1], axes.lines[-1]
+    x, y = curve.get_data()
+    assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(marks.get_xdata(), [99.75, 40.25])
+    assert axes.get_xlabel() == "Eigenvalue"
+    with pytest.raises(ValueError, match="no spectral density"):
+        density_figure(pd.DataFrame(columns=list(records.COLUMNS)))
+
+
+def test_eigenvalue_figure_draws_every_rank():
+    rows = [
+        row(run, run, epoch=epoch, quantity=f"eigenvalue_{rank}", value=10.0 * epoch - rank, estimator="lanczos LA")
+        for run in ("lsq", "fpq")
+        for epoch in range(3)
+        for rank in (1, 2, 3)
+    ]
+    figure = eigenvalue_figure(pd.DataFrame(rows))
+    assert [axes.get_title() for axes in figure.axes] == ["FPQ W4A4", "LSQ W4A4"]
+    for axes in figure.axes:
+        for rank, line in enumerate(axes.lines[:3], 1):
+            np.testing.assert_allclose(line.get_ydata(), [-rank, 10 - rank, 20 - rank])
+    assert "residuals" in eigenvalue_caption(pd.DataFrame(rows))
+    with pytest.raises(ValueError, match="no finite eigenvalue"):
+        eigenvalue_figure(pd.DataFrame(columns=list(records.COLUMNS)).astype({"quantity": str}))
+
+
 def test_save_writes_picture_print_and_caption(frame, tmp_path):
     paths = save(figure5(frame), tmp_path / "new" / "figure5", caption5(frame))
     assert [path.suffix for path in paths] == [".png", ".pdf", ".txt"]
@@ -177,3 +219,18 @@ def test_differences_that_are_noise_are_called_so():
     assert "do not differ measurably" in against_baseline(pd.DataFrame(rows))[0].sentence()
     assert against_baseline(pd.DataFrame([row("lsq", "lsq"), row("fpq", "fpq", n_data=5)])) == []  # other images
     assert against_baseline(pd.DataFrame([row("fp", "fp", "FP")])) == []
+
+
+def test_differences_by_epoch_without_samples_are_the_wider():
+    rows = {
+        run: pd.DataFrame([row(run, run, epoch=epoch, value=value, samples=None, ci95=3.0) for epoch in epochs])
+        for run, value, epochs in (("a", 5.0, (0, 1, 2)), ("b", 9.0, (1, 2, 3)))
+    }
+    found = by_epoch(rows["a"], rows["b"])
+    assert [difference.epoch for difference in found] == [1, 2]
+    assert all(difference.value == -4 and not difference.paired for difference in found)
+    assert found[0].ci95 == pytest.approx(3 * 2**0.5)
+    with pytest.raises(UserError, match="no epoch in common"):
+        by_epoch(rows["a"][:1], rows["b"])
+    with pytest.raises(UserError, match="different data"):
+        by_epoch(rows["a"].assign(data="other"), rows["b"])

@@ -31,6 +31,7 @@ ROOMS = {
     "comparison": set(),
     "measurement": {"checkpoint", "data", "devices", "probes", "progress", "records"},
     "plots": {"records"},
+    "compat": {"curvature", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "models", "quantizers"},
     "inspection": {"checkpoint"},
     "demo": {"measurement", "probes", "training"},

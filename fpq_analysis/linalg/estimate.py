@@ -23,6 +23,7 @@ class Estimate:
         value, sem: the sum and its standard error.
         blocks, block_sems: (b,) float64 each.
         dof: degrees of freedom behind `sem`, for Student's t.
+        draws: (k,) float64 what `value` is the mean of.
         n_products: products with single vectors that it took.
         rank: dimensions that were taken out exactly.
         converged: False if a tolerance was asked for and not reached.
@@ -33,6 +34,7 @@ class Estimate:
     blocks: Tensor
     block_sems: Tensor
     dof: float
+    draws: Tensor
     n_products: int
     rank: int = 0
     converged: bool = True
@@ -42,12 +44,13 @@ class Estimate:
         cls, draws: Tensor, n_products: int, *, known: Tensor | None = None, rank: int = 0, tol: float | None = None
     ) -> Estimate:
         """The mean of independent (k, b) draws, beside what is `known` (b,) without error."""
-        blocks, block_sems = mean_and_error(draws)
-        value, sem = (float(x) for x in mean_and_error(draws.sum(1)))
         if known is not None:
-            blocks, value = blocks + known, value + float(known.sum())
-        dof = degrees_of_freedom(draws.sum(1))
-        return cls(value, sem, blocks, block_sems, dof, n_products, rank, reached(value, sem, tol))
+            draws = draws + known
+        blocks, block_sems = mean_and_error(draws)
+        whole = draws.sum(1)
+        value, sem = (float(x) for x in mean_and_error(whole))
+        dof = degrees_of_freedom(whole)
+        return cls(value, sem, blocks, block_sems, dof, whole, n_products, rank, reached(value, sem, tol))
 
     def half_width(self, level: float = 0.95) -> float:
         """Of the two-sided interval at `level`."""

@@ -227,6 +227,6 @@ def _leave_one_out(draws: Tensor, without: Tensor, n_products: int, rank: int, t
     sem = math.sqrt(spread**2 + max(0.0, covariance))
     # The blocks' covariances are not worked out; they are taken to be as large, relatively, as that of the sum.
     block_sems = block_sems * (sem / spread if spread else 1.0)
-    return Estimate(
-        value, sem, blocks, block_sems, degrees_of_freedom(draws.sum(1)), n_products, rank, reached(value, sem, tol)
-    )
+    whole = draws.sum(1)
+    dof = degrees_of_freedom(whole)
+    return Estimate(value, sem, blocks, block_sems, dof, whole, n_products, rank, reached(value, sem, tol))

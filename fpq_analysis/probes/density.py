@@ -43,7 +43,7 @@ def spectral_density(
 
     Args:
         model, batches, ...: as for `hessian_trace`.
-        runs: random starting vectors; their spread is the error.
+        runs: random starting vectors; their spread is the error, which a single one has not.
         steps: of Lanczos: the resolution.
 
     Returns:
@@ -64,8 +64,8 @@ def spectral_density(
 def _check_settings(definition: str, operator: str, runs: int, steps: int) -> None:
     check_definition(definition)
     check_operator(operator)
-    if runs < 2 or steps < 2:
-        raise UserError("A density with an error needs at least 2 runs, of at least 2 steps.")
+    if runs < 1 or steps < 2:
+        raise UserError("A density needs at least one run (two for an error), of at least 2 steps.")
 
 
 @dataclass(frozen=True)

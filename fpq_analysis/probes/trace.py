@@ -60,6 +60,7 @@ class TraceEstimate:
         definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
         per_layer, per_layer_sem: the same by layer; they add up to `value` (their errors do not).
         per_sample: each sample's own trace, (n_data,), or None.
+        draws: what `value` is the mean of: `per_sample`, or single probes.
         n_data: number of samples measured on.
         n_products: backward passes over them (exact, sampled) or matrix-vector products (the others).
         seed: of probes or labels.
@@ -77,6 +78,7 @@ class TraceEstimate:
     per_layer: dict[str, float]
     per_layer_sem: dict[str, float]
     per_sample: np.ndarray | None = field(repr=False)
+    draws: np.ndarray = field(repr=False)
     n_data: int
     n_products: int
     seed: int
@@ -250,6 +252,7 @@ def _from_samples(traces: SampleTraces) -> dict[str, Any]:
         "per_layer": {layer or ROOT: traces.value(layer) for layer in layers},
         "per_layer_sem": {layer or ROOT: traces.sem(layer) for layer in layers},
         "per_sample": traces.traces[ALL].numpy(),
+        "draws": traces.traces[ALL].numpy(),
         "n_data": traces.n,
         "n_products": traces.n_passes,
     }
@@ -274,6 +277,7 @@ def _from_products(
         "per_layer": {layer or ROOT: float(x) for layer, x in zip(blocks, found.blocks, strict=False)},
         "per_layer_sem": {layer or ROOT: float(x) for layer, x in zip(blocks, found.block_sems, strict=False)},
         "per_sample": None,
+        "draws": found.draws.numpy(),
         "n_data": subject.n_data,
         "n_products": found.n_products,
         "converged": found.converged,

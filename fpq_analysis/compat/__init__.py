@@ -1,0 +1,1 @@
+"""Other packages' interfaces, with this package's numbers behind them."""
