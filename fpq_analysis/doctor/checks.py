@@ -263,13 +263,15 @@ def _symmetric(patient: Patient) -> Finding:
 
 def _exact_trace(patient: Patient) -> Finding:
     if patient.loss is not F.cross_entropy:
-        return Finding(NOTE, "The exact trace is for cross-entropy only.", "Use method='auto' or 'hutchinson'.")
+        return Finding(
+            NOTE, "The exact trace is for cross-entropy only.", "Use method='auto', which takes the deflated estimator."
+        )
     try:
         certify(patient.model, patient.data, patient.variables)
         return Finding(OK, "The exact trace holds: the logits are piecewise linear in every weight.")
     except NotExactError as outside:
         # The check differentiates twice itself, though the exact trace does not.
-        cure = "Mend that first." if outside.__cause__ else "Use method='auto': Hutchinson's estimator, with its error."
+        cure = "Mend that first." if outside.__cause__ else "Use method='auto': the deflated estimator, with its error."
         return Finding(NOTE, f"The exact trace does not hold: {outside}.", cure)
 
 

@@ -25,8 +25,8 @@ FORECAST_IMAGES = 32
 # Products with single vectors that a measurement takes.
 PRODUCTS = {
     "one Hessian-vector product": 1,
-    "top-5 eigenvalues (about 60 products)": 60,
-    "density (about 100 products)": 100,
+    "top-5 eigenvalues (about 20 products)": 20,
+    "density (200 products)": 200,
 }
 
 
