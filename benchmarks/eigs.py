@@ -15,6 +15,7 @@ share the graph of the gradient: kept for one micro-batch, and in blocks of eigh
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 import warnings
 from pathlib import Path
@@ -68,7 +69,7 @@ def scipys(subject: Subject, k: int, tol: float) -> tuple[Row, np.ndarray]:
 
 
 def pyhessians(subject: Subject, k: int, tol: float) -> tuple[Row, np.ndarray]:
-    import pyhessian.hessian as module
+    module = importlib.import_module("pyhessian.hessian")  # the package hides it behind the class of that name
 
     plain, products = module.hessian_vector_product, 0
 

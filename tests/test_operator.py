@@ -18,6 +18,7 @@ from fpq_analysis.curvature import (
     per_sample_traces,
 )
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
+from fpq_analysis.models import resnet20
 from fpq_analysis.probes.subject import prepare
 from tests.nets import dense_hessian, networks, tiny
 
@@ -273,3 +274,17 @@ def test_same_seed_same_numbers():
     assert a.value != c.value
     assert np.isnan(a.sem_data)
     assert a.error == a.sem
+
+
+def test_a_real_resnet20_agrees_with_curvlinops():
+    from curvlinops import HessianLinearOperator
+
+    model = resnet20(10, 1).double()
+    x, y = torch.randn(12, 1, 8, 8, dtype=torch.float64), torch.randint(10, (12,))
+    with torch.no_grad():
+        model(x)  # BatchNorm statistics other than the initial ones
+    subject = prepare(model, (x, y), micro_batch=5)
+    ours, parameters = subject.operator(), list(subject.parameters.values())
+    theirs = HessianLinearOperator(subject.view, nn.CrossEntropyLoss(), parameters, subject.data)
+    v = torch.randn(ours.size, 2, dtype=torch.float64)
+    torch.testing.assert_close(ours.matmat(v), theirs @ v, rtol=1e-8, atol=1e-10)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, new_table, print_json, print_table, say
+from fpq_analysis.errors import UserError
 
 
 @app.command()
@@ -56,8 +57,8 @@ def compare(
     ]
     for run, frame in zip((run_a, run_b), traces, strict=True):
         if frame["run"].nunique() != 1:
-            names = ", ".join(sorted(frame["run"].unique()))
-            raise typer.BadParameter(f"'{run}' holds more than one run, or none ({names}); name one of them.")
+            names = ", ".join(sorted(frame["run"].unique())[:3])
+            raise UserError(f"'{run}' holds more than one run, or none ({names}); name one of them.")
     found = by_epoch(*traces)
     if json:
         print_json(pd.DataFrame([vars(difference) | {"ci95": difference.ci95} for difference in found]))

@@ -171,6 +171,8 @@ def print_traces(frame: pd.DataFrame) -> None:
 
 def _some(frame: pd.DataFrame) -> pd.DataFrame:
     """Of every run's epochs the first, the last and some between."""
+    import pandas as pd
+
     kept = []
     for _, run in frame.groupby(["run", "definition"], sort=False):
         epochs = sorted(run["epoch"].unique())
