@@ -138,15 +138,15 @@ def test_orthonormal_columns_span_what_was_given(n, m, k, seed):
 
 def test_full_runs_of_lanczos_give_the_moments_to_their_error():
     values = torch.cat([torch.tensor([30.0, 12.0, -5.0]), 0.1 * torch.randn(197, generator=dice(1))]).double()
-    inside = {1: 0, 2: 0}  # of many runs: a few outliers make the runs' distribution skewed
+    inside = {1: 0, 2: 0}
     for seed in range(40):
-        measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(seed), runs=40, steps=8)
-        assert measure.n_products == 320
+        measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(seed), runs=10, steps=8)
+        assert measure.n_products == 80
         np.testing.assert_allclose(measure.weights.sum(1), 1, rtol=1e-10)
         assert measure.moment(0)[0] == pytest.approx(200)
         for power in inside:
             value, sem = measure.moment(power)
-            inside[power] += abs(value - float((values**power).sum())) < 2.02 * sem  # Student's t, 39 degrees
+            inside[power] += abs(value - float((values**power).sum())) < 1.96 * sem
     assert min(inside.values()) >= 34  # Binomial(40, 0.95): 33 or fewer has a probability of 0.3 %
 
 

@@ -222,7 +222,7 @@ def _print_sharpness(frame: pd.DataFrame) -> None:
     from fpq_analysis.comparison import number
 
     rows = _some(frame[frame["layer"] == "all"])
-    print("\nSharpness that survives rescaling (± standard error from draws), at each run's last epoch:")
+    print("\nSharpness that survives rescaling, at each run's last epoch:")
     table = new_table({"Run": "left", "Epoch": "right", "Quantity": "left", "Value": "right", "± se": "right"})
     for (run, _), group in rows.groupby(["run", "definition"], sort=False):
         last = group[group["epoch"] == group["epoch"].max()]

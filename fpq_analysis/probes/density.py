@@ -43,7 +43,7 @@ def spectral_density(
 
     Args:
         model, batches, ...: as for `hessian_trace`.
-        runs: random starting vectors; their spread is the error, which a single one has not.
+        runs: random starting vectors, over which the density is averaged.
         steps: of Lanczos: the resolution.
 
     Returns:
