@@ -255,7 +255,7 @@ def test_compare(runs):
         assert row["sem"] == pytest.approx(float(gap.std()) / len(gap) ** 0.5, rel=1e-4)
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
-    assert "no such" in call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr.lower()
+    assert "no folder" in call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr.lower()
 
 
 def test_a_tolerance_draws_as_few_images_as_it_takes(runs, tmp_path):
