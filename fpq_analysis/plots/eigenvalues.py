@@ -32,7 +32,7 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
         raise ValueError("no finite eigenvalue among the records")
     methods = sorted(rows["method"].unique())
     with style():
-        for axes, panel in panels(rows, (3.2, 2.6), shared=True):
+        for axes, panel in panels(rows, (3.2, 2.6), shared=False):
             first = panel.iloc[0]
             most = int(panel["rank"].max())
             for rank in range(1, most + 1):
