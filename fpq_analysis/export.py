@@ -1,7 +1,8 @@
 """Quantized networks in the forms other programs read: ONNX with QuantizeLinear pairs, and integers in safetensors.
 
 Both hold whole numbers k, a scale s and a zero point z for each quantized tensor, value = (k - z) s; weights have a
-scale and a zero point for each output channel (axis 0), inputs one of each.  BatchNorm stays a layer of its own.
+scale and a zero point for each output channel (axis 0), inputs one of each.  Where zero is not on the grid (a learned
+offset; DoReFa's weights), an offset is added.  BatchNorm stays a layer of its own.
 
 What onnxruntime 1.32 really runs on a CPU was tried: QuantizeLinear and DequantizeLinear on uint4, uint8 and uint16
 (opset 21), but no Clip before a QuantizeLinear to uint4, on which its optimiser fails.  So weights of 2 to 4 bits are
@@ -44,16 +45,17 @@ TYPICAL, SAME_CLASS = 0.05, 0.95
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a quantizer's values lie: (k - zero_point) scale, k = 0 .. levels.
+    """Where a quantizer's values lie: (k - zero_point) scale + offset, k = 0 .. levels.
 
     Attributes:
-        scale, zero_point: (rows,) for a weight, () for an input; the zero point whole.
-        levels: 2^bits - 1.
+        scale, zero_point, offset: (rows,) for a weight, () for an input; the zero point whole.
+        levels: the largest k, at most 2^bits - 1.
         codes: k of every value of a weight, in its shape; None for an input.
     """
 
     scale: Tensor
     zero_point: Tensor
+    offset: Tensor
     levels: int
     codes: Tensor | None = None
 
@@ -86,7 +88,8 @@ def export_safetensors(content: Checkpoint, out: Path, model: str | None = None)
     """Whole numbers, scales and zero points of every quantized tensor, and the rest in float, with metadata.
 
     Layer `conv1` becomes `conv1.weight` (whole numbers, uint8 or, above 8 bits, int32), `conv1.weight_scale`,
-    `conv1.weight_zero_point`, `conv1.input_scale` and `conv1.input_zero_point`; biases and BatchNorm keep their names.
+    `conv1.weight_zero_point`, `conv1.input_scale` and `conv1.input_zero_point`, and `..._offset` where there is one;
+    biases and BatchNorm keep their names.
 
     Returns:
         One row: file, bytes, layers (quantized ones), tensors.
@@ -105,13 +108,15 @@ def export_safetensors(content: Checkpoint, out: Path, model: str | None = None)
         for layer, grid in found.items():
             tensors[_join(layer, f"{what}_scale")] = grid.scale
             tensors[_join(layer, f"{what}_zero_point")] = grid.zero_point.to(torch.int32)
+            if grid.offset.any():
+                tensors[_join(layer, f"{what}_offset")] = grid.offset
     rest = {key: value for key, value in view(net, "float").state_dict().items() if key not in tensors}
     tensors |= {key: value for key, value in rest.items() if "input_quantizer" not in key.split(".")}
     bits = {_join(layer, "weight"): grid.bits for layer, grid in weights.items()}
     bits |= {_join(layer, "input"): grid.bits for layer, grid in inputs.items()}
     about = _metadata(content) | {
         "format": "pt",
-        "meaning": "value = (weight - weight_zero_point) * weight_scale, by output channel (axis 0)",
+        "meaning": "value = (weight - weight_zero_point) * weight_scale + weight_offset (if any), along axis 0",
         "bits": json.dumps(bits),
     }
     data = safetensors.save({key: value.contiguous() for key, value in tensors.items()}, metadata=about)
@@ -181,7 +186,7 @@ def grids(model: nn.Module) -> tuple[dict[str, Grid], dict[str, Grid]]:
     wrongly.
 
     Raises:
-        UserError: if a quantizer's values are not (k - z) s with whole k and z, or the model has no quantizers.
+        UserError: if a quantizer's values are not of that form, or the model has no quantizers.
     """
     weights: dict[str, Grid] = {}
     inputs: dict[str, Grid] = {}
@@ -190,21 +195,24 @@ def grids(model: nn.Module) -> tuple[dict[str, Grid], dict[str, Grid]]:
         scale, zero = (getattr(quantizer, key, None) for key in ("step_size", "zero_point"))
         if not (isinstance(scale, Tensor) and isinstance(zero, Tensor)):
             raise _no_grid(name, quantizer, is_weight)
-        scale, zero = scale.detach(), zero.detach()
+        # Of a zero point that is not whole, the broken part is an offset.
+        offset = (zero.floor() - zero) * scale + getattr(quantizer, "offset", 0.0)
+        zero = zero.floor()
         levels = quantizer.levels
         if is_weight:
             values = quantizer(latent_weight(layers[name]))
         else:
-            values = quantizer(torch.arange(-2, levels + 2.01, 0.25) * scale - zero * scale)
-        codes = (values / scale + zero).round()
-        error = ((codes - zero) * scale - values).abs().amax()
-        if error > 1e-5 * scale.amax() * levels or codes.min() < 0 or codes.max() > levels or (zero % 1).any():
+            values = quantizer(torch.arange(-2, levels + 2.01, 0.25) * scale - zero * scale + offset)
+        codes = ((values - offset) / scale + zero).round()
+        error = ((codes - zero) * scale + offset - values).abs().amax()
+        if error > 1e-5 * scale.amax() * levels or codes.min() < 0 or codes.max() > levels:
             raise _no_grid(name, quantizer, is_weight)
         if is_weight:
-            # Symmetric quantizers have one zero point for all rows.
-            weights[name] = Grid(scale.flatten(), zero.expand_as(scale).flatten(), levels, codes)
+            # One scale for all rows is given to each.
+            scale, zero, offset = (x.flatten().expand(len(codes)).clone() for x in (scale, zero, offset))
+            weights[name] = Grid(scale, zero, offset, levels, codes)
         else:
-            inputs[name] = Grid(scale, zero.expand_as(scale), levels)
+            inputs[name] = Grid(scale.clone(), zero.clone(), offset.clone(), int(codes.max()))
     if not (weights or inputs):
         raise UserError(
             "This is a float network, with nothing to export as integers. Give a checkpoint of a quantized run."
@@ -215,8 +223,8 @@ def grids(model: nn.Module) -> tuple[dict[str, Grid], dict[str, Grid]]:
 def _no_grid(name: str, quantizer: nn.Module, is_weight: bool) -> UserError:
     what = "weight" if is_weight else "input"
     return UserError(
-        f"The {what} of '{name}' is quantized by {type(quantizer).__name__}, whose values are not whole numbers times "
-        "one scale about a whole zero point; neither QuantizeLinear nor the integer form can hold them."
+        f"The {what} of '{name}' is quantized by {type(quantizer).__name__}, whose values are not whole numbers "
+        "times one scale and an offset; neither QuantizeLinear nor the integer form can hold them."
     )
 
 
@@ -294,8 +302,14 @@ def _insert_quantizers(onnx: Any, proto: Any, weights: dict[str, Grid], inputs: 
             codes = grid.codes.flatten().int().tolist()
             graph.initializer.append(onnx.helper.make_tensor(f"{name}.codes", kind, grid.codes.shape, codes))
             ends = [f"{name}.codes", *_parameters(onnx, graph, name, grid, kind)]
-            node = onnx.helper.make_node("DequantizeLinear", ends, [name], name=f"{name}.dequantize", axis=0)
-            before.setdefault(0, []).append(node)
+            before.setdefault(0, []).extend(
+                [
+                    onnx.helper.make_node("DequantizeLinear", ends, [f"{name}.scaled"], axis=0),
+                    *_shift(
+                        onnx, graph, "Add", f"{name}.scaled", name, grid.offset.view(-1, *[1] * (grid.codes.ndim - 1))
+                    ),
+                ]
+            )
         if layer in inputs:
             for use in uses:
                 before.setdefault(use, []).extend(_input_nodes(onnx, graph, graph.node[use], layer, inputs[layer]))
@@ -322,10 +336,11 @@ def _uses(graph: Any, name: str) -> Iterator[int]:
 def _input_nodes(onnx: Any, graph: Any, node: Any, layer: str, grid: Grid) -> list[Any]:
     """Nodes that quantize the first input of `node`, and rewire it to them."""
     source, base = node.input[0], f"{_join(layer, 'input')}.{node.name or node.output[0]}"
-    full = grid.bits in TYPES
+    full = any(grid.levels == 2**bits - 1 for bits in TYPES)
     kind = _type(onnx, TYPES if full else CLIPPED_TYPES, grid)
     scale, zero = _parameters(onnx, graph, base, grid, kind)
-    nodes = []
+    nodes = _shift(onnx, graph, "Sub", source, f"{base}.shifted", grid.offset)
+    source = f"{base}.shifted"
     if not full:
         # Both bounds are on the grid, so clipping before rounding is clipping after it.
         bounds = [float((k - grid.zero_point) * grid.scale) for k in (0, grid.levels)]
@@ -334,9 +349,21 @@ def _input_nodes(onnx: Any, graph: Any, node: Any, layer: str, grid: Grid) -> li
         nodes.append(onnx.helper.make_node("Clip", [source, f"{base}.low", f"{base}.high"], [f"{base}.clipped"]))
         source = f"{base}.clipped"
     nodes.append(onnx.helper.make_node("QuantizeLinear", [source, scale, zero], [f"{base}.codes"]))
-    nodes.append(onnx.helper.make_node("DequantizeLinear", [f"{base}.codes", scale, zero], [f"{base}.values"]))
+    nodes.append(onnx.helper.make_node("DequantizeLinear", [f"{base}.codes", scale, zero], [f"{base}.scaled"]))
+    nodes += _shift(onnx, graph, "Add", f"{base}.scaled", f"{base}.values", grid.offset)
     node.input[0] = f"{base}.values"
     return nodes
+
+
+def _shift(onnx: Any, graph: Any, op: str, source: str, target: str, offset: Tensor) -> list[Any]:
+    """Nodes from tensor `source` to `target`: with `offset` added or subtracted, or with another name only."""
+    if not offset.any():
+        return [onnx.helper.make_node("Identity", [source], [target])]
+    values = onnx.helper.make_tensor(
+        f"{target}.offset", onnx.TensorProto.FLOAT, offset.shape, offset.flatten().tolist()
+    )
+    graph.initializer.append(values)
+    return [onnx.helper.make_node(op, [source, f"{target}.offset"], [target])]
 
 
 def _parameters(onnx: Any, graph: Any, base: str, grid: Grid, kind: int) -> tuple[str, str]:

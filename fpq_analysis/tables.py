@@ -212,8 +212,9 @@ def _is_in(config: dict[str, Any], row: str, bits: str, model: str) -> bool:
     return (
         config["model"] == model
         and config["method"] == method
+        and config.get("quantizer") is None  # the method's own
         and (config["bits"] or "FP").upper() == bits
-        and all(config[key] == value for key, value in settings.items())
+        and all(config.get(key) == value for key, value in settings.items())
     )
 
 

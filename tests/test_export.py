@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fpq_analysis import QuantSpec, UserError, calibrate, load, quantize
+from fpq_analysis import TrainConfig, UserError, calibrate, load, quantize
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.export import export, export_onnx, export_safetensors, grids
-from fpq_analysis.quantizers import quantizers
+from fpq_analysis.quantizers import LSQ, quantizers
+from fpq_analysis.training import METHODS
 from tests.nets import tiny
 from tests.test_cli import call
 
@@ -41,14 +42,14 @@ def padded(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
     )
 
 
-def content(name: str, bits: str) -> Checkpoint:
+def content(name: str, bits: str, method: str = "lsq") -> Checkpoint:
     """A calibrated network as a checkpoint."""
-    spec = QuantSpec.parse(bits)
+    spec = TrainConfig(method=method, bits=bits, init="fp").spec
     net = quantize(globals()[name](), spec)
     calibrate(net, torch.randn(32, 1, 8, 8), "mse")
     data = {"name": "digits", "classes": list("0123456789"), "size": 8, "mean": [0.3], "std": [0.4]}
     about = {"name": f"tests.test_export:{name}", "num_classes": 10, "in_channels": 1}
-    return Checkpoint(3, about, asdict(spec), data, {"method": "lsq"}, net.state_dict(), "0" * 64)
+    return Checkpoint(3, about, asdict(spec), data, {"method": method}, net.state_dict(), "0" * 64)
 
 
 @pytest.mark.parametrize("bits", ["W4A4", "W2A2", "W3A5", "W10A9", "W4A32", "W32A4"])
@@ -69,6 +70,36 @@ def test_onnx_gives_what_torch_gives(bits, tmp_path):
     kinds = {node.op_type for node in proto.graph.node}
     assert ("QuantizeLinear" in kinds) == (not bits.endswith("A32"))
     assert {prop.key: prop.value for prop in proto.metadata_props}["mean"] == "[0.3]"
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.quantized])
+def test_every_method_can_be_exported(method, tmp_path):
+    """Learned offsets and grids without zero included; the integers give the network's own weights back."""
+    made = content("tiny", "W4A3", method)
+    row = export_onnx(made, tmp_path / "net.onnx", TINY).iloc[0]
+    assert row["typical"] < 1e-5
+    net = made.build(TINY)
+    export_safetensors(made, tmp_path / "net.safetensors", TINY)
+    stored = safetensors.load_file(tmp_path / "net.safetensors")
+    for name, grid in grids(net)[0].items():
+        codes, scale, zero = (
+            stored[f"{name}.{key}"].float() for key in ("weight", "weight_scale", "weight_zero_point")
+        )
+        offset = stored.get(f"{name}.weight_offset", torch.zeros_like(scale))
+        shape = (-1, *[1] * (codes.ndim - 1))
+        values = (codes - zero.view(shape)) * scale.view(shape) + offset.view(shape)
+        torch.testing.assert_close(values, dict(net.named_modules())[name].weight.detach())
+        assert codes.max() <= grid.levels
+
+
+def test_an_offset(tmp_path, monkeypatch):
+    """A grid that does not hold zero, of inputs and of weights."""
+    forward = LSQ.forward
+    monkeypatch.setattr(LSQ, "offset", 0.07, raising=False)
+    monkeypatch.setattr(LSQ, "forward", lambda self, x: forward(self, x - 0.07) + 0.07)
+    row = export_onnx(content("tiny", "W4A3"), tmp_path / "net.onnx", TINY).iloc[0]
+    assert row["typical"] < 1e-5
+    assert any("offset" in tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer)
 
 
 def test_the_weights_in_onnx_are_small_integers(tmp_path):
