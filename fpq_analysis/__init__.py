@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fpq_analysis.checkpoint import load
     from fpq_analysis.doctor import diagnose, forecast_measurements
     from fpq_analysis.errors import UserError
+    from fpq_analysis.export import export_onnx, export_safetensors
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
         spectral_density,
     )
     from fpq_analysis.quantizers import QuantSpec, calibrate, quantize
-    from fpq_analysis.training import TrainConfig, train
+    from fpq_analysis.tables import paper_tables
+    from fpq_analysis.training import TrainConfig, run_sweep, train
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,8 @@ _HOMES = {
     "UserError": "fpq_analysis.errors",
     "calibrate": "fpq_analysis.quantizers",
     "diagnose": "fpq_analysis.doctor",
+    "export_onnx": "fpq_analysis.export",
+    "export_safetensors": "fpq_analysis.export",
     "forecast_measurements": "fpq_analysis.doctor",
     "hessian_eigs": "fpq_analysis.probes",
     "hessian_trace": "fpq_analysis.probes",
@@ -50,7 +54,9 @@ _HOMES = {
     "inspect_run": "fpq_analysis.inspection",
     "load": "fpq_analysis.checkpoint",
     "measure": "fpq_analysis.measurement",
+    "paper_tables": "fpq_analysis.tables",
     "quantize": "fpq_analysis.quantizers",
+    "run_sweep": "fpq_analysis.training",
     "sharpness": "fpq_analysis.probes",
     "spectral_density": "fpq_analysis.probes",
     "train": "fpq_analysis.training",
@@ -68,6 +74,8 @@ __all__ = [
     "UserError",
     "calibrate",
     "diagnose",
+    "export_onnx",
+    "export_safetensors",
     "forecast_measurements",
     "hessian_eigs",
     "hessian_trace",
@@ -75,7 +83,9 @@ __all__ = [
     "inspect_run",
     "load",
     "measure",
+    "paper_tables",
     "quantize",
+    "run_sweep",
     "sharpness",
     "spectral_density",
     "train",

@@ -1,6 +1,6 @@
-"""Float networks for small images: ResNet-18, ResNet-20 and MobileNetV2, and a door for the user's own.
+"""Float networks for small images: ResNet-18, -20 and -50, MobileNetV1 and V2, and a door for the user's own.
 
-All three take any number of classes and input channels, and images from 8x8 up.  Activations are separate, named,
+All of them take any number of classes and input channels, and images from 8x8 up.  Activations are separate, named,
 out-of-place modules, so that a hook on any layer sees exactly that layer's output.
 """
 
@@ -55,17 +55,51 @@ class BasicBlock(nn.Module):
         return self.relu2(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and a fourfold 1x1 convolution with a residual sum; the stride is at the 3x3, as torchvision has it."""
+
+    EXPANSION = 4
+
+    def __init__(self, c_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        c_out = width * self.EXPANSION
+        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(width, c_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.relu3 = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        return self.relu3(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
 class ResNet(nn.Module):
-    """Basic-block ResNet with a 3x3 stem and no max-pooling, for 32x32 images.
+    """ResNet with a 3x3 stem and no max-pooling, for 32x32 images.
 
     Args:
         blocks: number of blocks in each stage.
         widths: channels of each stage; every stage but the first halves the resolution.
         projection: 1x1 convolutions on widening shortcuts (ResNet-18); otherwise zero padding (ResNet-20).
+        bottleneck: blocks of three convolutions with four times the channels of the stage (ResNet-50).
     """
 
     def __init__(
-        self, blocks: list[int], widths: list[int], projection: bool, num_classes: int = 10, in_channels: int = 3
+        self,
+        blocks: list[int],
+        widths: list[int],
+        projection: bool,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        bottleneck: bool = False,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
@@ -77,8 +111,12 @@ class ResNet(nn.Module):
             stage_blocks: list[nn.Module] = []
             for i in range(n):
                 stride = 2 if stage > 0 and i == 0 else 1
-                stage_blocks.append(BasicBlock(c_in, width, stride, projection))
-                c_in = width
+                if bottleneck:
+                    stage_blocks.append(Bottleneck(c_in, width, stride))
+                    c_in = width * Bottleneck.EXPANSION
+                else:
+                    stage_blocks.append(BasicBlock(c_in, width, stride, projection))
+                    c_in = width
             stages.append(nn.Sequential(*stage_blocks))
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -87,6 +125,28 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.relu(self.bn1(self.conv1(x))))
         return self.fc(self.pool(x).flatten(1))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNetV1 (Howard et al. 2017, arXiv:1704.04861), the stem's stride taken off for 32x32 images."""
+
+    # output channels and stride of each pair of a depthwise 3x3 and a pointwise 1x1 convolution
+    PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        c_in = 32
+        for c_out, stride in self.PAIRS:
+            layers += [nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU()]
+            layers += [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+            c_in = c_out
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(c_in, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)).flatten(1))
 
 
 class InvertedResidual(nn.Module):
@@ -145,6 +205,16 @@ def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
     return ResNet([3, 3, 3], [16, 32, 64], False, num_classes, in_channels)
 
 
+def resnet50(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-50 with a 3x3 stem: 23.5 M parameters at 10 classes."""
+    return ResNet([3, 4, 6, 3], [64, 128, 256, 512], True, num_classes, in_channels, bottleneck=True)
+
+
+def mobilenet_v1(num_classes: int = 10, in_channels: int = 3) -> MobileNetV1:
+    """MobileNetV1 at width 1: 3.2 M parameters at 10 classes."""
+    return MobileNetV1(num_classes, in_channels)
+
+
 def mobilenet_v2(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
     """MobileNetV2 at width 1: 2.3 M parameters at 10 classes."""
     return MobileNetV2(num_classes, in_channels)
@@ -153,8 +223,19 @@ def mobilenet_v2(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet20": resnet20,
+    "resnet50": resnet50,
+    "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
 }
+
+
+def check_model_name(name: str) -> None:
+    """Raise `UserError` unless `name` is one of `MODELS` or has the form `package.module:factory`."""
+    if name not in MODELS and ":" not in name:
+        raise UserError(
+            f"Unknown model '{name}'{did_you_mean(name, MODELS)}. The built-in models are {', '.join(MODELS)}; "
+            "for your own network give package.module:factory."
+        )
 
 
 def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: bool = True) -> nn.Module:
@@ -171,11 +252,7 @@ def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: 
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, in_channels=in_channels)
-    if ":" not in name:
-        raise UserError(
-            f"Unknown model '{name}'{did_you_mean(name, MODELS)}. The built-in models are {', '.join(MODELS)}; "
-            "for your own network give package.module:factory."
-        )
+    check_model_name(name)
     if not allow_import:
         raise UserError(
             f"The checkpoint was made with the user's own model '{name}', and code named by a file is not run. "

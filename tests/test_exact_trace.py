@@ -397,7 +397,7 @@ def test_other_shapes_of_layers():
         assert ours.value == pytest.approx(dense_total(model, x, y), rel=1e-10)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2"])
 def test_auto_is_exact_for_the_shipped_models(name):
     from fpq_analysis.models import build_model
 

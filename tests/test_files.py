@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fpq_analysis import UserError, load
 from fpq_analysis.checkpoint import checkpoints, find_runs, read_checkpoint, save_checkpoint
 from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl
-from fpq_analysis.models import build_model
+from fpq_analysis.models import MODELS, build_model
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -183,7 +183,14 @@ def test_bad_model_names(name, message):
 
 
 def test_models_fit_any_small_image():
-    published = {"resnet18": 11.17e6, "resnet20": 0.27e6, "mobilenet_v2": 2.24e6}
+    published = {
+        "resnet18": 11.17e6,
+        "resnet20": 0.27e6,
+        "resnet50": 23.52e6,
+        "mobilenet_v1": 3.22e6,
+        "mobilenet_v2": 2.24e6,
+    }
+    assert published.keys() == MODELS.keys()
     for name, parameters in published.items():
         model = build_model(name, 10, 3).eval()
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)

@@ -34,6 +34,8 @@ ROOMS = {
     "compat": {"curvature", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "models", "quantizers"},
     "inspection": {"checkpoint"},
+    "tables": {"checkpoint"},
+    "export": {"checkpoint", "quantizers"},
     "demo": {"measurement", "probes", "training"},
     "cli": None,  # anything
     "__init__": None,

@@ -35,7 +35,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception | str) -> None:
     """An error as a paragraph on stderr."""
     width = min(100, columns())
     say(textwrap.fill(f"Error: {error}", width=width, break_long_words=False, break_on_hyphens=False))

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, print_json, say
+from fpq_analysis.cli.app import DataRoot, Device, Json, app, fail, guarded, new_table, print_json, print_table, say
+from fpq_analysis.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fpq_analysis.training import Sweep
 
 
 @app.command()
 @guarded
 def train(
+    ctx: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="TOML file of a sweep: many runs, see configs/.")] = None,
+    shard: Annotated[str | None, typer.Option(help="With --config: i/N, the i-th of N machines' part.")] = None,
     method: Annotated[str, typer.Option(help="fp, lsq or fpq.")] = "fp",
     model: Annotated[
-        str, typer.Option(help="resnet20, resnet18, mobilenet_v2 or package.module:factory.")
+        str,
+        typer.Option(help="resnet20, resnet18, resnet50, mobilenet_v1, mobilenet_v2 or package.module:factory."),
     ] = "resnet20",
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")] = "digits",
     data_root: DataRoot = None,
@@ -23,7 +33,7 @@ def train(
     image_size: Annotated[int | None, typer.Option(help="Resize imagefolder images to this side.")] = None,
     bits: Annotated[str | None, typer.Option(help="WxAy, for example W4A4 (weights, activations).")] = None,
     init: Annotated[str | None, typer.Option(help="Float run that is start and teacher.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one in checkpoints/.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's or sweep's folder. Default: in checkpoints/.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
     lr: Annotated[float, typer.Option(help="Learning rate at the start of the cosine.")] = 0.01,
@@ -44,30 +54,105 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Train one network, with a checkpoint before training and after every epoch.
+    """Train one network, or with --config all of a sweep; a checkpoint before training and after every epoch.
+
+    A sweep does what is not yet done: finished runs are skipped, a stopped one goes on, and every quantized run starts
+    from the float run of its model, data and seed, which is trained once.
 
     [bold]Examples[/bold]
 
       fpq-analyze train --epochs 15 --lr 0.1 --out checkpoints/fp
 
       fpq-analyze train --method fpq --bits W4A4 --init checkpoints/fp --epochs 15
+
+      fpq-analyze train --config configs/small/table2.toml --dry-run
     """
     options = {k: v for k, v in locals().items() if k not in _NOT_CONFIG}
-    from fpq_analysis.training import TrainConfig
+    from fpq_analysis.training import TrainConfig, read_sweep
     from fpq_analysis.training import train as run_training
 
-    config = TrainConfig(**options)
-    run = out or Path("checkpoints") / config.name
+    if config is not None:
+        _refuse_beside_config(ctx)
+        sweep = read_sweep(config, out=out)
+        _train_sweep(sweep, config, shard, device=device, download=download, dry_run=dry_run, json=json)
+        return
+    if shard is not None:
+        raise UserError("--shard is a part of a sweep, and needs the sweep's file: --config sweep.toml")
+    settings = TrainConfig(**options)
+    run = out or Path("checkpoints") / settings.name
     if dry_run:
         say(f"Would train {run}:")
         for key, value in options.items():
             say(f"  {key} = {value}")
         return
-    frame = run_training(config, run, device=device, download=download, resume=resume, overwrite=overwrite, log=say)
+    frame = run_training(settings, run, device=device, download=download, resume=resume, overwrite=overwrite, log=say)
     if json:
         print_json(frame)
     last = frame.iloc[-1]
     say(f"Done: {run}, epoch {int(last['epoch'])}, test accuracy {100 * last['test_accuracy']:.2f} %")
 
 
-_NOT_CONFIG = ("download", "out", "device", "resume", "overwrite", "dry_run", "json")
+_OF_SWEEPS = ("config", "shard", "out", "device", "download", "resume", "dry_run", "json")
+_NOT_CONFIG = ("ctx", "config", "shard", "out", "device", "download", "resume", "overwrite", "dry_run", "json")
+
+
+def _refuse_beside_config(ctx: typer.Context) -> None:
+    """A sweep's settings stand in its file: one on the command line would be ignored, or hide what the file says."""
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if name not in _OF_SWEEPS and source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            if name == "overwrite":
+                raise UserError("--overwrite and --config do not go together; remove the runs to be trained anew.")
+            raise UserError(f"With --config, settings come from the file; write {name} there, and leave {option} out.")
+
+
+def _train_sweep(
+    sweep: Sweep, file: Path, shard: str | None, *, device: str, download: bool, dry_run: bool, json: bool
+) -> None:
+    from fpq_analysis.training import sweep as sweeps
+
+    if dry_run:
+        names = sweep.shard(*sweeps.parse_shard(shard)) if shard else None
+        frame = sweeps.sweep_status(sweep, names)
+    else:
+        frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, log=say)
+    if json:
+        print_json(frame)
+    else:
+        _print_sweep(frame)
+    if dry_run:
+        say(sweeps.summary(frame))
+        return
+    failed = frame[frame["status"] == sweeps.FAILED]
+    waiting = frame[frame["status"] == sweeps.WAITS]
+    if len(failed):
+        fail(f"{len(failed)} of {len(frame)} runs failed, for the reasons above; the same command tries them again.")
+    if len(waiting):
+        missing = sorted({sweep.teachers[name] for name in waiting["run"]})
+        cure = (
+            f"Other parts of the sweep train them. Finish those, bring the float runs into '{sweep.out}' where the "
+            f"machines do not share it, and call this again: fpq-analyze train --config {file} --shard {shard}"
+        )
+        fail(
+            f"{len(waiting)} of {len(frame)} runs wait for float runs that are not finished in '{sweep.out}': "
+            f"{', '.join(missing)}. {cure if shard else 'These failed; see above.'}"
+        )
+    if len(failed) or len(waiting):
+        raise typer.Exit(1)
+
+
+def _print_sweep(frame: pd.DataFrame) -> None:
+    from fpq_analysis.progress import duration
+
+    table = new_table({"Run": "left", "Epoch": "right", "Test %": "right", "Left": "right", "Status": "left"})
+    for row in frame.to_dict("records"):
+        test, left = row["test_accuracy"], row["seconds_left"]
+        table.add_row(
+            row["run"],
+            f"{row['epoch']}/{row['epochs']}",
+            f"{100 * test:.2f}" if test == test else "",
+            "" if left == 0 else duration(left) if left == left else "?",
+            row["status"],
+        )
+    print_table(table)

@@ -56,6 +56,7 @@ def train(
     download: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    dataset: Dataset | None = None,
     log: Log = print,
 ) -> pd.DataFrame:
     """Train one run into the folder `run`, a checkpoint before training and after every epoch.
@@ -64,6 +65,7 @@ def train(
         resume: go on from the last finished epoch of `run`; on the same CPU the end is bit-identical to that of a run
             that was never stopped.  A finished run is left as it is.
         overwrite: throw an existing run away and start anew.
+        dataset: the data set that `config` names, if it is in memory already.
         log: called with one line of text an epoch.
 
     Returns:
@@ -79,7 +81,9 @@ def train(
         log(f"{run}: all {config.epochs} epochs are done")
         return pd.DataFrame(read_jsonl(run / "train.jsonl"))
 
-    data = load_dataset(config.data, config.data_root, download=download, image_size=config.image_size).to(where)
+    if dataset is None:
+        dataset = load_dataset(config.data, config.data_root, download=download, image_size=config.image_size)
+    data = dataset.to(where)
     model, teacher, teacher_hash = _start(config, data)
     # Everything was checked; from here on the folder is written to.
     run.mkdir(parents=True, exist_ok=True)
