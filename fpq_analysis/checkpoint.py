@@ -43,7 +43,7 @@ class Checkpoint:
         quant: fields of a `QuantSpec`, or None for a float network.
         data: name, classes and normalisation of the training data.
         run: the run's config.
-        state_dict: weights, buffers, step sizes, zero points.
+        state_dict: weights, buffers and the state of the quantizers.
         sha256: of the file.
     """
 

@@ -270,16 +270,22 @@ def _tensors(state: dict[str, Tensor]) -> list[tuple[str, str]]:
 def _quantizers(content: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     state, spec = content["state_dict"], content["quant"]
     # Names as `quantizers/apply.py` gives them; the order of the state dict is that of the layers.
-    ends = {".parametrizations.weight.0.step_size": "weight", ".input_quantizer.step_size": "input"}
+    ends = {
+        ".parametrizations.weight.0.step_size": "weight",
+        ".input_quantizer.step_size": "input",
+        ".input_quantizer.alpha": "input",  # PACT's clipping level
+    }
     found = [
-        (name.removesuffix(end), of, steps.float().reshape(-1))
+        (name.removesuffix(end), of, steps.float().reshape(-1), state.get(name.removesuffix("alpha") + "signed"))
         for name, steps in state.items()
         for end, of in ends.items()
         if name.endswith(end)
     ]
-    edges = {layer for layer, _, _ in (found[0], found[-1])} if found else set()
-    for layer, of, steps in found:
+    edges = {layer for layer, *_ in (found[0], found[-1])} if found else set()
+    for layer, of, steps, signed in found:
         bits = spec["edge_bits"] if layer in edges else spec["weight_bits" if of == "weight" else "act_bits"]
+        if signed is not None:
+            steps = steps / (2**bits - 1 - signed * 2 ** (bits - 1))
         smallest, median, largest = (float(f()) for f in (steps.min, steps.median, steps.max))
         yield layer, of, bits, steps.numel(), smallest, median, largest
 

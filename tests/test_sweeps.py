@@ -18,13 +18,11 @@ import torch
 
 from fpq_analysis import TrainConfig, UserError, train
 from fpq_analysis.checkpoint import checkpoints, read_checkpoint
-from fpq_analysis.training import METHODS, read_sweep, run_sweep, sweep_status
+from fpq_analysis.training import read_sweep, run_sweep, sweep_status
 from fpq_analysis.training.sweep import DONE, FAILED, WAITS, parse_shard, parse_sweep, summary
 from tests.test_cli import call
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Methods that shipped files list and the program does not have yet.  Remove a name once it exists.
-KNOWN_LATER = {"lsq+", "pact", "kd", "sam", "noise-features", "noise-weights"}
 
 STUDY = """
 out = "{out}"
@@ -290,31 +288,17 @@ def test_summaries():
     assert summary(frame) == "3 runs: 1 done, 2 to do, about 60 s left and 1 of unknown length"
 
 
-def test_methods_that_are_there_now_are_tested_now():
-    assert not KNOWN_LATER & METHODS.keys(), "take them out of KNOWN_LATER"
-
-
-def shipped(path):
-    """The sweep of a shipped file, without the methods that are to come."""
-    document = tomllib.loads(path.read_text())
-    for section in document["grid"]:
-        methods = section["method"] if isinstance(section["method"], list) else [section["method"]]
-        section["method"] = [method for method in methods if method not in KNOWN_LATER]
-    document["grid"] = [section for section in document["grid"] if section["method"]]
-    return parse_sweep(document, document["out"])
-
-
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_shipped_files_can_be_read(path):
-    sweep = shipped(path)
-    assert sweep.runs or path.stem == "figure2"  # both of its methods are to come
+    sweep = read_sweep(path)
+    assert sweep.runs
 
 
 @pytest.mark.parametrize("names", [CONFIGS.glob("*.toml"), (CONFIGS / "small").glob("*.toml")], ids=["paper", "small"])
 def test_shipped_files_that_share_a_folder_agree_on_its_runs(names):
     found: dict[tuple[str, str], TrainConfig] = {}
     for path in names:
-        sweep = shipped(path)
+        sweep = read_sweep(path)
         for name, config in sweep.runs.items():
             assert found.setdefault((str(sweep.out), name), config) == config
 

@@ -22,7 +22,9 @@ def train(
     ctx: typer.Context,
     config: Annotated[Path | None, typer.Option(help="TOML file of a sweep: many runs, see configs/.")] = None,
     shard: Annotated[str | None, typer.Option(help="With --config: i/N, the i-th of N machines' part.")] = None,
-    method: Annotated[str, typer.Option(help="fp, lsq or fpq.")] = "fp",
+    method: Annotated[
+        str, typer.Option(help="fp, lsq, lsq+, pact, kd, sam, fpq, noise-features or noise-weights.")
+    ] = "fp",
     model: Annotated[
         str,
         typer.Option(help="resnet20, resnet18, resnet50, mobilenet_v1, mobilenet_v2 or package.module:factory."),
@@ -40,9 +42,17 @@ def train(
     momentum: Annotated[float, typer.Option(help="Of SGD.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Of weights, not of step sizes.")] = 5e-4,
     augment: Annotated[bool, typer.Option(help="Random crop and flip (the paper most likely had none).")] = True,
+    quantizer: Annotated[
+        str | None, typer.Option(help="lsq, lsq+ or pact in place of the method's own: FPQ on PACT, for example.")
+    ] = None,
     sfp_p: Annotated[float, typer.Option(help="FPQ: probability of noise at a convolution; 0: off.")] = 0.1,
+    sfp_site: Annotated[str, typer.Option(help="FPQ: noise after or before the input's quantizer.")] = "after",
     csd_weight: Annotated[float, typer.Option(help="FPQ: weight of distillation; 0: off.")] = 1.0,
     csd_reduction: Annotated[str, typer.Option(help="FPQ: mean, or the paper's literal sum.")] = "mean",
+    kd_weight: Annotated[float, typer.Option(help="KD: weight of Hinton's distillation.")] = 1.0,
+    kd_temperature: Annotated[float, typer.Option(help="KD: both networks' logits are divided by it.")] = 1.0,
+    sam_rho: Annotated[float, typer.Option(help="SAM: how far it climbs.")] = 0.05,
+    alpha_decay: Annotated[float, typer.Option(help="PACT: weight of the term on clipping levels.")] = 5e-4,
     weight_calibration: Annotated[str, typer.Option(help="First scales of weights: mse or minmax.")] = "mse",
     act_calibration: Annotated[str, typer.Option(help="First scales of inputs: mse or minmax.")] = "mse",
     calibration_images: Annotated[int, typer.Option(help="Training images for the first scales.")] = 100,

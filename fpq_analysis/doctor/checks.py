@@ -33,6 +33,7 @@ from fpq_analysis.doctor.patient import (
 from fpq_analysis.quantizers import clipped_fraction, quantizers, variables
 
 MUCH_CLIPPED = 0.05
+UNSET = ("step_size", ".input_quantizer.alpha")  # scales, by the ends of their names
 REPEAT = 1e-4  # relative disagreement of two runs beyond the order in which a device adds
 MIXED = 1e-2  # of an image's output beside others; as `check_samples_apart` has it
 # By a part of the operation's name, what to do where autograd has no second derivative.
@@ -57,11 +58,11 @@ def _mode(model: nn.Module) -> Finding:
 
 
 def weights(state: Mapping[str, Tensor], may_be_infinite: Collection[str] = ()) -> Finding:
-    """Are all tensors of a state dict finite?  Step sizes that were never set are left to the row `quantizers`."""
+    """Are all tensors of a state dict finite?  Scales that were never set are left to the row `quantizers`."""
     bad = []
     for name, t in state.items():
         wrong = t.isnan() if name in may_be_infinite else ~t.isfinite()
-        if bool(wrong.any()) and not name.endswith("step_size"):
+        if bool(wrong.any()) and not name.endswith(UNSET):
             bad.append(f"'{name}'")
     if not bad:
         return Finding(OK, f"All of the {len(state)} tensors are finite.")

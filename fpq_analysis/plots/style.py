@@ -19,7 +19,7 @@ COLOURS = {"fp": "#0072B2", "lsq": "#D55E00", "fpq": "#009E73"}
 OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 MARKERS = {"FP": "o", "W4A4": "o", "W2A4": "s", "W2A2": "^", "W8A8": "D"}
-NAMES = {"fp": "FP", "lsq": "LSQ", "fpq": "FPQ"}
+NAMES = {"fp": "FP", "lsq": "LSQ", "lsq+": "LSQ+", "pact": "PACT", "kd": "KD", "sam": "SAM", "fpq": "FPQ"}
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from fpq_analysis.linalg import Lanczos, deflated_hutchinson
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, _exact_or_sampled
-from fpq_analysis.quantizers import LSQ, check_definition, fused_quantizers, quantizers
+from fpq_analysis.quantizers import Quantizer, check_definition, fused_quantizers, quantizers
 
 RHO = 0.05  # usual for CIFAR-10
 RHO_ADAPTIVE = 0.5  # ten times as much, as is usual
@@ -388,10 +388,10 @@ class _Grid:
     bits: int
 
     @classmethod
-    def of(cls, weight: Tensor, quantizer: LSQ) -> _Grid:
+    def of(cls, weight: Tensor, quantizer: Quantizer) -> _Grid:
         """The codes of a weight that is on the quantizer's grid."""
         step, zero = quantizer.step_size.detach().to(weight), quantizer.zero_point.to(weight)
-        return cls(((weight / step).round() + zero).long().contiguous(), step, zero, quantizer.bits)
+        return cls((weight / step + zero).round().long().contiguous(), step, zero, quantizer.bits)
 
     def flipped(self, place: int, bit: int) -> Tensor:
         """The weight with one bit of one code flipped.
@@ -407,7 +407,7 @@ class _Grid:
         return (1 - 2 * (self.codes >> bit & 1)) * 2**bit * self.step
 
 
-def _weight_quantizers(model: nn.Module) -> dict[str, LSQ]:
+def _weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """By the weight's plain name."""
     return {f"{layer}.weight".lstrip("."): q for layer, q, is_weight in quantizers(model) if is_weight}
 

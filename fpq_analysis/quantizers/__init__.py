@@ -2,21 +2,35 @@
 
 from fpq_analysis.quantizers.apply import (
     calibrate,
+    changed_fraction,
     clipped_fraction,
     fused_quantizers,
     quantize,
     quantizer_parameters,
     quantizers,
+    step_sizes,
+    weight_codes,
 )
+from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.lsq import LSQ
+from fpq_analysis.quantizers.lsq_plus import LSQPlus, SymmetricLSQ
+from fpq_analysis.quantizers.pact import PACT, DoReFa
+from fpq_analysis.quantizers.schemes import SCHEMES
 from fpq_analysis.quantizers.spec import QuantSpec
 from fpq_analysis.quantizers.views import DEFINITIONS, check_definition, latent_derivatives, variables, view
 
 __all__ = [
     "DEFINITIONS",
     "LSQ",
+    "PACT",
+    "SCHEMES",
+    "DoReFa",
+    "LSQPlus",
     "QuantSpec",
+    "Quantizer",
+    "SymmetricLSQ",
     "calibrate",
+    "changed_fraction",
     "check_definition",
     "clipped_fraction",
     "fused_quantizers",
@@ -24,6 +38,8 @@ __all__ = [
     "quantize",
     "quantizer_parameters",
     "quantizers",
+    "step_sizes",
     "variables",
     "view",
+    "weight_codes",
 ]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.quantizers.lsq import LSQ
+from fpq_analysis.quantizers.base import Quantizer
+from fpq_analysis.quantizers.schemes import SCHEMES
 from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,17 +42,18 @@ def quantize(model: nn.Module, spec: QuantSpec) -> nn.Module:
         raise UserError("The model has no convolution or linear layer, so there is nothing to quantize.")
     if len({id(layer.weight) for layer in layers}) < len(layers):
         raise UserError("Two layers share one weight, which would be quantized twice; give each its own.")
+    scheme = SCHEMES[spec.scheme]
     for layer in layers:
         on_edge = layer is layers[0] or layer is layers[-1]
         weight_bits, act_bits = (
             spec.edge_bits if on_edge and bits != FLOAT_BITS else bits for bits in (spec.weight_bits, spec.act_bits)
         )
         if weight_bits != FLOAT_BITS:
-            quantizer = LSQ(weight_bits, rows=layer.weight.shape[0], ndim=layer.weight.ndim).to(layer.weight.device)
+            quantizer = scheme.weight(weight_bits, layer.weight.shape[0], layer.weight.ndim).to(layer.weight.device)
             quantizer.calibrate(layer.weight, spec.weight_calibration)
             parametrize.register_parametrization(layer, "weight", quantizer)
         if act_bits != FLOAT_BITS:
-            layer.register_module(INPUT_QUANTIZER, LSQ(act_bits).to(layer.weight.device))
+            layer.register_module(INPUT_QUANTIZER, scheme.activation(act_bits).to(layer.weight.device))
             layer.register_forward_pre_hook(_quantize_input)
     return model
 
@@ -62,7 +64,7 @@ def _quantize_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
-    """Set the step sizes of all inputs in one forward pass over `images`, in eval mode; the mode is restored.
+    """Set the scales of all inputs in one forward pass over `images`, in eval mode; the mode is restored.
 
     Each input is observed behind layers that are quantized already, so it sees the values it will work on.
 
@@ -89,20 +91,20 @@ def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
         )
 
 
-def quantizers(model: nn.Module) -> Iterator[tuple[str, LSQ, bool]]:
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer, bool]]:
     """(name of the layer, quantizer, whether it is the weight's) for every quantizer of the model."""
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
             for module in layer.parametrizations["weight"]:
-                if isinstance(module, LSQ):
+                if isinstance(module, Quantizer):
                     yield name, module, True
         quantizer = getattr(layer, INPUT_QUANTIZER, None)
-        if isinstance(quantizer, LSQ):
+        if isinstance(quantizer, Quantizer):
             yield name, quantizer, False
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The step sizes: everything a quantizer learns."""
+    """Step sizes, offsets, clipping levels: everything quantizers learn."""
     return [p for _, quantizer, _ in quantizers(model) for p in quantizer.parameters()]
 
 
@@ -135,3 +137,35 @@ def clipped_fraction(model: nn.Module) -> float:
             clipped += int(mask.sum())
             total += mask.numel()
     return clipped / total if total else 0.0
+
+
+@torch.no_grad()
+def weight_codes(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name to the whole numbers its weight is stored as, for every quantized weight."""
+    modules = dict(model.named_modules())
+    return {name: q.codes(latent_weight(modules[name])) for name, q, is_weight in quantizers(model) if is_weight}
+
+
+def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Share of the quantized weights whose code differs between two results of `weight_codes`; 0 if there are none."""
+    total = sum(codes.numel() for codes in after.values())
+    changed = [(before[name] != codes).sum() for name, codes in after.items()]
+    return int(torch.stack(changed).sum()) / total if total else 0.0
+
+
+@torch.no_grad()
+def step_sizes(model: nn.Module) -> dict[str, list[float]]:
+    """`<layer>.weight` and `<layer>.input` to [smallest, median, largest] step size, or [the one] of a whole tensor.
+
+    Numbers have four digits: enough to draw.
+    """
+    names, values = [], []
+    for name, quantizer, is_weight in quantizers(model):
+        names.append(f"{name}.{'weight' if is_weight else 'input'}".lstrip("."))
+        s = quantizer.step_size.float().flatten()
+        values.append(torch.stack([s.min(), s.median(), s.max()]))
+    if not names:
+        return {}
+    rows = torch.stack(values).tolist()  # one wait for the device
+    rounded = ([float(f"{value:.4g}") for value in row] for row in rows)
+    return {name: row[:1] if row[0] == row[2] else row for name, row in zip(names, rounded, strict=True)}

@@ -18,6 +18,7 @@ SHRINK = [i / 50 for i in range(5, 51)]
 SHIFT = (-1, 0, 1)
 # More values than this do not sharpen a single scale; they are thinned evenly.
 MAX_VALUES = 100_000
+REFINEMENTS = 20
 
 
 def minmax(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,7 @@ def mse(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns:
         Step sizes and zero points, each (rows,).
     """
-    stride = -(-x.shape[1] // MAX_VALUES)
-    thin = x[:, ::stride]
+    thin = _thinned(x)
     full_step, full_zero = minmax(x, bits)
     best_step, best_zero = full_step, full_zero
     best_error = torch.full_like(full_step, float("inf"))
@@ -58,6 +58,31 @@ def mse(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             best_step = torch.where(better, step, best_step)
             best_zero = torch.where(better, zero, best_zero)
     return best_step, best_zero
+
+
+def least_squares(x: Tensor, step: Tensor, offset: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Better (s, b) for the grid  k s + b,  k = 0 .. levels,  of any offset b, from those given, for each row of `x`.
+
+    By turns the codes are rounded and s and b fitted to them by linear regression (Lloyd's algorithm on a uniform
+    grid), so the squared error never grows.
+
+    Returns:
+        Step sizes and offsets, each (rows,).
+    """
+    thin = _thinned(x)
+    mean = thin.mean(1)
+    for _ in range(REFINEMENTS):
+        k = ((thin - offset[:, None]) / step[:, None]).round_().clamp_(0, levels)
+        centred = k - k.mean(1, keepdim=True)
+        variance = centred.square().mean(1)
+        # All values on one level say nothing of the step.
+        step = torch.where(variance > 0, (centred * thin).mean(1) / variance.clamp(min=1e-12), step)
+        offset = mean - step * k.mean(1)
+    return step, offset
+
+
+def _thinned(x: Tensor) -> Tensor:
+    return x[:, :: -(-x.shape[1] // MAX_VALUES)]
 
 
 CALIBRATIONS = {"minmax": minmax, "mse": mse}

@@ -11,46 +11,22 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis.quantizers.base import MIN_STEP, Quantizer
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
 from fpq_analysis.quantizers.fake_quantize import FusedFakeQuantize, fake_quantize, scale_gradient
 
-# Step sizes are kept at or above this after every optimiser step: a negative one would mirror the grid.
-MIN_STEP = 1e-6
 
-
-class LSQ(nn.Module):
-    """Quantizer with a learnable step size: one for a whole activation, or one for each row of a weight.
-
-    State (all of it in the state dict): `step_size` and `zero_point`, of shape () or (rows, 1, ..., 1).  Until
-    `calibrate` is called or a state is loaded, the step size is NaN, so that a forgotten calibration is loud and a
-    loaded one is never overwritten.
-
-    Attributes:
-        elementwise: each output depends on the input at the same place only (what the latent Hessian's mask needs).
-        fused: use the once-differentiable fast form (set by the trainer; activations only).
-        observing: None, or the calibration to run on the next input.
-    """
-
-    elementwise = True
+class LSQ(Quantizer):
+    """Quantizer with a learnable step size: one for a whole activation, or one for each row of a weight."""
 
     def __init__(self, bits: int, rows: int | None = None, ndim: int = 4) -> None:
-        super().__init__()
-        self.bits = bits
-        self.levels = 2**bits - 1
-        self.fused = False
-        self.observing: str | None = None
+        super().__init__(bits)
         shape = () if rows is None else (rows,) + (1,) * (ndim - 1)
-        self.step_size = nn.Parameter(torch.full(shape, math.nan))
-        self.zero_point: Tensor
+        self.step_size: nn.Parameter = nn.Parameter(torch.full(shape, math.nan))
         self.register_buffer("zero_point", torch.zeros(shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize: the same shape, on the grid (k - z) s."""
-        if self.observing is not None:
-            self.calibrate(x, self.observing)
-        # Half-precision activations carry too few digits for x/s; the layer that follows casts back by itself.
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
+    def quantize(self, x: Tensor) -> Tensor:
+        """Learned step size, fixed zero point; gradients as in `fake_quantize`."""
         s: Tensor = self.step_size
         if self.training:
             s = scale_gradient(s, self.gradient_scale(x))
@@ -71,23 +47,21 @@ class LSQ(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, how: str) -> None:
-        """Set step size and zero point from `x` by `how`, a key of `calibration.CALIBRATIONS`."""
-        rows = x.detach().float().reshape(self.step_size.numel(), -1)
-        step, zero = CALIBRATIONS[how](rows, self.bits)
+        """FPQ Eq. 4-5, or the search for the least squared error."""
+        step, zero = CALIBRATIONS[how](self._rows(x), self.bits)
         self.step_size.copy_(step.view_as(self.step_size).clamp_(min=MIN_STEP))
         self.zero_point.copy_(zero.view_as(self.zero_point))
 
+    def _rows(self, x: Tensor) -> Tensor:
+        """(step sizes, values): the values that share a step size in one row."""
+        return x.detach().float().reshape(self.step_size.numel(), -1)
+
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:
-        """Boolean mask, shape of x: which values fall outside the grid's range (and so get no gradient)."""
+        """Where k = round(x/s) + z is below 0 or above 2^bits - 1."""
         q = (x / self.step_size).round() + self.zero_point
         return (q < 0) | (q > self.levels)
 
-    @torch.no_grad()
-    def project_(self) -> None:
-        """Keep the step size positive."""
-        self.step_size.clamp_(min=MIN_STEP)
-
-    def extra_repr(self) -> str:
-        """Bits and number of step sizes."""
-        return f"bits={self.bits}, step_sizes={self.step_size.numel()}"
+    def scales(self) -> list[nn.Parameter]:
+        """The step size."""
+        return [self.step_size]

@@ -6,24 +6,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.quantizers import QuantSpec
+from fpq_analysis.quantizers import SCHEMES, QuantSpec
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
+from fpq_analysis.quantizers.spec import FLOAT_BITS
 from fpq_analysis.training.csd import REDUCTIONS
+from fpq_analysis.training.sfp import SITES
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a training method is made of."""
+    """What a training method is made of.
 
-    quantized: bool
+    Attributes:
+        quantizer: key of `quantizers.SCHEMES`, None for a float network.
+        sfp, csd: FPQ's noise and distillation.
+        kd, sam: Hinton's distillation; sharpness-aware minimization.
+        noise: `features` or `weights`: noise in every convolution and step, for Figure 2.
+    """
+
+    quantizer: str | None = "lsq"
     sfp: bool = False
     csd: bool = False
+    kd: bool = False
+    sam: bool = False
+    noise: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the network is quantized, and starts from a float one."""
+        return self.quantizer is not None
 
 
 METHODS = {
-    "fp": Method(quantized=False),
-    "lsq": Method(quantized=True),
-    "fpq": Method(quantized=True, sfp=True, csd=True),
+    "fp": Method(quantizer=None),
+    "lsq": Method(),
+    "lsq+": Method(quantizer="lsq+"),
+    "pact": Method(quantizer="pact"),
+    "kd": Method(kd=True),
+    "sam": Method(sam=True),
+    "fpq": Method(sfp=True, csd=True),
+    "noise-features": Method(noise="features"),
+    "noise-weights": Method(noise="weights"),
 }
 
 
@@ -39,8 +62,14 @@ class TrainConfig:
         init: folder of the float run whose last checkpoint is start and teacher; None for a float run.
         epochs, batch_size, lr, momentum, weight_decay: SGD with cosine annealing of the rate to zero over all steps.
         augment: random crop, and mirror flip where the data set allows one.
-        sfp_p: probability of noise at each convolution and step (FPQ Eq. 14).
-        csd_weight, csd_reduction: weight of the distillation loss beside the cross-entropy, and `mean` or `sum`.
+        quantizer: key of `quantizers.SCHEMES` in place of the method's own: FPQ, KD and SAM work on any.
+        sfp_p, sfp_site: probability of noise at each convolution and step (FPQ Eq. 14), 0 for CSD alone; `after` or
+            `before` the quantizer.
+        csd_weight, csd_reduction: weight of the distillation loss beside the cross-entropy, 0 for SFP alone; `mean` or
+            `sum`.
+        kd_weight, kd_temperature: of Hinton's distillation.
+        sam_rho: how far SAM climbs.
+        alpha_decay: weight of PACT's term, half the sum of squared clipping levels.
         weight_calibration, act_calibration, calibration_images: how step sizes and zero points get first values.
         bf16: run the networks under bfloat16 autocast; quantizers and losses stay in float32.
         seed: of the initial weights, the shuffles, the augmentation and the noise.
@@ -59,9 +88,15 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: bool = True
+    quantizer: str | None = None
     sfp_p: float = 0.1
+    sfp_site: str = "after"
     csd_weight: float = 1.0
     csd_reduction: str = "mean"
+    kd_weight: float = 1.0
+    kd_temperature: float = 1.0
+    sam_rho: float = 0.05
+    alpha_decay: float = 5e-4
     weight_calibration: str = "mse"
     act_calibration: str = "mse"
     calibration_images: int = 100
@@ -73,10 +108,13 @@ class TrainConfig:
         _one_of("weight_calibration", self.weight_calibration, CALIBRATIONS)
         _one_of("act_calibration", self.act_calibration, CALIBRATIONS)
         _one_of("csd_reduction", self.csd_reduction, REDUCTIONS)
-        for name in ("epochs", "batch_size", "lr", "calibration_images"):
+        _one_of("sfp_site", self.sfp_site, SITES)
+        if self.quantizer is not None:
+            _one_of("quantizer", self.quantizer, SCHEMES)
+        for name in ("epochs", "batch_size", "lr", "calibration_images", "kd_temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, and must be above zero.")
-        for name in ("momentum", "weight_decay", "csd_weight"):
+        for name in ("momentum", "weight_decay", "csd_weight", "kd_weight", "sam_rho", "alpha_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}, and must not be negative.")
         if not 0 <= self.sfp_p <= 1:
@@ -89,9 +127,21 @@ class TrainConfig:
                     f"The method '{self.method}' starts from a trained float network: --init RUN, a folder made by "
                     f"'fpq-analyze train --method fp --model {self.model} --data {self.data}'."
                 )
-            QuantSpec.parse(self.bits)
-        elif self.bits is not None:
-            raise UserError(f"The method '{self.method}' is not quantized; leave --bits out, or use --method lsq.")
+            self._check_noise()
+        elif self.bits is not None or self.quantizer is not None:
+            raise UserError(
+                f"The method '{self.method}' is not quantized; leave --bits and --quantizer out, or use --method lsq."
+            )
+
+    def _check_noise(self) -> None:
+        spec, noise = self.spec, METHODS[self.method].noise
+        assert spec is not None  # it is a quantized method
+        for where, bits in (("features", spec.act_bits), ("weights", spec.weight_bits)):
+            if noise == where and bits == FLOAT_BITS:
+                raise UserError(
+                    f"'{self.method}' adds noise of half a quantization step to the {where}, which {self.bits} leaves "
+                    "in floating point, without steps. Quantize both, as in W4A4."
+                )
 
     @property
     def spec(self) -> QuantSpec | None:
@@ -99,13 +149,17 @@ class TrainConfig:
         if self.bits is None:
             return None
         return QuantSpec.parse(
-            self.bits, weight_calibration=self.weight_calibration, act_calibration=self.act_calibration
+            self.bits,
+            weight_calibration=self.weight_calibration,
+            act_calibration=self.act_calibration,
+            scheme=self.quantizer or METHODS[self.method].quantizer,
         )
 
     @property
     def name(self) -> str:
         """Default name of the run's folder."""
-        parts = [self.model.replace(":", "."), self.data, self.method, (self.bits or "").lower(), f"s{self.seed}"]
+        method = self.method + (f"-{self.quantizer}" if self.quantizer else "")
+        parts = [self.model.replace(":", "."), self.data, method, (self.bits or "").lower(), f"s{self.seed}"]
         return "-".join(part for part in parts if part)
 
 

@@ -34,12 +34,13 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
         return NOTHING
     if not resume:
         raise UserError(f"'{run}' holds a run already. Go on with --resume, or start anew with --overwrite.")
-    before, now = ckpt.read_run(run)["config"], asdict(config)
-    changed = [key for key in now if now[key] != before.get(key)]
+    # A run of an older version knows nothing of newer settings, and was what their defaults are.
+    before, now = {**asdict(TrainConfig()), **ckpt.read_run(run)["config"]}, asdict(config)
+    changed = [key for key in now if now[key] != before[key]]
     if changed:
         key = changed[0]
         raise UserError(
-            f"'{run}' was started with {key} = {before.get(key)}, and now {key} = {now[key]} is asked for. A resumed "
+            f"'{run}' was started with {key} = {before[key]}, and now {key} = {now[key]} is asked for. A resumed "
             "run must keep its settings; give the old ones, or another --out for the new ones."
         )
     if (run / "resume.pt").exists():

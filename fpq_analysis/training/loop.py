@@ -1,11 +1,11 @@
-"""The training loop: float, LSQ and FPQ, from data to checkpoints, read from top to bottom."""
+"""The training loop of every method, from data to checkpoints, read from top to bottom."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,28 @@ from fpq_analysis.files import read_jsonl
 from fpq_analysis.models import build_model
 from fpq_analysis.progress import duration
 from fpq_analysis.quantizers import (
+    PACT,
     calibrate,
+    changed_fraction,
     clipped_fraction,
     fused_quantizers,
     quantize,
     quantizer_parameters,
     quantizers,
+    step_sizes,
+    weight_codes,
 )
 from fpq_analysis.training import folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.csd import Features, check_pair, csd_loss
+from fpq_analysis.training.kd import kd_loss
+from fpq_analysis.training.projection import ScaleProjection
+from fpq_analysis.training.sam import ascended
 from fpq_analysis.training.sfp import StochasticFeaturePerturbation
+from fpq_analysis.training.weight_noise import WeightPerturbation
+
+# The terms of the loss: cross-entropy, FPQ's and Hinton's distillation, PACT's clipping levels.
+PARTS = ("ce", "csd", "kd", "alpha")
 
 # Losses are looked at this often, so that a diverged run stops soon without waiting for the device at every step.
 CHECK_EVERY = 50
@@ -69,7 +80,9 @@ def train(
         log: called with one line of text an epoch.
 
     Returns:
-        The rows of `train.jsonl`: epoch, losses, accuracies (fractions), lr, seconds, images_per_s, clipped_fraction.
+        The rows of `train.jsonl`: epoch; loss and its `PARTS`, as weighted in it; accuracies (fractions); lr; seconds;
+        images_per_s; clipped_fraction and oscillating_fraction of the quantized weights (outside their grid; on another
+        level of it than an epoch before); step_sizes, see `quantizers.step_sizes`.
 
     Raises:
         UserError: for bad input, or if the loss is not finite; the last good checkpoint stands.
@@ -98,16 +111,19 @@ def train(
     optimizer = make_optimizer(config, model)
     if done == folder.NOTHING:
         folder.begin(run, config, data, teacher_hash)
-        row = {"test_accuracy": accuracy(model, data, data.test)}
+        row: dict[str, Any] = {"test_accuracy": accuracy(model, data, data.test)}
         folder.finish_epoch(run, config, data, model, optimizer, 0, row)
         done = 0
     else:
         optimizer.load_state_dict(ckpt.load_tensors(run / "resume.pt")["optimizer"])
 
     for epoch in range(done + 1, config.epochs + 1):
+        codes = weight_codes(model)
         row = _train_epoch(config, data, model, teacher, optimizer, epoch)
         row["test_accuracy"] = accuracy(model, data, data.test)
         row["clipped_fraction"] = clipped_fraction(model)
+        row["oscillating_fraction"] = changed_fraction(codes, weight_codes(model))
+        row["step_sizes"] = step_sizes(model)
         folder.finish_epoch(run, config, data, model, optimizer, epoch, row)
         left = (config.epochs - epoch) * row["seconds"]
         log(
@@ -123,30 +139,48 @@ def _train_epoch(
     data: Dataset,
     model: nn.Module,
     teacher: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.SGD,
     epoch: int,
 ) -> dict[str, Any]:
     method = METHODS[config.method]
     device = data.train.labels.device
     steps = len(data.train) // min(config.batch_size, len(data.train))
-    losses = torch.zeros(steps, 3, device=device)  # total, cross-entropy, distillation
+    losses = torch.zeros(steps, len(PARTS), device=device)
     correct = torch.zeros((), dtype=torch.long, device=device)
-    step_quantizers = [quantizer for _, quantizer, _ in quantizers(model)]
+    clipping_levels: list[Tensor] = [
+        quantizer.alpha for _, quantizer, _ in quantizers(model) if isinstance(quantizer, PACT)
+    ]
+    project = ScaleProjection(model, optimizer)
     lr = config.lr
     start = time.perf_counter()
 
     model.train()
     with ExitStack() as stack:
         stack.enter_context(fused_quantizers(model))
-        if method.sfp and config.sfp_p > 0:
-            gates = epoch_generator(config.seed, epoch, "sfp gates")
-            noise = torch.Generator(device).manual_seed(epoch_generator(config.seed, epoch, "sfp noise").initial_seed())
-            stack.enter_context(StochasticFeaturePerturbation(model, config.sfp_p, gates, noise))
-        distill = method.csd and config.csd_weight > 0
-        if distill:
-            assert teacher is not None  # TrainConfig sees to it
+        for noise in _noises(config, model, epoch, device):
+            stack.enter_context(noise)
+        csd, kd = method.csd and config.csd_weight > 0, method.kd and config.kd_weight > 0
+        if csd and teacher is not None:
             student_features = stack.enter_context(Features(model))
             teacher_features = stack.enter_context(Features(teacher))
+
+        def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            """The parts of the loss, in the order of `PARTS`, and the logits (B, C)."""
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                if (csd or kd) and teacher is not None:
+                    with torch.inference_mode():
+                        wanted = teacher(x).float()
+                logits = model(x).float()
+            ce = F.cross_entropy(logits, y)
+            parts = dict.fromkeys(PARTS, ce.new_zeros(())) | {"ce": ce}
+            if csd:
+                distance = csd_loss(student_features.take(), teacher_features.take(), config.csd_reduction)
+                parts["csd"] = config.csd_weight * distance
+            if kd:
+                parts["kd"] = config.kd_weight * kd_loss(logits, wanted, config.kd_temperature)
+            if clipping_levels:
+                parts["alpha"] = config.alpha_decay / 2 * torch.stack(clipping_levels).square().sum()
+            return torch.stack(list(parts.values())), logits
 
         batches = training_batches(data, config.batch_size, seed=config.seed, epoch=epoch, augment=config.augment)
         for step, (x, y) in enumerate(batches):
@@ -154,24 +188,17 @@ def _train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                if distill and teacher is not None:
-                    with torch.no_grad():
-                        teacher(x)
-                logits = model(x).float()
-            ce = F.cross_entropy(logits, y)
-            csd = ce.new_zeros(())
-            if distill:
-                csd = csd_loss(student_features.take(), teacher_features.take(), config.csd_reduction)
-            loss = ce + config.csd_weight * csd
-
+            parts, logits = forward(x, y)
             optimizer.zero_grad()
-            loss.backward()
+            parts.sum().backward()
+            if method.sam:  # the gradient of a second pass, up the hill, in place of this one
+                with ascended(model, config.sam_rho):
+                    optimizer.zero_grad()
+                    forward(x, y)[0].sum().backward()
             optimizer.step()
-            for quantizer in step_quantizers:
-                quantizer.project_()
+            project()
 
-            losses[step] = torch.stack([loss, ce, csd]).detach()
+            losses[step] = parts.detach()
             correct += (logits.argmax(1) == y).sum()
             if step % CHECK_EVERY == CHECK_EVERY - 1:
                 _check_finite(losses, step + 1, epoch, lr)
@@ -182,11 +209,10 @@ def _train_epoch(
 
     seconds = time.perf_counter() - start
     images = steps * min(config.batch_size, len(data.train))
-    total, ce, csd = losses.cpu().double().mean(0).tolist()
+    means = losses.cpu().double().mean(0).tolist()
     return {
-        "loss": total,
-        "loss_ce": ce,
-        "loss_csd": csd,
+        "loss": sum(means),
+        **{f"loss_{part}": mean for part, mean in zip(PARTS, means, strict=True)},
         "train_accuracy": int(correct) / images,
         "lr": lr,
         "seconds": seconds,
@@ -194,8 +220,28 @@ def _train_epoch(
     }
 
 
+def _noises(
+    config: TrainConfig, model: nn.Module, epoch: int, device: torch.device
+) -> Iterator[AbstractContextManager[Any]]:
+    """What perturbs the forward passes of this epoch, with generators of its own."""
+    method = METHODS[config.method]
+
+    def generator(purpose: str) -> torch.Generator:
+        return torch.Generator(device).manual_seed(epoch_generator(config.seed, epoch, purpose).initial_seed())
+
+    p = config.sfp_p if method.sfp else float(method.noise == "features")
+    if p > 0:
+        gates = epoch_generator(config.seed, epoch, "sfp gates")
+        yield StochasticFeaturePerturbation(model, p, gates, generator("sfp noise"), config.sfp_site)
+    if method.noise == "weights":
+        yield WeightPerturbation(model, generator("weight noise"))
+
+
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.SGD:
-    """SGD in two groups: weight decay would pull a step size towards zero, that is towards clipping everything."""
+    """SGD in two groups: weight decay would pull a step size towards zero, that is towards clipping everything.
+
+    PACT's clipping levels, which want just that, have it in the loss.
+    """
     scales = quantizer_parameters(model)
     scale_ids = {id(p) for p in scales}
     weights = [p for p in model.parameters() if id(p) not in scale_ids]
@@ -209,9 +255,10 @@ def cosine(lr: float, step: int, steps: int) -> float:
 
 
 def _check_finite(losses: Tensor, n: int, epoch: int, lr: float) -> None:
-    bad = (~torch.isfinite(losses[:n, 0])).nonzero()
+    totals = losses[:n].sum(1)
+    bad = (~torch.isfinite(totals)).nonzero()
     if len(bad):
-        raise _diverged(f"The loss became {losses[bad[0, 0], 0].item()}", epoch, int(bad[0, 0]), lr)
+        raise _diverged(f"The loss became {float(totals[bad[0, 0]])}", epoch, int(bad[0, 0]), lr)
 
 
 def _diverged(what: str, epoch: int, step: int, lr: float) -> UserError:
@@ -270,5 +317,6 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
     model = quantize(teacher, spec)
     images, _ = training_sample(data, config.calibration_images, config.seed)
     calibrate(model, images.cpu(), spec.act_calibration)
-    check_pair(model, teacher)
+    if METHODS[config.method].csd and config.csd_weight > 0:
+        check_pair(model, teacher)
     return model, teacher, source.sha256
