@@ -109,13 +109,17 @@ def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
         time.sleep(duration * dice.uniform(0.3, 1.0))
         if process.poll() is not None:
             assert process.returncode == 0
-            break
+            if kills:
+                break
+            # It got through before the first kill: the timed run had met a busier machine.
+            shutil.rmtree(broken)
+            duration *= 0.7
+            continue
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
         for path in checkpoints(broken).values() if broken.exists() else []:
             read_checkpoint(path)
-    assert kills > 0
     subprocess.run([*command, str(broken)], check=True, env=environment, stdout=subprocess.DEVNULL)
     for epoch in range(5):
         a, b = (read_checkpoint(run / f"epoch_{epoch:04d}.pt") for run in (whole, broken))
