@@ -245,7 +245,7 @@ def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path, monkeypat
         def last(*args, **kwargs):
             step(*args, **kwargs)
             counter.append(1)
-            if len(counter) == 5:  # 1,438 images in batches of 256
+            if len(counter) == 5:  # 1,442 images in batches of 256
                 optimizer.param_groups[0]["params"][0].data.fill_(torch.nan)
 
         optimizer.step = last
