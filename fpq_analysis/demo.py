@@ -32,5 +32,5 @@ def run_demo(out: str | Path, *, device: str = "auto", log: Callable[[str], None
     out = Path(out)
     for name, config in configs(out).items():
         train(config, out / name, device=device, resume=True, log=log)
-    log("Measuring the Hessian trace of every checkpoint, on all training images ...")
-    return measure(out, HessianTrace(), n_data=None, device=device)
+    log("Measuring the Hessian trace of every checkpoint ...")
+    return measure(out, HessianTrace(), device=device)
