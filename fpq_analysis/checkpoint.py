@@ -207,6 +207,33 @@ def checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a checkpoint: the one recorded when it was written, or else of the file."""
+    return read_manifest(path.parent).get(path.name) or sha256(path)
+
+
+def find_teacher(run: Path) -> Path | None:
+    """The float checkpoint that `run` started from; None for a run that started from none.
+
+    It is looked for where it was, and beside `run`, should both have been moved.
+
+    Raises:
+        UserError: if it is not there, or no longer the same.
+    """
+    about = read_run(run)
+    init, wanted = about["config"].get("init"), about.get("teacher")
+    if init is None or wanted is None:
+        return None
+    for folder in (Path(init), run.parent / Path(init).name):
+        for path in checkpoints(folder).values() if folder.is_dir() else ():
+            if file_hash(path) == wanted:
+                return path
+    raise UserError(
+        f"The float network that '{run}' started from is not in '{init}', nor in '{run.parent / Path(init).name}' "
+        f"(SHA-256 {wanted[:12]}...). Move its run there, or run the command in the folder where it was trained."
+    )
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """The content of `run.json`.
 

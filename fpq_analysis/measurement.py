@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from fpq_analysis import records
-from fpq_analysis.checkpoint import Checkpoint, checkpoints, find_runs, read_checkpoint
+from fpq_analysis.checkpoint import Checkpoint, checkpoints, file_hash, find_runs, find_teacher, read_checkpoint
 from fpq_analysis.data import Dataset, load_dataset, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
@@ -26,11 +27,12 @@ FORECAST_IMAGES = 64
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement of one checkpoint."""
+    """One measurement of one checkpoint; `others` are the files of further networks the probe needs, by need."""
 
     run: Path
     path: Path
     key: str
+    others: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Plan:
 
     Attributes:
         root: the folder it was asked for.
+        settings: hash of all that does not depend on the checkpoint.
         jobs: to do, in order.
         done: keys of these settings that are measured already.
         faults: files that cannot be measured, with the reason.
     """
 
     root: Path
+    settings: str
     jobs: list[Job]
     done: set[str]
     faults: list[tuple[Path, UserError]]
@@ -56,7 +60,7 @@ Fault = Callable[[Path, UserError], None]
 def plan(
     ckpt_dir: str | Path, probe: Probe, *, n_data: int | None = 1024, seed: int = 0, overwrite: bool = False
 ) -> Plan:
-    """List the measurements of `probe` on every checkpoint at or below `ckpt_dir`.
+    """List the measurements of `probe` on every checkpoint at or below `ckpt_dir` that has what the probe needs.
 
     Raises:
         UserError: if there is no checkpoint, or `n_data` is too small for an error over the data.
@@ -65,22 +69,43 @@ def plan(
         raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
     root = Path(ckpt_dir)
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
-    todo = Plan(root, [], set(), [])
+    todo = Plan(root, records.settings_key(probe.name, settings), [], set(), [])
     for run in find_runs(root):
         finished = set() if overwrite else records.done(run, probe.name)
         for path in checkpoints(run).values():
             try:
                 content = read_checkpoint(path)
+                others = _others(probe, run, content)
             except UserError as fault:
                 todo.faults.append((path, fault))
                 continue
+            if others is None:
+                continue
             about = {**settings, "data": content.data["fingerprint"]}
+            if others:
+                about["others"] = {need: file_hash(other) for need, other in others.items()}
             key = records.measurement_key(content.sha256, probe.name, about)
             if key in finished:
                 todo.done.add(key)
             else:
-                todo.jobs.append(Job(run, path, key))
+                todo.jobs.append(Job(run, path, key, others))
     return todo
+
+
+def _others(probe: Probe, run: Path, content: Checkpoint) -> dict[str, Path] | None:
+    """Files of the other networks that the probe needs; None if this checkpoint has not what it needs."""
+    others: dict[str, Path | None] = {}
+    for need in probe.needs:
+        if need == "quantizers":
+            if content.quant is None:
+                return None
+        elif need == "teacher":
+            others[need] = find_teacher(run)
+        elif need == "previous":
+            before = [path for epoch, path in checkpoints(run).items() if epoch < content.epoch]
+            others[need] = before[-1] if before else None
+    found = {need: path for need, path in others.items() if path is not None}
+    return found if len(found) == len(others) else None
 
 
 def measure(
@@ -139,7 +164,7 @@ def carry_out(
         for job in todo.jobs:
             try:
                 memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
-                measure_one(job, probe, sample, seed=seed, model=model, memory=memory[job.run])
+                measure_one(job, probe, sample, todo.settings, seed=seed, model=model, memory=memory[job.run])
                 keys.add(job.key)
             except UserError as fault:
                 report(job.path, fault)
@@ -168,12 +193,13 @@ def forecast(
     for run in sorted({job.run for job in todo.jobs}):
         jobs = [job for job in todo.jobs if job.run == run]
         content = read_checkpoint(jobs[0].path)
-        net = content.build(model).to(samples[0].device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = _network(content, model, samples[0].device)
+        others = _networks(jobs[0], model, samples[0].device)
         times = []
         for sample in samples:
             batch = sample(content)
             start = time.perf_counter()
-            probe(Point(net, batch, seed=seed))
+            probe(Point(net, batch, seed=seed, **others))
             times.append(time.perf_counter() - start)
         slope = max(0.0, (times[2] - times[1]) / few)
         n = n_data or content.data["n_train"]
@@ -194,22 +220,39 @@ def _peak_memory() -> int:
 
 
 def measure_one(
-    job: Job, probe: Probe, sample: _Sampler, *, seed: int, model: str | None, memory: dict[str, Any]
+    job: Job,
+    probe: Probe,
+    sample: _Sampler,
+    settings: str,
+    *,
+    seed: int,
+    model: str | None,
+    memory: dict[str, Any],
 ) -> None:
     """Load, measure, record one checkpoint."""
     start = time.perf_counter()
     content = read_checkpoint(job.path)
-    net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows = probe(Point(net, sample(content), seed=seed, memory=memory))
+    net = _network(content, model, sample.device)
+    others = _networks(job, model, sample.device)
+    rows = probe(Point(net, sample(content), seed=seed, memory=memory, **others))
     common = {
         **describe(content),
         "checkpoint": content.sha256,
         "probe": probe.name,
         "seed": seed,
+        "settings": settings,
         "key": job.key,
         "seconds": round(time.perf_counter() - start, 3),
     }
     records.append(job.run, probe.name, [{**row, **common} for row in rows])
+
+
+def _network(content: Checkpoint, model: str | None, device: torch.device) -> nn.Module:
+    return content.build(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _networks(job: Job, model: str | None, device: torch.device) -> dict[str, nn.Module]:
+    return {need: _network(read_checkpoint(path), model, device) for need, path in job.others.items()}
 
 
 def describe(content: Checkpoint) -> dict[str, Any]:

@@ -40,11 +40,13 @@ COLUMNS = {
     "n_data": "samples",
     "n_products": "backward passes or Hessian-vector products over them",
     "seed": "of the sample and of the probes",
+    "settings": "hash of probe, its version and settings, sample and seed: what may be drawn in one figure",
     "key": "hash of checkpoint, probe, its version and settings, and data: what makes two measurements the same",
     "status": "ok, or what is wrong",
     "last": "true on a measurement's last row: without it the measurement was torn off, and is done again",
     "seconds": "time of the whole measurement",
-    "samples": "the value for each sample alone, in the order of the draw, for paired comparisons; None if unknown",
+    "samples": "the parts of the value: for each sample alone, in the order of the draw (paired comparisons), or for "
+    "each channel, node or bin, as the quantity says; None if unknown",
 }
 
 
@@ -53,8 +55,16 @@ NUMBERS = ("value", "sem", "sem_data", "ci95", "seconds")
 
 def measurement_key(checkpoint: str, probe: str, settings: dict[str, Any]) -> str:
     """Short hash of everything that decides a measurement's result."""
-    text = json.dumps([checkpoint, probe, settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _short_hash([checkpoint, probe, settings])
+
+
+def settings_key(probe: str, settings: dict[str, Any]) -> str:
+    """The same for all checkpoints measured alike."""
+    return _short_hash([probe, settings])
+
+
+def _short_hash(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append(run: Path, probe: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -103,6 +113,26 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
         frame[column] = frame[column].astype(float)
     frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
+
+
+def load(root: str | Path, probe: str) -> pd.DataFrame:
+    """What was measured by `probe` at or below `root`, from the records alone: no checkpoint is needed.
+
+    A figure must not mix settings.  For each definition of the Hessian, those that most checkpoints were measured with
+    are kept, and of several such ones the newest.
+
+    Returns:
+        As `read`; empty if there are no such records.
+    """
+    root = Path(root)
+    runs = sorted(path.parent.parent for path in root.rglob(f"records/{probe}.jsonl"))
+    frame = read(root, runs, probe)
+    kept = []
+    for _, rows in frame.groupby(frame["definition"].fillna(""), sort=False):
+        checkpoints = rows.groupby("settings", sort=False)["checkpoint"].nunique()
+        most = checkpoints[checkpoints == checkpoints.max()].index
+        kept.append(rows[rows["settings"] == rows.loc[rows["settings"].isin(most), "settings"].iloc[-1]])
+    return pd.concat(kept).sort_index(ignore_index=True) if kept else frame
 
 
 def run_name(root: Path, run: Path) -> str:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,6 +76,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+CkptDir = Annotated[Path, typer.Option(help="A run, or a folder of runs.")]
+NData = Annotated[int, typer.Option(help="Training images to measure on.")]
+Seed = Annotated[int, typer.Option(help="Of the images and of all that is random.")]
+Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
+Figures = Annotated[Path, typer.Option(help="Where the figures go.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]

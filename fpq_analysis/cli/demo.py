@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from fpq_analysis.cli.app import Device, app, guarded, say
-from fpq_analysis.cli.hessian import draw, print_traces
+from fpq_analysis.cli.hessian import print_traces
+from fpq_analysis.cli.measuring import draw
 
 
 @app.command()

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import DataRoot, Device, Json, app, fail, guarded, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import (
+    CkptDir,
+    DataRoot,
+    Device,
+    DryRun,
+    Figures,
+    Json,
+    Model,
+    Overwrite,
+    Seed,
+    app,
+    guarded,
+    new_table,
+    print_table,
+)
+from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +33,7 @@ if TYPE_CHECKING:
 @app.command()
 @guarded
 def hessian(
-    ckpt_dir: Annotated[Path, typer.Option(help="A run, or a folder of runs.")] = Path("checkpoints"),
+    ckpt_dir: CkptDir = Path("checkpoints"),
     definition: Annotated[str, typer.Option(help="dequantized, latent, float, or all three.")] = "dequantized",
     top_k: Annotated[int, typer.Option(help="Largest eigenvalues, so many.")] = 0,
     density: Annotated[bool, typer.Option("--density", help="Spectral density, with its figure.")] = False,
@@ -29,13 +44,13 @@ def hessian(
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
     n_products: Annotated[int, typer.Option(help="Products without --tol (not exact, sampled).")] = 100,
     n_labels: Annotated[int, typer.Option(help="Labels an image without --tol (sampled).")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the images and of the probes.")] = 0,
+    seed: Seed = 0,
     data_root: DataRoot = None,
-    model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
-    figures: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("figures"),
+    model: Model = None,
+    figures: Figures = Path("figures"),
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Hessian of every checkpoint of every run: its trace, as a table and as Figure 5, and what else is asked for.
@@ -51,9 +66,6 @@ def hessian(
 
       fpq-analyze hessian --ckpt-dir checkpoints/ --definition all --json
     """
-    import pandas as pd
-
-    from fpq_analysis import measurement
     from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
     from fpq_analysis.quantizers import DEFINITIONS
 
@@ -71,68 +83,16 @@ def hessian(
         if sharpness and kind != "latent":
             probes.append(Sharpness(kind))
 
-    settings: dict[str, Any] = {"n_data": n_data or (None if tol else 1024), "seed": seed}
-    where: dict[str, Any] = {**settings, "device": device, "data_root": data_root, "model": model}
-    found: dict[str, list[pd.DataFrame]] = {}
-    faults: dict[Path, UserError] = {}
-    forecasts, checkpoints = [], 0
-    for probe in probes:
-        todo = measurement.plan(ckpt_dir, probe, overwrite=overwrite, **settings)
-        bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
-        say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")
-        checkpoints = len(todo.jobs) + len(todo.done) + len(todo.faults)
-        if dry_run:
-            forecast = measurement.forecast(todo, probe, **where)
-            forecasts.append(forecast.assign(measurement=f"{probe.name}, {vars(probe)['definition']}"))
-            continue
-        frame = measurement.carry_out(todo, probe, on_fault=faults.__setitem__, **where)
-        found.setdefault(probe.name, []).append(frame)
-    if dry_run:
-        _print_forecast(pd.concat(forecasts, ignore_index=True))
-        return
-
-    frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
-    if json:
-        print_json(pd.concat(frames.values(), ignore_index=True))
-    else:
-        show = {
-            "hessian_trace": print_traces,
-            "hessian_eigs": _print_eigenvalues,
-            "hessian_density": _print_moments,
-            "sharpness": _print_sharpness,
-        }
-        for name, frame in frames.items():
-            show[name](frame)
-    for name, frame in frames.items():
-        draw(name, frame, figures)
-    for fault in faults.values():
-        fail(fault)
-    if faults:
-        say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
-    unreached = sum(int((frame["status"] == "tolerance not reached").sum()) for frame in frames.values())
-    if unreached:
-        say(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
-    if faults or unreached:
-        raise typer.Exit(1)
-
-
-def draw(probe: str, frame: pd.DataFrame, folder: Path) -> None:
-    """Write the figure of this probe's records into `folder`; nothing where there is nothing finite."""
-    from fpq_analysis import plots
-
-    figures: dict[str, tuple[str, str, Any, Any]] = {
-        "hessian_trace": ("Figure 5", "figure5", plots.figure5, plots.caption5),
-        "hessian_eigs": ("Eigenvalues", "eigenvalues", plots.eigenvalue_figure, plots.eigenvalue_caption),
-        "hessian_density": ("Density", "density", plots.density_figure, plots.density_caption),
+    settings = Settings(
+        ckpt_dir, n_data or (None if tol else 1024), seed, data_root, model, figures, device, overwrite, dry_run, json
+    )
+    show = {
+        "hessian_trace": print_traces,
+        "hessian_eigs": _print_eigenvalues,
+        "hessian_density": _print_moments,
+        "sharpness": _print_sharpness,
     }
-    if probe not in figures:
-        return
-    title, name, figure, caption = figures[probe]
-    try:
-        drawn = figure(frame)
-    except ValueError:
-        return
-    say(f"{title}: " + ", ".join(str(path) for path in plots.save(drawn, folder / name, caption(frame))))
+    measure_and_show(probes, settings, show)
 
 
 def print_traces(frame: pd.DataFrame) -> None:
@@ -169,18 +129,6 @@ def print_traces(frame: pd.DataFrame) -> None:
             print(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
 
 
-def _some(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of every run's epochs the first, the last and some between."""
-    import pandas as pd
-
-    kept = []
-    for _, run in frame.groupby(["run", "definition"], sort=False):
-        epochs = sorted(run["epoch"].unique())
-        step = max(1, (len(epochs) - 1) // 4)
-        kept.append(run[run["epoch"].isin([*epochs[::step], epochs[-1]])])
-    return pd.concat(kept) if kept else frame
-
-
 def _print_eigenvalues(frame: pd.DataFrame) -> None:
     from fpq_analysis.comparison import number
     from fpq_analysis.plots.eigenvalues import eigenvalues
@@ -192,7 +140,7 @@ def _print_eigenvalues(frame: pd.DataFrame) -> None:
     heads = {f"Eigenv. {i}" if i == 1 else f"{i}": "right" for i in range(1, shown + 1)}
     table = new_table({"Run": "left", "Epoch": "right", **heads, "Products": "right"})
     several = rows["definition"].nunique() > 1
-    for (run, definition), group in _some(rows).groupby(["run", "definition"], sort=False):
+    for (run, definition), group in some_epochs(rows).groupby(["run", "definition"], sort=False):
         for epoch, one in group.groupby("epoch"):
             values = one.sort_values("rank")["value"].head(shown)
             name = f"{run}, {definition}" if several else str(run)
@@ -210,7 +158,7 @@ def _print_moments(frame: pd.DataFrame) -> None:
         {"Run": "left", "Epoch": "right", "Trace": "right", "± se": "right", "Σ λ²": "right", "± se ": "right"}
     )
     rows = frame[frame["quantity"].isin(["trace", "squares"])]
-    for (run, epoch, _), one in _some(rows).groupby(["run", "epoch", "definition"], sort=False):
+    for (run, epoch, _), one in some_epochs(rows).groupby(["run", "epoch", "definition"], sort=False):
         by_name = one.set_index("quantity")
         cells = [number(float(by_name[c][q]), d) for q in ("trace", "squares") for c, d in (("value", 4), ("sem", 2))]
         table.add_row(str(run), str(epoch), *cells)
@@ -221,7 +169,7 @@ def _print_moments(frame: pd.DataFrame) -> None:
 def _print_sharpness(frame: pd.DataFrame) -> None:
     from fpq_analysis.comparison import number
 
-    rows = _some(frame[frame["layer"] == "all"])
+    rows = some_epochs(frame[frame["layer"] == "all"])
     print("\nSharpness that survives rescaling, at each run's last epoch:")
     table = new_table({"Run": "left", "Epoch": "right", "Quantity": "left", "Value": "right", "± se": "right"})
     for (run, _), group in rows.groupby(["run", "definition"], sort=False):
@@ -230,11 +178,4 @@ def _print_sharpness(frame: pd.DataFrame) -> None:
             numbers = number(row["value"], 4), number(row["sem"], 2)
             table.add_row(str(run), str(row["epoch"]), str(row["quantity"]), *numbers)
         table.add_section()
-    print_table(table)
-
-
-def _print_forecast(frame: pd.DataFrame) -> None:
-    table = new_table({name: "left" if name == "run" else "right" for name in frame.columns})
-    for row in frame.itertuples(index=False):
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
     print_table(table)

@@ -3,9 +3,12 @@
 from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
 from fpq_analysis.plots.figure5 import caption5, figure5
+from fpq_analysis.plots.figures import FIGURES, Drawing
 from fpq_analysis.plots.style import save, style
 
 __all__ = [
+    "FIGURES",
+    "Drawing",
     "caption5",
     "density_caption",
     "density_figure",

@@ -85,6 +85,7 @@ class HessianDensity:
 
     name = "hessian_density"
     version = 1
+    needs = ()
 
     def __post_init__(self) -> None:
         _check_settings(self.definition, self.operator, self.runs, self.steps)

@@ -147,6 +147,7 @@ class HessianEigs:
 
     name = "hessian_eigs"
     version = 1
+    needs = ()
 
     def __post_init__(self) -> None:
         _check_settings(self.k, self.which, self.definition, self.operator, self.tol)

@@ -9,6 +9,13 @@ from torch import Tensor, nn
 
 Rows = list[dict[str, Any]]
 
+# What a probe may need beside the checkpoint's own network; a checkpoint without it is passed over.
+NEEDS = {
+    "quantizers": "the network is quantized",
+    "teacher": "the float network the run started from",
+    "previous": "the same run's network an epoch before",
+}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -19,6 +26,7 @@ class Point:
         seed: of everything random in the measurement.
         memory: what a probe wants to find again at the next checkpoint of the same run (a warm start), by its name;
             it may change a measurement's cost, never its meaning.
+        teacher, previous: networks in eval mode, there if the probe needs them; see `NEEDS`.
     """
 
     model: nn.Module
@@ -26,6 +34,8 @@ class Point:
     loss: str = "cross_entropy"
     seed: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    teacher: nn.Module | None = None
+    previous: nn.Module | None = None
 
 
 class Probe(Protocol):
@@ -33,6 +43,7 @@ class Probe(Protocol):
 
     name: str
     version: int  # raised when the numbers change, so that old records do not count as done
+    needs: tuple[str, ...]  # keys of `NEEDS`
 
     def __call__(self, point: Point) -> Rows:
         """Measure; the last row is the total, whose presence on disk means that the measurement is complete."""

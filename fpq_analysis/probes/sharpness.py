@@ -131,6 +131,7 @@ class Sharpness:
 
     name = "sharpness"
     version = 1  # part of a record's key: raise it when the numbers change
+    needs = ()
 
     def __post_init__(self) -> None:
         check_definition(self.definition)

@@ -327,6 +327,7 @@ class HessianTrace:
 
     name = "hessian_trace"
     version = 2  # part of a record's key: raise it when the numbers change
+    needs = ()
 
     def __post_init__(self) -> None:
         _check_settings(self.method, self.definition, "hessian", self.tol, self.n_products, self.n_labels)

@@ -1,0 +1,145 @@
+"""What every command that measures checkpoints does: plan, forecast or measure, show, draw, and count what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fpq_analysis.cli.app import fail, new_table, print_json, print_table, say
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fpq_analysis.errors import UserError
+    from fpq_analysis.probes import Probe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that all measuring commands share, see `app.py`."""
+
+    ckpt_dir: Path
+    n_data: int | None
+    seed: int
+    data_root: str | None
+    model: str | None
+    figures: Path
+    device: str
+    overwrite: bool
+    dry_run: bool
+    json: bool
+
+
+def measure_and_show(
+    probes: Sequence[Probe], settings: Settings, show: dict[str, Callable[[pd.DataFrame], None]]
+) -> None:
+    """Measure what is not measured yet, print and draw all of it; exit with 1 if anything could not be done.
+
+    Args:
+        show: prints the records of a probe, by the probe's name.
+    """
+    import pandas as pd
+
+    from fpq_analysis import measurement
+
+    sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed}
+    where = {**sample, "device": settings.device, "data_root": settings.data_root, "model": settings.model}
+    found: dict[str, list[pd.DataFrame]] = {}
+    faults: dict[Path, UserError] = {}
+    forecasts, checkpoints = [], 0
+    for probe in probes:
+        todo = measurement.plan(settings.ckpt_dir, probe, overwrite=settings.overwrite, **sample)
+        bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
+        say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")
+        checkpoints = len(todo.jobs) + len(todo.done) + len(todo.faults)
+        if settings.dry_run:
+            what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
+            forecasts.append(measurement.forecast(todo, probe, **where).assign(measurement=what))
+            continue
+        frame = measurement.carry_out(todo, probe, on_fault=faults.__setitem__, **where)
+        found.setdefault(probe.name, []).append(frame)
+    if settings.dry_run:
+        _print_forecast(pd.concat(forecasts, ignore_index=True))
+        return
+
+    frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+    if settings.json:
+        print_json(pd.concat(frames.values(), ignore_index=True))
+    else:
+        for name, frame in frames.items():
+            show[name](frame)
+    for name, frame in frames.items():
+        draw(name, frame, settings.figures)
+    for fault in faults.values():
+        fail(fault)
+    if faults:
+        say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
+    unreached = sum(int((frame["status"] == "tolerance not reached").sum()) for frame in frames.values())
+    if unreached:
+        say(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
+    if faults or unreached:
+        raise typer.Exit(1)
+
+
+def draw(probe: str, frame: pd.DataFrame, folder: Path) -> None:
+    """Write the figures of this probe's records into `folder`; nothing where there is nothing finite."""
+    from fpq_analysis.plots import FIGURES, save
+
+    for drawing in FIGURES.values():
+        if drawing.probe == probe:
+            try:
+                figure = drawing.draw(frame)
+            except ValueError:
+                continue
+            written = save(figure, folder / drawing.file, drawing.caption(frame))
+            say(f"{drawing.title}: " + ", ".join(map(str, written)))
+
+
+def some_epochs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of every run's epochs the first, the last and some between."""
+    import pandas as pd
+
+    kept = []
+    for _, run in frame.groupby(["run", "definition"], sort=False, dropna=False):
+        epochs = sorted(run["epoch"].unique())
+        step = max(1, (len(epochs) - 1) // 4)
+        kept.append(run[run["epoch"].isin([*epochs[::step], epochs[-1]])])
+    return pd.concat(kept) if kept else frame
+
+
+def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
+    """Whole-network quantities side by side with their 95 % interval, some epochs of every run.
+
+    Args:
+        headings: quantity to heading, in the order of the columns.
+    """
+    from fpq_analysis.comparison import number
+
+    rows = some_epochs(frame[(frame["layer"] == "all") & frame["quantity"].isin(list(headings))])
+    if rows.empty:
+        return
+    table = new_table({"Run": "left", "Epoch": "right", **dict.fromkeys(headings.values(), "right")})
+    for run, group in rows.groupby("run", sort=False):
+        for epoch, one in group.groupby("epoch"):
+            by_name = one.drop_duplicates("quantity", keep="last").set_index("quantity")
+            cells = []
+            for quantity in headings:
+                if quantity not in by_name.index:
+                    cells.append("")
+                    continue
+                value, half = by_name.loc[quantity, "value"], by_name.loc[quantity, "ci95"]
+                cells.append(number(value, 3) + (f" ± {number(half, 2)}" if half > 0 else ""))
+            table.add_row(str(run), str(epoch), *cells)
+        table.add_section()
+    print_table(table)
+
+
+def _print_forecast(frame: pd.DataFrame) -> None:
+    table = new_table({name: "left" if name == "run" else "right" for name in frame.columns})
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
+    print_table(table)
