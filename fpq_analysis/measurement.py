@@ -251,7 +251,7 @@ def _network(content: Checkpoint, model: str | None, device: torch.device) -> nn
     return content.build(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _networks(job: Job, model: str | None, device: torch.device) -> dict[str, nn.Module]:
+def _networks(job: Job, model: str | None, device: torch.device) -> dict[str, Any]:
     return {need: _network(read_checkpoint(path), model, device) for need, path in job.others.items()}
 
 

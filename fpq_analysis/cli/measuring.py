@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ class Settings:
 
 
 def measure_and_show(
-    probes: Sequence[Probe], settings: Settings, show: dict[str, Callable[[pd.DataFrame], None]]
+    probes: Sequence[Probe], settings: Settings, show: Mapping[str, Callable[[pd.DataFrame], None]]
 ) -> None:
     """Measure what is not measured yet, print and draw all of it; exit with 1 if anything could not be done.
 
@@ -131,7 +131,7 @@ def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
                 if quantity not in by_name.index:
                     cells.append("")
                     continue
-                value, half = by_name.loc[quantity, "value"], by_name.loc[quantity, "ci95"]
+                value, half = (float(by_name[column][quantity]) for column in ("value", "ci95"))
                 cells.append(number(value, 3) + (f" ± {number(half, 2)}" if half > 0 else ""))
             table.add_row(str(run), str(epoch), *cells)
         table.add_section()

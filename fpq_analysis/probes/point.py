@@ -43,7 +43,11 @@ class Probe(Protocol):
 
     name: str
     version: int  # raised when the numbers change, so that old records do not count as done
-    needs: tuple[str, ...]  # keys of `NEEDS`
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Keys of `NEEDS`; a plain class attribute will do."""
+        ...
 
     def __call__(self, point: Point) -> Rows:
         """Measure; the last row is the total, whose presence on disk means that the measurement is complete."""
