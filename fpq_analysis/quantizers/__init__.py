@@ -14,6 +14,7 @@ from fpq_analysis.quantizers.apply import (
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.lsq import LSQ
 from fpq_analysis.quantizers.lsq_plus import LSQPlus, SymmetricLSQ
+from fpq_analysis.quantizers.noise import FeatureNoise, WeightNoise
 from fpq_analysis.quantizers.pact import PACT, DoReFa
 from fpq_analysis.quantizers.schemes import SCHEMES
 from fpq_analysis.quantizers.spec import QuantSpec
@@ -25,10 +26,12 @@ __all__ = [
     "PACT",
     "SCHEMES",
     "DoReFa",
+    "FeatureNoise",
     "LSQPlus",
     "QuantSpec",
     "Quantizer",
     "SymmetricLSQ",
+    "WeightNoise",
     "calibrate",
     "changed_fraction",
     "check_definition",

@@ -8,9 +8,9 @@ from typing import Any
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.quantizers import SCHEMES, QuantSpec
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
+from fpq_analysis.quantizers.noise import SITES
 from fpq_analysis.quantizers.spec import FLOAT_BITS
 from fpq_analysis.training.csd import REDUCTIONS
-from fpq_analysis.training.sfp import SITES
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Noise of the size of rounding: U[-s/2, s/2], s the step size (FPQ Eq. 9), in the features or in the weights.
+
+Features: at the input of every convolution, behind its quantizer.  Weights: on the quantized weights of every
+convolution.  The classifier gets none, and neither does a convolution whose input (or weight) is not quantized, as it
+has no step size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fpq_analysis.quantizers.apply import CONVOLUTIONS, quantizers
+from fpq_analysis.quantizers.base import Quantizer
+
+SITES = ("after", "before")
+
+
+class Noise:
+    """Context manager: inside, forward passes are perturbed, with noise drawn anew in each.
+
+    Args:
+        model: a quantized model.
+        generator: of the noise, on the model's device.
+        of_weights: whether the sites are the weights, or else the inputs, of the convolutions.
+        size: width of the noise in steps.
+
+    Attributes:
+        sites: (convolution, its quantizer) where noise is added, in the order of the model's modules.
+    """
+
+    def __init__(self, model: nn.Module, generator: torch.Generator, of_weights: bool, size: float = 1.0) -> None:
+        layers = dict(model.named_modules())
+        self.sites = [
+            (layers[name], quantizer)
+            for name, quantizer, is_weight in quantizers(model)
+            if is_weight is of_weights and isinstance(layers[name], CONVOLUTIONS)
+        ]
+        self.generator = generator
+        self.size = size
+        self.handles: list[Any] = []
+
+    def attach(self, layer: nn.Module, quantizer: Quantizer) -> Any:
+        """Register the hook of one site; returns its handle."""
+        raise NotImplementedError
+
+    def is_on(self, module: nn.Module) -> bool:
+        """Whether the hooked module is perturbed in this pass."""
+        return True
+
+    def add(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+        """`x` with noise."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision is too coarse
+        noise = torch.empty_like(x).uniform_(-self.size / 2, self.size / 2, generator=self.generator)
+        return x + noise.mul_(quantizer.step_size.detach())
+
+    def __enter__(self) -> Self:
+        self.handles += [self.attach(layer, quantizer) for layer, quantizer in self.sites]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+class FeatureNoise(Noise):
+    """Noise in the input of every convolution; `site="before"` its quantizer makes that stochastic rounding."""
+
+    def __init__(self, model: nn.Module, generator: torch.Generator, size: float = 1.0, site: str = "after") -> None:
+        super().__init__(model, generator, of_weights=False, size=size)
+        self.site = site
+
+    def attach(self, layer: nn.Module, quantizer: Quantizer) -> Any:
+        """A hook on the layer, behind the quantizer's own there, or on the quantizer."""
+
+        def perturb(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return (self.add(args[0], quantizer), *args[1:]) if self.is_on(module) else None
+
+        # Hooks run in the order of registration, so those on a layer see what the quantizer's hook there gives.
+        return (layer if self.site == "after" else quantizer).register_forward_pre_hook(perturb)
+
+
+class WeightNoise(Noise):
+    """Noise on the quantized weight of every convolution."""
+
+    def __init__(self, model: nn.Module, generator: torch.Generator, size: float = 1.0) -> None:
+        super().__init__(model, generator, of_weights=True, size=size)
+
+    def attach(self, layer: nn.Module, quantizer: Quantizer) -> Any:
+        """A hook on the quantizer."""
+
+        def perturb(module: nn.Module, args: Any, weight: Tensor) -> Tensor:
+            return self.add(weight, quantizer) if self.is_on(module) else weight
+
+        return quantizer.register_forward_hook(perturb)
