@@ -58,12 +58,22 @@ Fault = Callable[[Path, UserError], None]
 
 
 def plan(
-    ckpt_dir: str | Path, probe: Probe, *, n_data: int | None = 1024, seed: int = 0, overwrite: bool = False
+    ckpt_dir: str | Path,
+    probe: Probe,
+    *,
+    n_data: int | None = 1024,
+    seed: int = 0,
+    epochs: str = "all",
+    overwrite: bool = False,
 ) -> Plan:
-    """List the measurements of `probe` on every checkpoint at or below `ckpt_dir` that has what the probe needs.
+    """List the measurements of `probe` on the checkpoints at or below `ckpt_dir` that have what the probe needs.
+
+    Args:
+        epochs: of each run, see `choose_epochs`.
 
     Raises:
-        UserError: if there is no checkpoint, or `n_data` is too small for an error over the data.
+        UserError: if there is no checkpoint, `epochs` makes no sense, or `n_data` is too small for an error over the
+            data.
     """
     if n_data is not None and n_data < 2:
         raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
@@ -72,7 +82,7 @@ def plan(
     todo = Plan(root, records.settings_key(probe.name, settings), [], set(), [])
     for run in find_runs(root):
         finished = set() if overwrite else records.done(run, probe.name)
-        for path in checkpoints(run).values():
+        for path in choose_epochs(checkpoints(run), epochs).values():
             try:
                 content = read_checkpoint(path)
                 others = _others(probe, run, content)
@@ -90,6 +100,26 @@ def plan(
             else:
                 todo.jobs.append(Job(run, path, key, others))
     return todo
+
+
+def choose_epochs(found: dict[int, Path], epochs: str) -> dict[int, Path]:
+    """Of a run's checkpoints those asked for.
+
+    Args:
+        epochs: `all`; `last`; or numbers with commas between, of which a run may lack some.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if epochs == "all":
+        return found
+    if epochs == "last":
+        return dict(list(found.items())[-1:])
+    try:
+        wanted = {int(number) for number in epochs.split(",")}
+    except ValueError:
+        raise UserError(f"'{epochs}' are no epochs. Write all, last, or numbers with commas: 0,10,20.") from None
+    return {epoch: path for epoch, path in found.items() if epoch in wanted}
 
 
 def _others(probe: Probe, run: Path, content: Checkpoint) -> dict[str, Path] | None:
@@ -114,6 +144,7 @@ def measure(
     *,
     n_data: int | None = 1024,
     seed: int = 0,
+    epochs: str = "all",
     overwrite: bool = False,
     device: str = "auto",
     data_root: str | None = None,
@@ -124,6 +155,7 @@ def measure(
     All checkpoints see the same `n_data` training images (None: all), drawn by `seed`, without augmentation.
 
     Args:
+        epochs: of each run: `all`, `last`, or numbers with commas between.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
 
@@ -134,7 +166,7 @@ def measure(
     Raises:
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
-    todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, overwrite=overwrite)
+    todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, epochs=epochs, overwrite=overwrite)
     return carry_out(todo, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
 
 

@@ -96,3 +96,10 @@ def test_records_alone_of_one_setting(runs):
     assert set(frame["n_data"]) == {16}  # most checkpoints
     assert set(records.load(runs / "fp", "distance")["n_data"]) == {8}  # as many of both: the newest
     assert records.load(runs, "nothing").empty
+
+
+def test_some_epochs(runs):
+    assert set(measure(runs, Distance(), epochs="last", **MODEL)["epoch"]) == {2}
+    assert [job.path.stem for job in plan(runs / "fp", Distance(), n_data=16, epochs="0,2,7").jobs] == ["epoch_0000"]
+    with pytest.raises(UserError, match="no epochs"):
+        plan(runs, Distance(), epochs="first")

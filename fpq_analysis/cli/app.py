@@ -78,6 +78,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 CkptDir = Annotated[Path, typer.Option(help="A run, or a folder of runs.")]
 NData = Annotated[int, typer.Option(help="Training images to measure on.")]
+Epochs = Annotated[str, typer.Option(help="Of each run: all, last, or numbers with commas.")]
 Seed = Annotated[int, typer.Option(help="Of the images and of all that is random.")]
 Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
 Figures = Annotated[Path, typer.Option(help="Where the figures go.")]

@@ -13,6 +13,7 @@ from fpq_analysis.cli.app import (
     DataRoot,
     Device,
     DryRun,
+    Epochs,
     Figures,
     Json,
     Model,
@@ -44,6 +45,7 @@ def hessian(
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
     n_products: Annotated[int, typer.Option(help="Products without --tol (not exact, sampled).")] = 100,
     n_labels: Annotated[int, typer.Option(help="Labels an image without --tol (sampled).")] = 4,
+    epochs: Epochs = "all",
     seed: Seed = 0,
     data_root: DataRoot = None,
     model: Model = None,
@@ -83,9 +85,8 @@ def hessian(
         if sharpness and kind != "latent":
             probes.append(Sharpness(kind))
 
-    settings = Settings(
-        ckpt_dir, n_data or (None if tol else 1024), seed, data_root, model, figures, device, overwrite, dry_run, json
-    )
+    images = n_data or (None if tol else 1024)
+    settings = Settings(ckpt_dir, images, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     show = {
         "hessian_trace": print_traces,
         "hessian_eigs": _print_eigenvalues,

@@ -32,6 +32,7 @@ class Settings:
     overwrite: bool
     dry_run: bool
     json: bool
+    epochs: str = "all"
 
 
 def measure_and_show(
@@ -52,7 +53,9 @@ def measure_and_show(
     faults: dict[Path, UserError] = {}
     forecasts, checkpoints = [], 0
     for probe in probes:
-        todo = measurement.plan(settings.ckpt_dir, probe, overwrite=settings.overwrite, **sample)
+        todo = measurement.plan(
+            settings.ckpt_dir, probe, epochs=settings.epochs, overwrite=settings.overwrite, **sample
+        )
         bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
         say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")
         checkpoints = len(todo.jobs) + len(todo.done) + len(todo.faults)
