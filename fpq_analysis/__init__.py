@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fpq_analysis.doctor import diagnose, forecast_measurements
     from fpq_analysis.errors import UserError
     from fpq_analysis.export import export_onnx, export_safetensors
+    from fpq_analysis.figures import draw_figures
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
@@ -45,6 +46,7 @@ _HOMES = {
     "UserError": "fpq_analysis.errors",
     "calibrate": "fpq_analysis.quantizers",
     "diagnose": "fpq_analysis.doctor",
+    "draw_figures": "fpq_analysis.figures",
     "export_onnx": "fpq_analysis.export",
     "export_safetensors": "fpq_analysis.export",
     "forecast_measurements": "fpq_analysis.doctor",
@@ -74,6 +76,7 @@ __all__ = [
     "UserError",
     "calibrate",
     "diagnose",
+    "draw_figures",
     "export_onnx",
     "export_safetensors",
     "forecast_measurements",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,16 +91,12 @@ def measure_and_show(
 
 def draw(probe: str, frame: pd.DataFrame, folder: Path) -> None:
     """Write the figures of this probe's records into `folder`; nothing where there is nothing finite."""
-    from fpq_analysis.plots import FIGURES, save
+    from fpq_analysis.plots import FIGURES
 
     for drawing in FIGURES.values():
         if drawing.probe == probe:
-            try:
-                figure = drawing.draw(frame)
-            except ValueError:
-                continue
-            written = save(figure, folder / drawing.file, drawing.caption(frame))
-            say(f"{drawing.title}: " + ", ".join(map(str, written)))
+            with contextlib.suppress(ValueError):
+                say(f"{drawing.title}: " + ", ".join(map(str, drawing.write(frame, folder))))
 
 
 def some_epochs(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,74 @@
+"""`fpq-analyze figures`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpq_analysis.cli.app import (
+    CkptDir,
+    DataRoot,
+    Device,
+    Figures,
+    Json,
+    Model,
+    NData,
+    Seed,
+    app,
+    fail,
+    guarded,
+    print_json,
+    say,
+)
+from fpq_analysis.errors import UserError
+
+
+@app.command()
+@guarded
+def figures(
+    which: Annotated[list[str] | None, typer.Argument(help="1 to 5, another by name, or all.")] = None,
+    ckpt_dir: CkptDir = Path("checkpoints"),
+    out: Figures = Path("figures"),
+    measure: Annotated[bool, typer.Option(help="Measure first what is missing.")] = True,
+    n_data: NData = 1024,
+    seed: Seed = 0,
+    data_root: DataRoot = None,
+    model: Model = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Figures 1 to 5 of the paper, and others, of all runs below a folder: PNG, PDF, and the caption as text.
+
+    What a figure needs and is not measured yet is measured first. With --no-measure figures are drawn from the records
+    alone, without checkpoints and data.
+
+    [bold]Examples[/bold]
+
+      fpq-analyze figures all --ckpt-dir checkpoints/
+
+      fpq-analyze figures 3 4 --ckpt-dir checkpoints/demo --no-measure
+    """
+    from fpq_analysis.figures import draw_figures
+
+    faults: dict[Path, UserError] = {}
+    drawn = draw_figures(
+        ckpt_dir,
+        which or "all",
+        out,
+        measure=measure,
+        n_data=n_data,
+        seed=seed,
+        device=device,
+        data_root=data_root,
+        model=model,
+        on_fault=faults.__setitem__,
+        log=say,
+    )
+    if json:
+        print_json(drawn.assign(path=[path and str(path) for path in drawn["path"]]))
+    for fault in faults.values():
+        fail(fault)
+    if faults or drawn["path"].isna().any():
+        raise typer.Exit(1)

@@ -1,0 +1,101 @@
+"""From a folder of checkpoints to figures: measure what a figure needs and is not there yet, then draw it from records.
+
+With `measure=False` only records are read: no checkpoint, no data set and no torch is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from fpq_analysis import records
+from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.plots import FIGURES, Drawing
+
+if TYPE_CHECKING:
+    from fpq_analysis.measurement import Fault
+
+PAPER = tuple(name for name in FIGURES if name.isdigit())
+ALL = "all"
+
+
+def draw_figures(
+    ckpt_dir: str | Path,
+    figures: str | Iterable[str] = ALL,
+    out: str | Path = "figures",
+    *,
+    measure: bool = True,
+    n_data: int = 1024,
+    seed: int = 0,
+    device: str = "auto",
+    data_root: str | None = None,
+    model: str | None = None,
+    on_fault: Fault | None = None,
+    log: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Draw figures of the runs at or below `ckpt_dir`, each as .png, .pdf and, its caption, .txt.
+
+    Args:
+        figures: `1` to `5` (the paper's), other keys of `plots.FIGURES`, or `all`: the paper's, and of the others those
+            that were measured.
+        measure: measure first what is missing, with each probe's default settings; otherwise records alone are read,
+            and of several settings those of most checkpoints are drawn.
+        n_data, seed, device, data_root, model: as for `measure`.
+        on_fault: called with each checkpoint that cannot be measured and why; None: raise.
+        log: called with a line for each figure.
+
+    Returns:
+        A row a figure: figure (its key), title, path (of the .png, None if there was nothing to draw), note (the
+        caption, or why there is no figure).
+
+    Raises:
+        UserError: for an unknown figure, or a folder without checkpoints (without records, if not to measure).
+    """
+    names = [figures] if isinstance(figures, str) else list(figures)
+    everything = ALL in names
+    for name in names:
+        if name != ALL and name not in FIGURES:
+            raise UserError(f"Unknown figure '{name}'{did_you_mean(name, FIGURES)}. Known: all, {', '.join(FIGURES)}.")
+    root = Path(ckpt_dir)
+    if not root.is_dir():
+        raise UserError(f"No folder '{root}'. Give a run, or a folder of runs; 'fpq-analyze train' makes one.")
+    where = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
+    drawn = []
+    for name, drawing in FIGURES.items():
+        if everything and name not in PAPER and records.load(root, drawing.probe).empty:
+            continue
+        if everything or name in names:
+            row = _draw(drawing, root, Path(out), where if measure else None, on_fault)
+            log(f"{drawing.title}: {row['path'] or row['note']}")
+            drawn.append({"figure": name, "title": drawing.title, **row})
+    return pd.DataFrame(drawn, columns=["figure", "title", "path", "note"])
+
+
+def _draw(
+    drawing: Drawing, root: Path, out: Path, where: dict[str, Any] | None, on_fault: Fault | None
+) -> dict[str, Any]:
+    frame = _measured(drawing, root, where, on_fault)
+    if frame.empty:
+        return {"path": None, "note": f"not measured yet; 'fpq-analyze {drawing.command}' does"}
+    try:
+        picture, *_, caption = drawing.write(frame, out)
+    except ValueError as nothing:
+        return {"path": None, "note": f"nothing to draw: {nothing}"}
+    return {"path": picture, "note": caption.read_text().strip()}
+
+
+def _measured(drawing: Drawing, root: Path, where: dict[str, Any] | None, on_fault: Fault | None) -> pd.DataFrame:
+    if where is not None:
+        from fpq_analysis import measurement
+        from fpq_analysis.probes import PROBES
+
+        if drawing.probe in PROBES:
+            probe = PROBES[drawing.probe]()
+            todo = measurement.plan(
+                root, probe, n_data=where["n_data"], seed=where["seed"], epochs="last" if drawing.last else "all"
+            )
+            return measurement.carry_out(todo, probe, on_fault=on_fault, **where)
+    return records.load(root, drawing.probe)
