@@ -8,7 +8,9 @@ from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 from fpq_analysis.probes.variance import OutputVariance, output_variance
 
-PROBES = {probe.name: probe for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness, GradNorm, OutputVariance)}
+PROBES = {
+    probe.name: probe for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness, GradNorm, OutputVariance)
+}
 
 __all__ = [
     "PROBES",

@@ -8,8 +8,8 @@ confidence, probabilities do not exceed 1.  With x an image as the network gets 
 - `probability_variance@sd`: the same of the probabilities.
 - `flipped@sd`: share of the noisy images whose predicted class is not that of x.
 
-The mean over classes rather than the sum, so that data sets of 10 and 100 classes have one scale; the sum is C times it.
-The paper states neither the noise's size, nor the number of draws, nor of what it takes the variance.
+The mean over classes rather than the sum, so that data sets of 10 and 100 classes have one scale; the sum is C times
+it.  The paper states neither the noise's size, nor the number of draws, nor of what it takes the variance.
 """
 
 from __future__ import annotations
