@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
@@ -25,7 +25,7 @@ def variances(records: pd.DataFrame, quantity: str = "logit_variance") -> pd.Dat
     """The rows of a quantity at each run's last epoch, with the noise's standard deviation in a column `sd`."""
     rows = records[records["quantity"].str.startswith(f"{quantity}@") & records["value"].notna()]
     rows = rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
-    return rows.assign(sd=rows["quantity"].str.rpartition("@")[2].astype(float))
+    return rows.assign(sd=[float(name.rpartition("@")[2]) for name in rows["quantity"]])
 
 
 def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: float = SD) -> Figure:
@@ -93,8 +93,8 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame, sd: float) -> None:
     for place, (method, bits, rows) in enumerate(groups(panel[panel["sd"] == sd])):
         table = over_seeds(rows)
         value, error = float(table["value"].iloc[0]), float(table["error"].iloc[0])
-        look = {"color": colour(method, methods), "hatch": HATCHES.get(bits, ""), "edgecolor": "white"}
-        axes.bar(place, value, 0.7, alpha=0.85, **look)
+        tint, hatch = colour(method, methods), HATCHES.get(bits, "")
+        axes.bar(place, value, 0.7, color=tint, alpha=0.85, hatch=hatch, edgecolor="white")
         axes.errorbar(place, value, error, color="0.15", capsize=3, linewidth=1.0, fmt="none")
         if len(rows) > 1:
             spots = place + 0.22 * np.linspace(-1, 1, len(rows))
@@ -108,7 +108,7 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame, sd: float) -> None:
 
 def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
     methods = sorted(panel["method"].unique())
-    ends: list[tuple[float, Artist]] = []
+    ends: list[tuple[float, Any]] = []
     starts = []
     for method, bits, rows in groups(panel):
         table = over_seeds(rows)
@@ -158,8 +158,8 @@ def caption1(records: pd.DataFrame) -> str:
     if (seeds > 1).any():
         several_runs = ", ".join(map(str, sorted(seeds[seeds > 1].unique())))
         bars = (
-            f"mean and ± one standard deviation over training runs ({several_runs} each; points: the runs); where there "
-            "is one run, the 95 % interval over the images"
+            f"mean and ± one standard deviation over training runs ({several_runs} each; points: the runs); where "
+            "there is one run, the 95 % interval over the images"
         )
     return (
         "Variance of the logits under Gaussian noise in the image, unbiased over the draws, mean over classes and "

@@ -25,7 +25,7 @@ def norms(records: pd.DataFrame, quantity: str = "grad_norm_minibatch") -> pd.Da
     """The whole networks' rows of a quantity, with the arm in a column `arm`."""
     rows = records[(records["layer"] == "all") & records["quantity"].str.startswith(f"{quantity}@")]
     rows = rows[rows["value"].notna()]
-    return rows.assign(arm=rows["quantity"].str.rpartition("@")[2])
+    return rows.assign(arm=[name.rpartition("@")[2] for name in rows["quantity"]])
 
 
 def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> Figure:
@@ -104,7 +104,7 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_ylim(0.5 * low, 2 * high)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.4 * high)  # by the values: an interval from few minibatches may go far beyond
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Epoch (0: before training)")
     axes.set_ylabel(f"Gradient norm, {panel['estimator'].iloc[0]}")

@@ -400,20 +400,29 @@ def _of_arm(
     for place, name in enumerate(names[:-1]):
         sem = _error(norms[:, place])
         yield row(name, "grad_norm", "all data", value=float(norms[:, place].mean()), sem=sem, sem_data=math.nan)
-    sem = _error(norms[:, -1])
-    sem_data = math.hypot(sem, math.sqrt(variance / n))
     samples = [float(f"{p:.7g}") for p in projected.tolist()]
-    errors = {"sem": sem, "sem_data": sem_data, "ci95": half_interval(sem_data, n - 1), "samples": samples}
-    yield row("all", "grad_norm", "all data", value=value, **errors)
+    errors = _errors(norms[:, -1], math.sqrt(variance / n), n)
+    yield row("all", "grad_norm", "all data", value=value, samples=samples, **errors)
 
 
-def _means(norms: Tensor) -> dict[str, Any]:
-    """The mean of (draws, minibatches), which share each other: the two variances add."""
-    sem, n = _error(norms.mean(1)), norms.shape[1]
-    over_data = float(norms.mean(0).std()) / math.sqrt(n) if n > 1 else math.nan
+def _means(norms: Tensor) -> dict[str, float]:
+    """The mean of (draws, minibatches), which share each other."""
+    n = norms.shape[1]
+    return {"value": float(norms.mean()), **_errors(norms.mean(1), _error(norms.mean(0)) if n > 1 else math.nan, n)}
+
+
+def _errors(draws: Tensor, over_data: float, n: int) -> dict[str, float]:
+    """Over the draws, and over the n samples or minibatches too: the two variances add.
+
+    What depends on both together is in both, so the sum is rather too large.  Its degrees of freedom are Welch's
+    (Satterthwaite 1946).
+    """
+    sem = _error(draws)
     sem_data = math.hypot(sem, over_data)
-    ci95 = half_interval(sem_data, n - 1) if n > 1 else math.nan
-    return {"value": float(norms.mean()), "sem": sem, "sem_data": sem_data, "ci95": ci95}
+    if not sem_data > 0:
+        return {"sem": sem, "sem_data": sem_data, "ci95": sem_data}
+    dof = sem_data**4 / (over_data**4 / max(1, n - 1) + (sem**4 / (len(draws) - 1) if sem else 0.0))
+    return {"sem": sem, "sem_data": sem_data, "ci95": half_interval(sem_data, dof)}
 
 
 def _error(draws: Tensor) -> float:
