@@ -47,8 +47,8 @@ def gradnorm(
 ) -> None:
     """Gradient norm of every checkpoint: clean, with noise in features, with noise in weights; and Figure 2.
 
-    The noise is one quantization step wide, in every convolution's input or weight. What was measured before is not
-    measured again.
+    The noise is one quantization step wide, in every convolution's input or weight. With as many images as four
+    minibatches or more the figure's intervals are of use. What was measured before is not measured again.
 
     [bold]Examples[/bold]
 

@@ -52,11 +52,13 @@ def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> 
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     with style():
-        figure = Figure(figsize=(3.4 * across + 0.6, 2.7 * down), layout="constrained")
+        figure = Figure(figsize=(3.4 * across + 0.6, 2.8 * down), layout="constrained")
         for index, (title, lines) in enumerate(panels):
             axes = figure.add_subplot(down, across, index + 1)
             _draw_panel(axes, lines)
             axes.set_title(title)
+            if index % across == 0:
+                axes.set_ylabel(f"Gradient norm, {lines['estimator'].iloc[0]}")
     return figure
 
 
@@ -107,7 +109,6 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
         axes.set_ylim(0, 1.4 * high)  # by the values: an interval from few minibatches may go far beyond
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Epoch (0: before training)")
-    axes.set_ylabel(f"Gradient norm, {panel['estimator'].iloc[0]}")
     axes.legend()
 
 
