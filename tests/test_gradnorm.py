@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fpq_analysis import GradNorm, QuantSpec, UserError, calibrate, gradient_norms, measure, quantize
+from fpq_analysis import GradNorm, QuantSpec, UserError, calibrate, gradient_norms, quantize, records
 from fpq_analysis.plots import caption2, figure2
 from fpq_analysis.plots.figure2 import norms
 from fpq_analysis.probes import Point
 from fpq_analysis.quantizers import quantizers, variables, view
 from fpq_analysis.records import COLUMNS
 from tests.nets import FunctionalGelu, tiny
+from tests.test_cli import call
 from tests.test_records_and_plots import row
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -343,17 +344,22 @@ class TestFigure2:
             with pytest.raises(ValueError, match="no finite grad_norm_minibatch"):
                 figure2(frame)
 
-    def test_from_checkpoints(self, tiny_runs, tmp_path):
+    def test_from_the_command_line(self, tiny_runs, tmp_path):
         runs = shutil.copytree(tiny_runs, tmp_path / "runs")
-        probe = GradNorm(n_draws=2, batch_size=8)
-        frame = measure(runs, probe, n_data=16, device="cpu", model="tests.nets:tiny")
-        (axes,) = figure2(frame).axes
-        rows = norms(frame)
-        rows = rows[rows["method"] == "lsq"]
-        for arm, text in (
-            ("features", "noise in the features"),
-            ("weights", "noise in the weights"),
-            ("clean", "no noise"),
-        ):
-            assert self.lines(axes)[text] == rows[rows["arm"] == arm].sort_values("epoch")["value"].tolist()
+        where = ["--ckpt-dir", runs, "--model", "tests.nets:tiny", "--device", "cpu", "--figures", tmp_path]
+        few = ["gradnorm", *where, "--n-data", 16, "--draws", 2]
+        result = call(*few, "--batch-size", 8)
+        assert all(len(line) <= 80 for line in result.stdout.splitlines())
+        assert "minibatches of 8" in result.stdout
+        assert "9 done, 0 to do" in call(*few, "--batch-size", 8).stderr
+        frame = records.load(runs, "gradnorm")
         assert set(frame[frame["method"] == "fp"]["quantity"].str.partition("@")[2]) == {"clean"}
+        (axes,) = figure2(frame).axes
+        assert (tmp_path / "figure2.txt").read_text() == caption2(frame) + "\n"
+        rows = norms(frame[frame["method"] == "lsq"])
+        looks = {"features": "noise in the features", "weights": "noise in the weights", "clean": "no noise"}
+        for arm, text in looks.items():
+            assert self.lines(axes)[text] == rows[rows["arm"] == arm].sort_values("epoch")["value"].tolist()
+        (tmp_path / "figure2.png").unlink()
+        assert "do not fill a minibatch" in " ".join(call(*few).stdout.split())
+        assert not (tmp_path / "figure2.png").exists()

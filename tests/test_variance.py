@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from fpq_analysis import OutputVariance, QuantSpec, UserError, calibrate, measure, output_variance, quantize
+from fpq_analysis import OutputVariance, QuantSpec, UserError, calibrate, output_variance, quantize, records
 from fpq_analysis.plots import caption1, figure1
 from fpq_analysis.plots.figure1 import over_seeds, variances
 from fpq_analysis.probes import Point
 from fpq_analysis.probes.variance import variance_with_error
 from fpq_analysis.records import COLUMNS
 from tests.nets import tiny
+from tests.test_cli import call
 from tests.test_records_and_plots import row
 
 
@@ -252,12 +254,15 @@ class TestFigure1:
         with pytest.raises(ValueError, match="no finite logit_variance"):
             figure1(pd.DataFrame(columns=list(COLUMNS)).astype({"quantity": str}))
 
-    def test_from_checkpoints(self, tiny_runs, tmp_path):
-        import shutil
-
+    def test_from_the_command_line(self, tiny_runs, tmp_path):
         runs = shutil.copytree(tiny_runs, tmp_path / "runs")
-        frame = measure(runs, OutputVariance((0.1, 0.3), 3), n_data=16, device="cpu", model="tests.nets:tiny")
+        where = ["--ckpt-dir", runs, "--model", "tests.nets:tiny", "--device", "cpu", "--figures", tmp_path]
+        result = call("variance", *where, "--n-data", 16, "--draws", 3, "--sd", 0.15, "--sd", 0.3)
+        assert all(len(line) <= 80 for line in result.stdout.splitlines())
+        assert "noise of sd 0.15" in result.stdout
+        frame = records.load(runs, "output_variance")
+        assert (tmp_path / "figure1.txt").read_text() == caption1(frame) + "\n"
         bars, _ = figure1(frame).axes
-        last = frame[(frame["epoch"] == 2) & (frame["quantity"] == "logit_variance@0.1")].set_index("run")["value"]
+        last = frame[(frame["epoch"] == 2) & (frame["quantity"] == "logit_variance@0.15")].set_index("run")["value"]
         heights = [bar.get_height() for bar in bars.patches]
         assert heights == pytest.approx([last[run] for run in ("fp", "lsq-w4a4", "fpq-w4a4")])
