@@ -2,6 +2,8 @@
 
 from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
+from fpq_analysis.plots.figure1 import caption1, figure1
+from fpq_analysis.plots.figure2 import caption2, figure2
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.figures import FIGURES, Drawing
 from fpq_analysis.plots.style import save, style
@@ -9,11 +11,15 @@ from fpq_analysis.plots.style import save, style
 __all__ = [
     "FIGURES",
     "Drawing",
+    "caption1",
+    "caption2",
     "caption5",
     "density_caption",
     "density_figure",
     "eigenvalue_caption",
     "eigenvalue_figure",
+    "figure1",
+    "figure2",
     "figure5",
     "save",
     "style",

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
+from fpq_analysis.plots.figure1 import caption1, figure1
+from fpq_analysis.plots.figure2 import caption2, figure2
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.style import save
 
@@ -48,6 +50,8 @@ class Drawing:
 
 # The paper's figures by their number, others by name.
 FIGURES = {
+    "1": Drawing("Figure 1", "figure1", "output_variance", figure1, caption1, "variance", last=True),
+    "2": Drawing("Figure 2", "figure2", "gradnorm", figure2, caption2, "gradnorm"),
     "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5, "hessian"),
     "eigenvalues": Drawing(
         "Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption, "hessian --top-k 5"

@@ -2,24 +2,32 @@
 
 from fpq_analysis.probes.density import HessianDensity, spectral_density
 from fpq_analysis.probes.eigs import EigenEstimate, HessianEigs, hessian_eigs
+from fpq_analysis.probes.gradnorm import GradNorm, gradient_norms
 from fpq_analysis.probes.point import Point, Probe
 from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
+from fpq_analysis.probes.variance import OutputVariance, output_variance
 
-PROBES = {probe.name: probe for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness)}
+PROBES = {
+    probe.name: probe for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness, GradNorm, OutputVariance)
+}
 
 __all__ = [
     "PROBES",
     "EigenEstimate",
+    "GradNorm",
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
+    "OutputVariance",
     "Point",
     "Probe",
     "Sharpness",
     "TraceEstimate",
+    "gradient_norms",
     "hessian_eigs",
     "hessian_trace",
+    "output_variance",
     "sharpness",
     "spectral_density",
 ]
