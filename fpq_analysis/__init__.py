@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
+        Drift,
         EigenEstimate,
+        FeatureDrift,
+        Features,
+        FeatureStatistics,
         HessianDensity,
         HessianEigs,
         HessianTrace,
         Sharpness,
         TraceEstimate,
+        feature_drift,
+        feature_statistics,
         hessian_eigs,
         hessian_trace,
         sharpness,
@@ -34,7 +40,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Drift": "fpq_analysis.probes",
     "EigenEstimate": "fpq_analysis.probes",
+    "FeatureDrift": "fpq_analysis.probes",
+    "FeatureStatistics": "fpq_analysis.probes",
+    "Features": "fpq_analysis.probes",
     "HessianDensity": "fpq_analysis.probes",
     "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
@@ -47,6 +57,8 @@ _HOMES = {
     "diagnose": "fpq_analysis.doctor",
     "export_onnx": "fpq_analysis.export",
     "export_safetensors": "fpq_analysis.export",
+    "feature_drift": "fpq_analysis.probes",
+    "feature_statistics": "fpq_analysis.probes",
     "forecast_measurements": "fpq_analysis.doctor",
     "hessian_eigs": "fpq_analysis.probes",
     "hessian_trace": "fpq_analysis.probes",
@@ -63,7 +75,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Drift",
     "EigenEstimate",
+    "FeatureDrift",
+    "FeatureStatistics",
+    "Features",
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
@@ -76,6 +92,8 @@ __all__ = [
     "diagnose",
     "export_onnx",
     "export_safetensors",
+    "feature_drift",
+    "feature_statistics",
     "forecast_measurements",
     "hessian_eigs",
     "hessian_trace",
