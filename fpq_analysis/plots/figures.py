@@ -9,7 +9,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.plots.density import density_caption, density_figure
+from fpq_analysis.plots.drift import drift_caption, drift_figure, drift_layer_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
+from fpq_analysis.plots.figure3 import caption3, figure3
+from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
 
 
@@ -34,7 +37,11 @@ class Drawing:
 
 # The paper's figures by their number, others by name.
 FIGURES = {
+    "3": Drawing("Figure 3", "figure3", "features", figure3, caption3),
+    "4": Drawing("Figure 4", "figure4", "features", figure4, caption4),
     "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5),
     "eigenvalues": Drawing("Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption),
     "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption),
+    "drift": Drawing("Drift", "drift", "drift", drift_figure, drift_caption),
+    "drift_layers": Drawing("Drift by layer", "drift_layers", "drift", drift_layer_figure, drift_caption),
 }
