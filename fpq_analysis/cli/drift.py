@@ -41,8 +41,9 @@ def drift(
 ) -> None:
     """How far each quantized run's features have drifted from those of the float run it started from.
 
-    At the output of every convolution, on the same images; as a table, against the epoch, and layer by layer. What was
-    measured before is not measured again.
+    At the output of every convolution, on the same images; as a table, against the epoch, and layer by layer.
+
+    What was measured before is not measured again.
 
     [bold]Example[/bold]
 
@@ -61,5 +62,5 @@ def print_drift(frame: pd.DataFrame) -> None:
         return
     heads = {"mean_shift": "Mean shift", "decorrelation": "1 - correlation", "wasserstein": "Wasserstein"}
     print_quantities(frame, heads)
-    print("Shift and Wasserstein-1 distance in standard deviations of the float network's channels; means over")
-    print("channels and convolutions. ±: 95 % over the images, not over training runs.")
+    print("Shift and Wasserstein-1 distance in standard deviations of the float channels;")
+    print("means over channels and convolutions. ±: 95 % over the images, not over runs.")

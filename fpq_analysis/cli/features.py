@@ -46,8 +46,9 @@ def features(
 ) -> None:
     """One layer's output in every checkpoint: ranges by channel (Figure 3) and densities of three images (Figure 4).
 
-    A layer is named as in model.named_modules(); NAME:input is what goes into NAME before its quantizer. What was
-    measured before is not measured again.
+    A layer is named as in model.named_modules(); NAME:input is what goes into NAME before its quantizer.
+
+    What was measured before is not measured again.
 
     [bold]Examples[/bold]
 
@@ -81,4 +82,5 @@ def print_features(frame: pd.DataFrame) -> None:
     layers = ", ".join(rows["layer"].unique())
     print(f"Output of {layers}, means over its channels:")
     print_table(table)
-    print("± 95 %: of the mean, over the images. Rounded: the mean behind the next layer's quantizer.")
+    print("± 95 %: of the mean, over the images.")
+    print("Rounded: the mean behind the quantizer of the layer that comes next.")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
 
@@ -100,6 +100,9 @@ def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
         axes.grid(axis="x", visible=False)
     if rows["value"].min() > 0 and rows["value"].max() > 10 * rows["value"].min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.set_ylim(bottom=0)
 

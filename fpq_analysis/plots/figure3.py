@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fpq_analysis.plots.style import colour, label, style
@@ -21,7 +22,7 @@ PREFERRED = ("fpq", "lsq")  # of the quantized runs, the first there is
 def layer_rows(records: pd.DataFrame) -> pd.DataFrame:
     """The rows of one layer that hold numbers by channel, bin or image, at each run's last measured epoch."""
     rows = records[(records["layer"] != "all") & records["samples"].notna()]
-    return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
+    return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")].reset_index(drop=True)
 
 
 def bits_of(bits: str) -> tuple[int, ...]:
@@ -58,10 +59,14 @@ def chosen_runs(records: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
         alike &= rows[column] == ours[column].iloc[0]
     theirs = rows[alike]
     # Beside it, and of its training seed, if there is one; else whichever float run there is.
-    folder, seed = str(first.run).rpartition("/")[0], ours["train_seed"].iloc[0]
-    for near in (theirs["train_seed"] == seed, theirs["run"].str.rpartition("/")[0] == folder):
-        theirs = theirs[near] if near.reindex(theirs.index).any() else theirs
+    for near in (_folder, lambda rows: rows["train_seed"]):
+        alike = near(theirs) == near(ours).iloc[0]
+        theirs = theirs[alike] if alike.any() else theirs
     return pd.concat([theirs[theirs["run"] == theirs["run"].min()], ours])
+
+
+def _folder(rows: pd.DataFrame) -> pd.Series:
+    return rows["run"].map(lambda run: str(run).rpartition("/")[0])
 
 
 def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
@@ -87,6 +92,7 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
             axes = figure.add_subplot(len(groups), 1, index + 1, sharex=first, sharey=first)
             first = first or axes
             _draw(axes, group, colour(group["method"].iloc[0], methods))
+            axes.tick_params(labelbottom=index == len(groups) - 1)
         axes.set_xlabel(f"Channel of {rows['layer'].iloc[0]}")
     return figure
 
@@ -121,14 +127,18 @@ def _draw(axes: Axes, rows: pd.DataFrame, tint: str) -> None:
         medianprops={"linewidth": 0},  # at zero for most channels of a ReLU, and easily taken for the mean
         meanprops={"color": MEAN, "linewidth": 1.8, "linestyle": "-"},
     )
-    axes.plot(channels, columns["max"], ".", color=tint, markersize=3, label="largest value")
-    axes.set_xticks([1, *range(4, n + 1, 4)] if n > 8 else channels, minor=False)
-    axes.set_xticklabels([str(i) for i in ([1, *range(4, n + 1, 4)] if n > 8 else channels)])
+    (dots,) = axes.plot(channels, columns["max"], ".", color=tint, markersize=3, label="largest value")
+    ticks = [1, *range(4, n + 1, 4)] if n > 8 else list(range(1, n + 1))
+    axes.set_xticks(ticks, [str(i) for i in ticks])
     axes.grid(axis="x", visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     first = rows.iloc[0]
     axes.set_title(f"{label(first['method'], first['bits'])}, epoch {first['epoch']}", loc="left")
     axes.set_ylabel("Activation")
+    overall = rows[rows["quantity"] == "mean"].iloc[0]
+    text = f"mean (of all channels: {overall['value']:#.3g} ± {overall['ci95']:.1g})"
+    line = Line2D([], [], color=MEAN, linewidth=1.8, label=text)
+    axes.legend(handles=[line, dots], loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.1)
 
 
 def caption3(records: pd.DataFrame, run: str | None = None) -> str:
@@ -146,5 +156,6 @@ def caption3(records: pd.DataFrame, run: str | None = None) -> str:
         f"Range of the output of {first['layer']} by channel ({shown}; {first['model']}, {first['dataset']}): {runs}. "
         "Boxes: middle half of the values over images and places; whiskers: middle 98 %; dots: largest value; orange "
         f"line: mean, not the median. Raw output, before the next layer's quantizer; {rows['n_data'].max()} training "
-        f"images without augmentation (seed {first['seed']}; the same for both), quantiles from {kept} of them."
+        f"images without augmentation (seed {first['seed']}; the same for both), quantiles from {kept} of them. "
+        "±: 95 % interval over the images."
     )

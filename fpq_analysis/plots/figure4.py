@@ -51,17 +51,23 @@ def figure4(records: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(2.75 * n_images, 2.3 * len(bands) + 0.2), layout="constrained")
         for down, band in enumerate(bands):
             edges = _grid(band)
+            first: Axes | None = None
+            highest = 0.0
             for image in range(n_images):
-                axes = figure.add_subplot(len(bands), n_images, down * n_images + image + 1)
+                axes = figure.add_subplot(len(bands), n_images, down * n_images + image + 1, sharey=first)
+                first = first or axes
                 _draw(axes, band, image, edges, methods)
                 if down == 0 or several:
                     axes.set_title(_image_title(band, image))
                 if down == len(bands) - 1:
                     axes.set_xlabel("Activation")
+                axes.tick_params(labelleft=image == 0)
+                highest = max(axes.dataLim.ymax, highest)
+                axes.set_ylim(0, 1.05 * highest)
                 if image == 0:
-                    first = band.iloc[-1]
-                    what = f"{first['model']}, {first['dataset']}\n" if several else ""
-                    bits = f"{first['bits']}: " if first["bits"] != "FP" else ""
+                    run = band.iloc[-1]
+                    what = f"{run['model']}, {run['dataset']}\n" if several else ""
+                    bits = f"{run['bits']}: " if run["bits"] != "FP" else ""
                     axes.set_ylabel(f"{what}{bits}density")
     return figure
 
@@ -112,7 +118,6 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods:
         text = label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
         axes.stairs(density, grid, color=tint, fill=True, alpha=0.10)
         axes.stairs(density, grid, color=tint, linewidth=1.2, linestyle=LINES.get(first["method"], "-"), label=text)
-    axes.set_ylim(bottom=0)
     axes.set_xlim(grid[0], grid[-1])
     axes.legend(loc="upper right", fontsize=7.5, handlelength=1.8, borderaxespad=0.2)
 

@@ -292,7 +292,8 @@ def _moments(
 
 def _jackknife(value: float, without: np.ndarray) -> np.ndarray:
     """(blocks,) numbers with the given mean, whose spread is the jackknife's: sd / sqrt(blocks) is its error."""
-    return value + (len(without) - 1) * (without.mean() - without)
+    n = len(without)
+    return value + (n - 1) * (without.mean() - without) if n > 1 else np.full(n, math.nan)
 
 
 def _row(layer: str, quantity: str, value: float, blocks: np.ndarray) -> dict[str, Any]:
