@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
+        Drift,
         EigenEstimate,
+        FeatureDrift,
+        Features,
+        FeatureStatistics,
         GradNorm,
         HessianDensity,
         HessianEigs,
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
         OutputVariance,
         Sharpness,
         TraceEstimate,
+        feature_drift,
+        feature_statistics,
         gradient_norms,
         hessian_eigs,
         hessian_trace,
@@ -39,8 +45,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Drift": "fpq_analysis.probes",
     "EigenEstimate": "fpq_analysis.probes",
     "GradNorm": "fpq_analysis.probes",
+    "FeatureDrift": "fpq_analysis.probes",
+    "FeatureStatistics": "fpq_analysis.probes",
+    "Features": "fpq_analysis.probes",
     "HessianDensity": "fpq_analysis.probes",
     "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
@@ -55,6 +65,8 @@ _HOMES = {
     "draw_figures": "fpq_analysis.figures",
     "export_onnx": "fpq_analysis.export",
     "export_safetensors": "fpq_analysis.export",
+    "feature_drift": "fpq_analysis.probes",
+    "feature_statistics": "fpq_analysis.probes",
     "forecast_measurements": "fpq_analysis.doctor",
     "gradient_norms": "fpq_analysis.probes",
     "hessian_eigs": "fpq_analysis.probes",
@@ -73,7 +85,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Drift",
     "EigenEstimate",
+    "FeatureDrift",
+    "FeatureStatistics",
+    "Features",
     "GradNorm",
     "HessianDensity",
     "HessianEigs",
@@ -89,6 +105,8 @@ __all__ = [
     "draw_figures",
     "export_onnx",
     "export_safetensors",
+    "feature_drift",
+    "feature_statistics",
     "forecast_measurements",
     "gradient_norms",
     "hessian_eigs",

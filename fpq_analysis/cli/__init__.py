@@ -11,6 +11,8 @@ from fpq_analysis.cli import tables
 from fpq_analysis.cli import hessian
 from fpq_analysis.cli import gradnorm
 from fpq_analysis.cli import variance
+from fpq_analysis.cli import features
+from fpq_analysis.cli import drift
 from fpq_analysis.cli import compare
 from fpq_analysis.cli import figures
 from fpq_analysis.cli import doctor
@@ -26,7 +28,9 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
+    "drift",
     "export",
+    "features",
     "figures",
     "gradnorm",
     "hessian",

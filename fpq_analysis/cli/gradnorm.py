@@ -13,6 +13,7 @@ from fpq_analysis.cli.app import (
     DataRoot,
     Device,
     DryRun,
+    Epochs,
     Figures,
     Json,
     Model,
@@ -36,6 +37,7 @@ def gradnorm(
     draws: Annotated[int, typer.Option(help="Draws of the noise.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Of the minibatches.")] = 256,
     n_data: NData = 1024,
+    epochs: Epochs = "all",
     seed: Seed = 0,
     data_root: DataRoot = None,
     model: Model = None,
@@ -58,7 +60,7 @@ def gradnorm(
     """
     from fpq_analysis.probes import GradNorm
 
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json)
+    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([GradNorm(definition, draws, batch_size)], settings, {"gradnorm": _print_norms})
 
 

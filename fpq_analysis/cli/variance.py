@@ -13,6 +13,7 @@ from fpq_analysis.cli.app import (
     DataRoot,
     Device,
     DryRun,
+    Epochs,
     Figures,
     Json,
     Model,
@@ -35,6 +36,7 @@ def variance(
     sd: Annotated[list[float], typer.Option(help="Of the noise; may be repeated.")] = [0.05, 0.1, 0.2, 0.5],  # noqa: B006
     draws: Annotated[int, typer.Option(help="Draws of the noise an image.")] = 8,
     n_data: NData = 1024,
+    epochs: Epochs = "all",
     seed: Seed = 0,
     data_root: DataRoot = None,
     model: Model = None,
@@ -56,7 +58,7 @@ def variance(
     """
     from fpq_analysis.probes import OutputVariance
 
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json)
+    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([OutputVariance(tuple(sd), draws)], settings, {"output_variance": _print_variances})
 
 
