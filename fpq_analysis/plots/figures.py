@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
 from fpq_analysis.plots.figure5 import caption5, figure5
+from fpq_analysis.plots.style import save
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Drawing:
         probe: whose records it is drawn from.
         draw: from these records; raises `ValueError` if there is nothing to draw.
         caption: what a reader must know beside it, from the same records.
+        command: of `fpq-analyze`, that measures it.
+        last: whether only the last epoch of each run is drawn, so that the others need not be measured for it.
     """
 
     title: str
@@ -30,11 +34,23 @@ class Drawing:
     probe: str
     draw: Callable[[pd.DataFrame], Figure]
     caption: Callable[[pd.DataFrame], str]
+    command: str
+    last: bool = False
+
+    def write(self, frame: pd.DataFrame, folder: Path) -> list[Path]:
+        """Draw records into `folder`: the paths of .png, .pdf and, the caption, .txt.
+
+        Raises:
+            ValueError: if there is nothing to draw.
+        """
+        return save(self.draw(frame), folder / self.file, self.caption(frame))
 
 
 # The paper's figures by their number, others by name.
 FIGURES = {
-    "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5),
-    "eigenvalues": Drawing("Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption),
-    "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption),
+    "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5, "hessian"),
+    "eigenvalues": Drawing(
+        "Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption, "hessian --top-k 5"
+    ),
+    "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption, "hessian --density"),
 }

@@ -200,15 +200,12 @@ def _other_definitions(study: Study) -> list[str]:
 
 def _float(study: Study) -> list[str]:
     signs = [c.sign for c in against_float(study) if c.definition == study.definition]
-    if not signs:
+    words = {1: "higher than", -1: "lower than", 0: "not measurably different from"}
+    counts = [f"{signs.count(sign)} {text}" for sign, text in words.items() if sign in signs]
+    if not counts:
         return []
-    if len(signs) == 1:
-        end = {-1: "is lower than", 0: "does not differ measurably from", 1: "is higher than"}[signs[0]]
-        return [f"The quantized network's last trace {end} that of the float network it started from."]
-    return [
-        f"Of {len(signs)} quantized networks, {signs.count(1)} end with a higher trace than the float network they "
-        f"started from, {signs.count(-1)} with a lower one, and {signs.count(0)} do not differ measurably."
-    ]
+    many = f"{len(signs)} quantized networks" if len(signs) > 1 else "one quantized network"
+    return [f"Last traces of {many}: {listed(counts)} that of the float network they started from."]
 
 
 def _accuracies(study: Study) -> list[str]:
@@ -235,9 +232,7 @@ def _accuracies(study: Study) -> list[str]:
         both = f"{100 * p:.2f} % against {100 * q:.2f} %"
         interval = f"95 % interval of the difference {signed(100 * low)} to {signed(100 * high)} points"
         if low <= 0 <= high:
-            sentences.append(
-                f"{a.name} and {b.name} do not differ measurably in test accuracy: {both} ({interval})."
-            )
+            sentences.append(f"{a.name} and {b.name} do not differ measurably in test accuracy: {both} ({interval}).")
         else:
             word = "more" if p > q else "less"
             sentences.append(
@@ -250,6 +245,12 @@ def _accuracies(study: Study) -> list[str]:
             "which is too wide where both err on the same images."
         )
     return sentences
+
+
+def listed(values: Iterable[object], last: str = "and") -> str:
+    """`a, b and c`, each once."""
+    words = list(dict.fromkeys(str(value) for value in values))
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def signed(value: float) -> str:
@@ -289,7 +290,7 @@ def cautions(study: Study) -> list[str]:
     """What a reader should know before trusting the page: damage, unfinished runs, stale or odd records."""
     notes = list(study.faults)
     for run in study.runs:
-        if not run.finished:
+        if run.stopped:
             notes.append(f"{run.name} is not finished: {run.last_epoch or 0} of {run.config.get('epochs')} epochs.")
     for run in study.runs:
         last = study.last_trace(run)
@@ -312,7 +313,10 @@ def cautions(study: Study) -> list[str]:
         every = records.read(study.root, [study.root / name for name in folders], probe)
         hidden = every["settings"].nunique() - frame["settings"].nunique()
         if hidden > 0:
-            notes.append(f"{probe}: there are records of {hidden} other settings (images, seed, method), not shown here.")
+            notes.append(
+                f"{probe}: the records also hold measurements with other settings (images, seed or method), which are "
+                "not shown here."
+            )
     return notes
 
 

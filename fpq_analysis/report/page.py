@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +16,9 @@ from fpq_analysis.files import atomic_write
 from fpq_analysis.plots.style import NAMES
 from fpq_analysis.report import tables
 from fpq_analysis.report.citations import bibtex
-from fpq_analysis.report.findings import cautions, findings
-from fpq_analysis.report.pictures import pictures
-from fpq_analysis.report.prose import DEFINITIONS, listed, methods
+from fpq_analysis.report.findings import cautions, findings, listed
+from fpq_analysis.report.pictures import pictures, training_picture
+from fpq_analysis.report.prose import DEFINITIONS, methods
 from fpq_analysis.report.study import Run, Study, read_study
 
 HERE = Path(__file__).parent
@@ -62,30 +63,35 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
         raise UserError(f"'{path}' is a folder. Name the page in it: -o {path / 'report.html'}.")
     study = read_study(ckpt_dir)
     drawn, undrawn = pictures(study)
+    training = training_picture(study)
     missing = tables.not_measured(study, undrawn)
     notes = cautions(study)
     differing, shared = tables.settings_table(study)
     accuracy, comparisons = tables.accuracy_table(study), tables.comparison_table(study)
-    page = _environment().get_template("page.html.jinja").render(
-        css=Markup((HERE / "page.css").read_text()),
-        title=_title(study),
-        facts=_facts(study),
-        findings=findings(study),
-        cautions=notes,
-        runs=tables.runs_table(study),
-        accuracy=accuracy,
-        comparisons=comparisons,
-        pictures=drawn,
-        numbers=tables.number_tables(study),
-        missing=missing,
-        definitions=[(name, text, name in set(study.traces["definition"])) for name, text in DEFINITIONS.items()],
-        methods=methods(study),
-        differing=differing,
-        shared=shared,
-        versions=tables.versions_table(study),
-        provenance=tables.provenance_tables(study),
-        bibtex=bibtex(run.method for run in study.runs),
-        version=__version__,
+    page = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            css=Markup((HERE / "page.css").read_text()),
+            title=_title(study),
+            facts=_facts(study),
+            findings=findings(study),
+            cautions=notes,
+            runs=tables.runs_table(study),
+            accuracy=accuracy,
+            comparisons=comparisons,
+            pictures=[*([training] if training else []), *drawn],
+            numbers=tables.number_tables(study),
+            missing=missing,
+            definitions=[(name, text, name in set(study.traces["definition"])) for name, text in DEFINITIONS.items()],
+            methods=methods(study),
+            differing=differing,
+            shared=shared,
+            versions=tables.versions_table(study),
+            provenance=tables.provenance_tables(study),
+            bibtex=bibtex(run.method for run in study.runs),
+            version=__version__,
+        )
     )
     atomic_write(path, lambda file: file.write(page.encode()))
     return Report(path, len(study.runs), [picture.title for picture in drawn], missing, notes)
@@ -93,13 +99,21 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
 
 def _environment() -> jinja2.Environment:
     # Everything that comes from files is escaped; only this room's own style sheet and SVG are `Markup`.
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["typeset"] = typeset
+    return environment
+
+
+def typeset(text: str) -> str:
+    """Signs that belong to a number stay on its line, and a minus is one."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
+    return re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\u00a0", text)
 
 
 def _title(study: Study) -> str:

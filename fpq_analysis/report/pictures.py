@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import matplotlib as mpl
-import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots import FIGURES, Drawing, style
+from fpq_analysis.plots import FIGURES, Drawing, style, training_caption, training_figure
 from fpq_analysis.report.study import Study
 
 MAX_SVG = 300_000  # bytes
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 ZOOM = 1.55  # CSS pixels a point on a wide screen: text of 9 points as large as the page's
-LEAST = 0.95  # and on a narrow one, where the card scrolls sideways before text gets too small to read
+LEAST = 0.85  # and on a narrow one: rather than draw text smaller still, the card scrolls sideways
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class Picture:
     """One figure in the page.
 
     Attributes:
-        key: its name in the table of figures; anchor: its id in the page.
+        anchor: its id in the page.
+        caption, alt: beside it, and in its place for those who cannot see it.
         width: in points.
-        markup: an `<svg>` or `<img>` with the alternative text inside.
+        markup: an `<svg>` or `<img>` that holds `alt`.
     """
 
-    key: str
     anchor: str
     title: str
     caption: str
@@ -45,14 +44,14 @@ class Picture:
 
     @property
     def sizes(self) -> str:
-        """CSS for the largest and the smallest width."""
-        return f"max-width:{ZOOM * self.width:.0f}px;min-width:{min(340.0, LEAST * self.width):.0f}px"
+        """CSS for the wanted and the smallest width."""
+        return f"width:{ZOOM * self.width:.0f}px;min-width:{LEAST * self.width:.0f}px"
 
 
 def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
     """Every figure that has records, and those that have none."""
     drawn, missing = [], []
-    for key, drawing in FIGURES.items():
+    for drawing in FIGURES.values():
         frame = study.records(drawing.probe)
         try:
             figure = drawing.draw(frame) if len(frame) else None
@@ -61,19 +60,28 @@ def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
         if figure is None:
             missing.append(drawing)
         else:
-            drawn.append(picture(key, drawing, figure, frame))
+            drawn.append(picture(drawing.title, drawing.file, figure, drawing.caption(frame)))
     return drawn, missing
 
 
-def picture(key: str, drawing: Drawing, figure: Figure, frame: pd.DataFrame) -> Picture:
-    """`figure` as markup."""
-    alt = describe(drawing.title, figure)
+def training_picture(study: Study) -> Picture | None:
+    """Test accuracies, from `train.jsonl`; None if there are none."""
+    try:
+        figure = training_figure(study.training)
+    except ValueError:
+        return None
+    return picture("Training", "training", figure, training_caption(study.training))
+
+
+def picture(title: str, name: str, figure: Figure, caption: str) -> Picture:
+    """`figure` as markup; `name` is its own in the page."""
+    alt = describe(title, figure)
     # Ids that matplotlib makes come from the salt: fixed, so that equal records give equal pages.
-    with style(), mpl.rc_context({"svg.hashsalt": drawing.file}):
+    with style(), mpl.rc_context({"svg.hashsalt": name}):
         file = io.BytesIO()
         figure.savefig(file, format="svg")
         try:
-            markup, width = inline(file.getvalue(), drawing.file, alt)
+            markup, width = inline(file.getvalue(), name, alt)
         except ElementTree.ParseError:  # a run's name with characters that XML has not
             markup, width = Markup(), 72 * figure.get_figwidth()
         if not markup or len(file.getvalue()) > MAX_SVG:
@@ -81,7 +89,7 @@ def picture(key: str, drawing: Drawing, figure: Figure, frame: pd.DataFrame) -> 
             figure.savefig(file, format="png", dpi=200)
             data = base64.b64encode(file.getvalue()).decode()
             markup = Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alt)
-    return Picture(key, f"figure-{drawing.file}", drawing.title, drawing.caption(frame), alt, width, markup)
+    return Picture(f"figure-{name}", title, caption, alt, width, markup)
 
 
 def inline(svg: bytes, prefix: str, alt: str) -> tuple[Markup, float]:

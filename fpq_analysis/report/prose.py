@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import pandas as pd
 
 from fpq_analysis.plots.eigenvalues import eigenvalues
 from fpq_analysis.plots.figure5 import totals
 from fpq_analysis.plots.style import NAMES
+from fpq_analysis.report.findings import listed
 from fpq_analysis.report.study import Run, Study
 
 # What each definition of the Hessian means; DESIGN and README say the same.
@@ -70,12 +70,6 @@ def methods(study: Study) -> list[str]:
     return [*filter(None, paragraphs), _software(study)]
 
 
-def listed(values: Iterable[Any], last: str = "and") -> str:
-    """`a, b and c`, each once."""
-    words = list(dict.fromkeys(str(value) for value in values))
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
 def _in_order(probes: list[str]) -> list[str]:
     known = [probe for probe in SENTENCES if probe in probes]
     return known + [probe for probe in probes if probe not in known]
@@ -91,12 +85,15 @@ def _data(study: Study) -> str:
     parts = []
     for name in dict.fromkeys(run.dataset for run in study.runs):
         about = next(run.data for run in study.runs if run.dataset == name)
-        facts = [f"{about[key]:,} {what}" for key, what in (("n_train", "training"), ("n_test", "test")) if key in about]
+        facts = [
+            f"{about[key]:,} {what}" for key, what in (("n_train", "training"), ("n_test", "test")) if key in about
+        ]
         size = about.get("size")
         shape = f" of {size} × {size} pixels" if size else ""
         classes = f" in {len(about['classes'])} classes" if about.get("classes") else ""
         parts.append(f"{name} ({listed(facts)} images{shape}{classes})")
-    return f"The data were {listed(parts)}; the networks {listed(run.model for run in study.runs)}."
+    models = listed(run.model for run in study.runs)
+    return f"The data were {listed(parts)}; the network{'s were' if ' and ' in models else ' was'} {models}."
 
 
 def _training(study: Study) -> str:
@@ -128,10 +125,11 @@ def _training(study: Study) -> str:
 
 def _optimizer(runs: list[Run]) -> str:
     augment = {bool(run.config.get("augment")) for run in runs}
-    images = {
-        (True,): "on randomly cropped images (mirrored at random where the data allow it)",
-        (False,): "without augmentation",
-    }.get(tuple(augment), "with and without augmentation")
+    images = "on randomly cropped images (mirrored at random where the data allow it)"
+    if augment == {False}:
+        images = "without augmentation"
+    elif len(augment) > 1:
+        images = "with and without augmentation"
     one = _settings(runs, "epochs")
     return (
         f"for {one} epoch{'' if one == '1' else 's'} by stochastic gradient descent (momentum "
@@ -189,7 +187,7 @@ def _eigenvalues(frame: pd.DataFrame) -> str:
     return (
         f"The {rows['rank'].max()} {listed(sorted(kinds.get(name, name) for name in which))} eigenvalues of the "
         f"Hessian with respect to {_variables(rows)}, on {_sample(rows)}, were computed by Lanczos' method with full "
-        f"reorthogonalization, to a relative residual of {worst:.0e} or less; they carry no error over the data."
+        f"reorthogonalization, to a relative residual of {worst:.1g} or less; they carry no error over the data."
     )
 
 

@@ -1,4 +1,7 @@
-"""What lies on disk of a set of runs: `run.json`, `train.jsonl`, manifests and records.  No checkpoint is opened."""
+"""What lies on disk of a set of runs: `run.json`, `train.jsonl`, manifests and records.  No checkpoint is opened.
+
+Checkpoints of other programs leave records alone; what these say of the run stands in for its `run.json`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ class Run:
 
     Attributes:
         name: its folder, as seen from the folder asked for.
-        config, data, versions, started, teacher: from `run.json`; `teacher` is the SHA-256 it started from.
+        config, data, versions, started, teacher: from `run.json`; `teacher` is the SHA-256 it started from.  Of a run
+            of another program only what its records hold.
         epochs: the rows of `train.jsonl`, by epoch.
         manifest: file name to SHA-256.
     """
@@ -63,12 +67,13 @@ class Run:
     @property
     def bits(self) -> str:
         """`WxAy`, or `FP`."""
-        return str(self.config.get("bits") or "FP").upper()
+        return str(self.config.get("bits") or "FP").upper()  # None for a float run of ours
 
     @property
     def seed(self) -> int | None:
         """Seed of the training."""
-        return self.config.get("seed")
+        seed = self.config.get("seed")
+        return seed if isinstance(seed, int) else None
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -90,6 +95,11 @@ class Run:
     def finished(self) -> bool:
         """Whether it was trained to the end."""
         return self.last_epoch is not None and self.last_epoch == self.config.get("epochs")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was begun here and not trained to the end."""
+        return "epochs" in self.config and not self.finished
 
     @property
     def last_accuracy(self) -> float | None:
@@ -154,6 +164,17 @@ class Study:
         return sorted({path.stem for path in self.root.rglob("records/*.jsonl")})
 
     @cached_property
+    def training(self) -> pd.DataFrame:
+        """A row for each run and epoch, see `plots.training_figure`."""
+        columns = ["run", "method", "model", "dataset", "bits", "epoch", "test_accuracy"]
+        rows = [
+            (run.name, run.method, run.model, run.dataset, run.bits, row["epoch"], number_of(row, "test_accuracy"))
+            for run in self.runs
+            for row in run.epochs
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    @cached_property
     def traces(self) -> pd.DataFrame:
         """Whole-network traces."""
         return totals(self.records("hessian_trace"))
@@ -175,7 +196,7 @@ class Study:
 
 
 def read_study(root: str | Path) -> Study:
-    """Every run at or below `root`, found by its `run.json`.
+    """Every run at or below `root`, found by its `run.json` or its records.
 
     Raises:
         UserError: if the folder does not exist, or holds no run that can be read.
@@ -185,12 +206,14 @@ def read_study(root: str | Path) -> Study:
         raise UserError(
             f"No folder '{root}'. Give --ckpt-dir a run, or a folder of runs; 'fpq-analyze train' makes one."
         )
+    folders = {path.parent for path in root.rglob("run.json")}
+    folders |= {path.parent.parent for path in root.rglob("records/*.jsonl")}
     runs, faults = [], []
-    for path in sorted(root.rglob("run.json")):
-        name = records.run_name(root, path.parent)
-        about = _read_json(path)
+    for folder in sorted(folders):
+        about = _read_json(folder / "run.json") if (folder / "run.json").exists() else _from_records(folder)
+        name = records.run_name(root, folder)
         if not isinstance(about.get("config"), dict) or not isinstance(about.get("data"), dict):
-            faults.append(f"{name} is left out: its run.json is damaged, or not one of fpq-analyze.")
+            faults.append(f"{name} is left out: its run.json is damaged, or was not written by fpq-analyze.")
             continue
         runs.append(
             Run(
@@ -200,8 +223,8 @@ def read_study(root: str | Path) -> Study:
                 {str(key): str(value) for key, value in (about.get("versions") or {}).items()},
                 str(about.get("started", "")),
                 about.get("teacher"),
-                _epochs(path.parent),
-                {str(key): str(value) for key, value in _read_json(path.parent / "manifest.json").items()},
+                _epochs(folder),
+                {str(key): str(value) for key, value in _read_json(folder / "manifest.json").items()},
             )
         )
     if not runs:
@@ -223,6 +246,16 @@ def _epochs(folder: Path) -> list[dict[str, Any]]:
     """The rows of `train.jsonl`, one an epoch: the newest counts."""
     rows = {row["epoch"]: row for row in read_jsonl(folder / "train.jsonl") if isinstance(row.get("epoch"), int)}
     return [rows[epoch] for epoch in sorted(rows)]
+
+
+def _from_records(folder: Path) -> dict[str, Any]:
+    """What a run's records say of it, in the form of `run.json`."""
+    for path in sorted((folder / "records").glob("*.jsonl")):
+        for row in read_jsonl(path)[:1]:
+            config = {key: row.get(key) for key in ("method", "model", "bits")}
+            data = {"name": row.get("dataset"), "fingerprint": row.get("data")}
+            return {"config": {**config, "seed": row.get("train_seed")}, "data": data}
+    return {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

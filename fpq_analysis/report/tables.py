@@ -20,16 +20,14 @@ from fpq_analysis.report.study import Run, Study, number_of
 NONE = "–"
 SHORT_HASH = 12
 MOST_QUANTITIES = 16  # of a probe with more, a table would be no help
-# What makes the records of each probe, after `fpq-analyze`.
-COMMANDS = {
-    "hessian_trace": "hessian",
-    "hessian_eigs": "hessian --top-k 5",
-    "hessian_density": "hessian --density",
-    "sharpness": "hessian --sharpness",
-}
-# Probes that are drawn or listed elsewhere in the page, and quantities that are not results.
-LISTED = ("hessian_trace",)
+# Quantities that are not results of their own.
 NOT_RESULTS = r"(nodes|weights|residual)_\d+|clipped_fraction"
+TITLES = {
+    "hessian_eigs": "Eigenvalues",
+    "hessian_density": "Moments of the spectral density",
+    "sharpness": "Sharpness",
+}
+HEADS = {"squares": "sum of squares"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ class Cell:
         text: what is shown.
         value: the number behind it, in full; None for words.
         number: whether it stands in a column of numbers.
-        after: what follows the number (`± 3`), in its own column's width.
         colour: of the method, as in the figures.
-        code: whether it is a hash or a setting.
+        code: whether it is a hash.
+        interval: a picture in place of text.
     """
 
     text: str
@@ -113,9 +111,9 @@ def runs_table(study: Study) -> Table:
     """A row a run: what it is, how it ended, and its last trace."""
     several = len({run.dataset for run in study.runs}) > 1
     heads = ["Run", "Method", "Network", *(["Data"] if several else []), "Bits", "Seed", "Epochs"]
-    heads += ["Accuracy, last", "best", "Clipped"]
+    heads += ["Accuracy", "Best", "Clipped"]
     definition = study.definition
-    heads += [f"Trace, {definition}", "± 95 %"] if definition else []
+    heads += ["Trace", "± 95 %"] if definition else []
     heads += ["Checkpoint", "Training"]
     rows = []
     for run in study.runs:
@@ -130,11 +128,13 @@ def runs_table(study: Study) -> Table:
         row += [num(run.seconds, text=None if run.seconds is None else duration(run.seconds))]
         rows.append(row)
     notes = [
-        "Accuracy: on the test images, in %. The best epoch's is chosen on these images, so it is too high.",
+        "Accuracy: on the test images after the last epoch, in %. That of the best epoch is chosen on the same images, "
+        "so it is too high.",
         "Clipped: share of the weights outside their quantizer's grid after the last epoch, in %.",
     ]
     if definition:
-        notes.append(f"Trace: of the Hessian at the last epoch measured; {interval_of(study.traces)}.")
+        what = f"Trace: of the Hessian (definition: {definition}) at the last epoch measured"
+        notes.append(f"{what}; {interval_of(study.traces)}.")
     notes.append("Checkpoint: first digits of the last one's SHA-256. Training: time of the training steps.")
     return Table("Runs", heads, rows, notes)
 
@@ -157,8 +157,8 @@ def accuracy_table(study: Study) -> Table | None:
     places = list(dict.fromkeys((run.dataset, run.model) for run in runs))
     cells: dict[tuple[Any, ...], dict[str, dict[Any, Run]]] = {}
     for run in runs:
-        row = cells.setdefault((run.dataset, run.model, variant(study, run)), {})
-        row.setdefault(run.bits, {})[run.seed] = run  # a seed that is there twice counts once
+        of_row = cells.setdefault((run.dataset, run.model, variant(study, run)), {})
+        of_row.setdefault(run.bits, {})[run.seed] = run  # a seed that is there twice counts once
     several = len(places) > 1
     heads = [*(["Data", "Network"] if several else []), "Method", *widths]
     rows = []
@@ -198,12 +198,12 @@ def comparison_table(study: Study) -> Table | None:
     heads = ["Run", "Minus", *(["Definition"] if several else []), "Its trace", "Difference", "± 95 %", "in %", "", ""]
     rows = [_compared(study, c, several, reach) for c in found]
     notes = [
-        "Trace of the run at the last common epoch minus that of the other (a float network at the checkpoint the run "
-        f"started from), {'image by image on the same images' if all(c.difference.paired for c in found) else ''}"
-        "; 'in %' and the bars are relative to the other's trace, the line in the middle is no difference.",
+        "Trace of the run at the last epoch that both have minus that of the other (of a float network at the "
+        "checkpoint the run started from), image by image on the same images.",
+        f"In % and the bars: relative to the other's trace; bars from −{100 * reach:.0f} to +{100 * reach:.0f} %, no "
+        "difference in the middle.",
         "Intervals are over the images. They hold for these trained networks, not for the methods.",
     ]
-    notes[0] = notes[0].replace(", ; ", "; ")
     return Table("Differences of traces", heads, rows, notes)
 
 
@@ -232,7 +232,7 @@ def number_tables(study: Study) -> list[Table]:
     found = []
     for probe in study.probes:
         frame = study.records(probe)
-        if probe in LISTED or frame.empty:
+        if probe == "hessian_trace" or frame.empty:
             continue
         rows = frame[(frame["layer"] == "all") & frame["value"].notna()]
         rows = rows[~rows["quantity"].str.fullmatch(NOT_RESULTS)]
@@ -244,7 +244,12 @@ def number_tables(study: Study) -> list[Table]:
 
 def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]) -> Table:
     several = rows["definition"].nunique() > 1
-    heads = ["Run", *(["Definition"] if several else []), "Epoch", *(q.replace("_", " ") for q in quantities)]
+    heads = [
+        "Run",
+        *(["Definition"] if several else []),
+        "Epoch",
+        *(HEADS.get(q, q.replace("_", " ")) for q in quantities),
+    ]
     cells, errors = [], False
     for run in study.runs:
         for definition, own in rows[rows["run"] == run.name].groupby("definition", dropna=False, sort=False):
@@ -265,7 +270,7 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
     notes = [f"At each run's last measured epoch, on {n} training images."]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
-    return Table(probe, heads, cells, notes)
+    return Table(TITLES.get(probe, probe.replace("_", " ").capitalize()), heads, cells, notes)
 
 
 def _half(row: pd.Series) -> float:
@@ -327,7 +332,11 @@ def provenance_tables(study: Study) -> list[Table]:
         for (name, fingerprint), about in data.items()
     ]
     runs = [
-        [run_cell(study, run), Cell(run.started.replace("T", " ")[:16] or NONE), Cell(run.checkpoint or NONE, code=True)]
+        [
+            run_cell(study, run),
+            Cell(run.started.replace("T", " ")[:16] or NONE),
+            Cell(run.checkpoint or NONE, code=True),
+        ]
         for run in study.runs
     ]
     measured = []
@@ -357,7 +366,9 @@ def provenance_tables(study: Study) -> list[Table]:
     ]
     if measured:
         heads = ["Measurement", "Definition", "Estimator", "Checkpoints", "Images", "Seed", "Settings", "Time"]
-        note = "Settings: hash of the measurement, its version and options, images and seed; equal hashes are comparable."
+        note = (
+            "Settings: hash of the measurement, its version and options, images and seed; equal hashes are comparable."
+        )
         tables.append(Table("Records", heads, measured, [note]))
     return tables
 
@@ -387,13 +398,10 @@ def versions_table(study: Study) -> Table | None:
 def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, str]]:
     """What has no records: its figure, or its name, and the command that measures it."""
     folder = shlex.quote(str(study.root))
-    found = {drawing.title: COMMANDS.get(drawing.probe) for drawing in missing}
+    found = {drawing.title: drawing.command for drawing in missing}
     if "sharpness" not in study.probes:
-        found["Sharpness"] = COMMANDS["sharpness"]
-    return [
-        (title, f"fpq-analyze {command} --ckpt-dir {folder}" if command else "fpq-analyze --help")
-        for title, command in found.items()
-    ]
+        found["Sharpness"] = "hessian --sharpness"  # has no figure
+    return [(title, f"fpq-analyze {command} --ckpt-dir {folder}") for title, command in found.items()]
 
 
 def duration(seconds: float) -> str:
