@@ -31,6 +31,7 @@ ROOMS = {
     "comparison": set(),
     "measurement": {"checkpoint", "data", "devices", "probes", "progress", "records"},
     "plots": {"records"},
+    "report": {"comparison", "plots", "records", "__version__"},
     "compat": {"curvature", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "models", "quantizers"},
     "inspection": {"checkpoint"},
@@ -61,7 +62,7 @@ def test_imports_go_one_way(path):
         assert imports(path) <= allowed | ANYWHERE | {room}
 
 
-@pytest.mark.parametrize("module", ["fpq_analysis", "fpq_analysis.cli", "fpq_analysis.plots", "fpq_analysis.records"])
+@pytest.mark.parametrize("module", ["fpq_analysis", "fpq_analysis.cli", "fpq_analysis.plots", "fpq_analysis.report"])
 def test_no_torch_is_loaded(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -32,5 +32,5 @@ def report(
         say(f"Note: {caution}")
     for name, command in written.missing:
         say(f"Not measured: {name} ({command})")
-    figures = ", ".join(written.figures) or "no figure"
+    figures = ", ".join(written.figures) or "no figure of measurements"
     print(f"{written.path}: {written.runs} runs; {figures}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,7 +14,7 @@ from scipy import stats
 from fpq_analysis import records
 from fpq_analysis.comparison import Difference, against_baseline, difference, number
 from fpq_analysis.plots.style import NAMES
-from fpq_analysis.report.study import PLACES, Run, Study, number_of
+from fpq_analysis.report.study import DEFINITIONS, PLACES, Run, Study, number_of
 
 BASELINE = "lsq"
 # Of normal intervals; those over few seeds are Student's.
@@ -144,9 +144,9 @@ def findings(study: Study) -> list[Finding]:
     """The study's results: curvature, accuracy, and what their number of seeds allows to say."""
     comparisons = [c for c in against_method(study) if c.definition == study.definition]
     found = [
-        Finding("Curvature", [*_traces(study, comparisons), *_other_definitions(study), *_float(study)]),
+        Finding("Curvature", [*_traces(study, comparisons), *_definitions(study), *_float(study)]),
         Finding("Accuracy", _accuracies(study)),
-        Finding("How far this goes", _seeds(study, len(comparisons))),
+        Finding("How far this goes", _seeds(study, len(_by_kind(comparisons)))),
     ]
     return [finding for finding in found if finding.sentences]
 
@@ -160,10 +160,11 @@ def _traces(study: Study, comparisons: list[Comparison]) -> list[str]:
             continue
         mean, half = over_seeds([c.difference.value for c in group])
         base = statistics.mean(c.difference.baseline_value for c in group)
+        what = _change(mean, half, "", number)
         sentences.append(
             f"{_name(study, first.ours)} against {_name(study, first.theirs)}, over {len(group)} training seeds: the "
-            f"trace {_change(mean, half, 'lower', 'higher')} by {number(abs(mean), 3)} ± {number(half, 2)} on average "
-            f"({100 * abs(mean / base):.0f} % of {number(base, 3)}; 95 % Student interval over the seeds)."
+            f"trace {what} on average ({100 * abs(mean / base):.0f} % of {number(base, 3)}; 95 % Student interval over "
+            "the seeds)."
         )
     return sentences
 
@@ -180,22 +181,22 @@ def _name(study: Study, run: Run) -> str:
     return f"{variant(study, run)} {run.bits}"
 
 
-def _change(mean: float, half: float, down: str, up: str) -> str:
+def _change(mean: float, half: float, unit: str, form: Callable[[float, int], str]) -> str:
     if abs(mean) <= half:
-        return f"does not differ measurably; it is {down if mean < 0 else up}"
-    return f"is {down if mean < 0 else up}"
+        return f"does not differ measurably: {'+' if mean > 0 else ''}{form(mean, 3)} ± {form(half, 2)}{unit}"
+    return f"is {'lower' if mean < 0 else 'higher'} by {form(abs(mean), 3)} ± {form(half, 2)}{unit}"
 
 
-def _other_definitions(study: Study) -> list[str]:
+def _definitions(study: Study) -> list[str]:
+    """How the runs compare under each definition, where there are several."""
     every = against_method(study)
-    sentences = []
-    for definition in sorted({c.definition for c in every} - {study.definition}):
-        signs = [c.sign for c in every if c.definition == definition]
-        sentences.append(
-            f"The same comparisons under the definition '{definition}': {signs.count(-1)} lower, {signs.count(1)} "
-            f"higher, {signs.count(0)} not measurably different."
-        )
-    return sentences
+    counts = [(name, [c.sign for c in every if c.definition == name]) for name in DEFINITIONS]
+    parts = [
+        f"{signs.count(-1)} lower, {signs.count(1)} higher and {signs.count(0)} not measurably different under '{name}'"
+        for name, signs in counts
+        if signs
+    ]
+    return [f"Run against run on the same images: {'; '.join(parts)}."] if len(parts) > 1 else []
 
 
 def _float(study: Study) -> list[str]:
@@ -218,10 +219,10 @@ def _accuracies(study: Study) -> list[str]:
         if len(group) > 1:
             gaps = [100 * (x.last_accuracy - y.last_accuracy) for x, y in group]  # type: ignore[operator]
             mean, half = over_seeds(gaps)
+            what = _change(mean, half, " points", lambda x, _: f"{x:.2f}")
             sentences.append(
-                f"{_name(study, a)} against {_name(study, b)}, over {len(group)} training seeds: test accuracy "
-                f"{_change(mean, half, 'lower', 'higher')} by {abs(mean):.2f} ± {half:.2f} points on average (95 % "
-                "Student interval over the seeds)."
+                f"{_name(study, a)} against {_name(study, b)}, over {len(group)} training seeds: test accuracy {what} "
+                "on average (95 % Student interval over the seeds)."
             )
             continue
         p, q, n = a.last_accuracy, b.last_accuracy, number_of(a.data, "n_test")
@@ -273,7 +274,7 @@ def _seeds(study: Study, n_comparisons: int) -> list[str]:
     sentences = [sentence]
     if n_comparisons >= 5:
         sentences.append(
-            f"With {n_comparisons} comparisons at 95 %, one in twenty would look like a difference by chance alone."
+            f"With {n_comparisons} comparisons, each at 95 %, about one in twenty would show a difference by chance."
         )
     return sentences
 

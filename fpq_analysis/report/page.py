@@ -67,7 +67,6 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
     missing = tables.not_measured(study, undrawn)
     notes = cautions(study)
     differing, shared = tables.settings_table(study)
-    accuracy, comparisons = tables.accuracy_table(study), tables.comparison_table(study)
     page = (
         _environment()
         .get_template("page.html.jinja")
@@ -78,8 +77,8 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
             findings=findings(study),
             cautions=notes,
             runs=tables.runs_table(study),
-            accuracy=accuracy,
-            comparisons=comparisons,
+            accuracy=tables.accuracy_table(study),
+            comparisons=tables.comparison_tables(study),
             pictures=[*([training] if training else []), *drawn],
             numbers=tables.number_tables(study),
             missing=missing,

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.plots import FIGURES, Drawing, style, training_caption, training_figure
-from fpq_analysis.report.study import Study
+from fpq_analysis.report.findings import variant
+from fpq_analysis.report.study import Study, number_of
 
 MAX_SVG = 300_000  # bytes
 SVG = "http://www.w3.org/2000/svg"
@@ -49,10 +51,15 @@ class Picture:
 
 
 def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
-    """Every figure that has records, and those that have none."""
+    """Every figure that has records, and those that have none.
+
+    Of several definitions of the Hessian the figures show `study.definition` alone; the tables have the others.
+    """
     drawn, missing = [], []
     for drawing in FIGURES.values():
         frame = study.records(drawing.probe)
+        if (frame["definition"] == study.definition).any():
+            frame = frame[frame["definition"] == study.definition]
         try:
             figure = drawing.draw(frame) if len(frame) else None
         except ValueError:  # nothing to draw
@@ -66,11 +73,18 @@ def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
 
 def training_picture(study: Study) -> Picture | None:
     """Test accuracies, from `train.jsonl`; None if there are none."""
-    try:
-        figure = training_figure(study.training)
-    except ValueError:
+    rows = pd.DataFrame(
+        [
+            (run.name, variant(study, run), run.method, run.model, run.dataset, run.bits, row["epoch"], accuracy)
+            for run in study.runs
+            for row in run.epochs
+            if (accuracy := number_of(row, "test_accuracy")) is not None
+        ],
+        columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "test_accuracy"],
+    )
+    if rows.empty:
         return None
-    return picture("Training", "training", figure, training_caption(study.training))
+    return picture("Training", "training", training_figure(rows), training_caption(rows))
 
 
 def picture(title: str, name: str, figure: Figure, caption: str) -> Picture:

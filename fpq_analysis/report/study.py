@@ -164,17 +164,6 @@ class Study:
         return sorted({path.stem for path in self.root.rglob("records/*.jsonl")})
 
     @cached_property
-    def training(self) -> pd.DataFrame:
-        """A row for each run and epoch, see `plots.training_figure`."""
-        columns = ["run", "method", "model", "dataset", "bits", "epoch", "test_accuracy"]
-        rows = [
-            (run.name, run.method, run.model, run.dataset, run.bits, row["epoch"], number_of(row, "test_accuracy"))
-            for run in self.runs
-            for row in run.epochs
-        ]
-        return pd.DataFrame(rows, columns=columns)
-
-    @cached_property
     def traces(self) -> pd.DataFrame:
         """Whole-network traces."""
         return totals(self.records("hessian_trace"))

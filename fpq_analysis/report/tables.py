@@ -14,7 +14,7 @@ import pandas as pd
 from fpq_analysis.comparison import number
 from fpq_analysis.plots import Drawing
 from fpq_analysis.plots.style import NAMES, colour
-from fpq_analysis.report.findings import Z95, Comparison, against_float, against_method, variant, varying
+from fpq_analysis.report.findings import BASELINE, Z95, Comparison, against_float, against_method, variant, varying
 from fpq_analysis.report.study import Run, Study, number_of
 
 NONE = "–"
@@ -187,24 +187,32 @@ def _accuracy(runs: list[Run]) -> Cell:
     return num(mean, text=f"{100 * mean:.2f} ± {100 * sd:.2f} ({len(found)})")
 
 
-def comparison_table(study: Study) -> Table | None:
-    """Differences of traces on the same images, against LSQ and against the float network, with their intervals."""
-    found = [*against_method(study), *against_float(study)]
-    if not found:
-        return None
+def comparison_tables(study: Study) -> list[Table]:
+    """Differences of traces on the same images: against LSQ, and against the float network each started from."""
+    against = {
+        f"Against {NAMES[BASELINE]}": (against_method(study), "at the last epoch that both have"),
+        "Against the float network": (
+            [c for c in against_float(study) if c.definition == study.definition],
+            "the run's at its last epoch, the float network's at the checkpoint that the run started from",
+        ),
+    }
+    return [_comparisons(study, name, found, when) for name, (found, when) in against.items() if found]
+
+
+def _comparisons(study: Study, name: str, found: list[Comparison], when: str) -> Table:
     several = len({c.definition for c in found}) > 1
     relative = [(abs(c.difference.value) + c.difference.ci95) / abs(c.difference.baseline_value) for c in found]
     reach = min(max(relative), 2.0)  # one difference of a thousand per cent must not flatten all others
     heads = ["Run", "Minus", *(["Definition"] if several else []), "Its trace", "Difference", "± 95 %", "in %", "", ""]
     rows = [_compared(study, c, several, reach) for c in found]
+    what = "" if several else f" (definition: {found[0].definition})"
     notes = [
-        "Trace of the run at the last epoch that both have minus that of the other (of a float network at the "
-        "checkpoint the run started from), image by image on the same images.",
+        f"The run's trace minus the other's{what}, image by image on the same images; {when}.",
         f"In % and the bars: relative to the other's trace; bars from −{100 * reach:.0f} to +{100 * reach:.0f} %, no "
         "difference in the middle.",
         "Intervals are over the images. They hold for these trained networks, not for the methods.",
     ]
-    return Table("Differences of traces", heads, rows, notes)
+    return Table(name, heads, rows, notes)
 
 
 def _compared(study: Study, c: Comparison, several: bool, reach: float) -> list[Cell]:
@@ -263,7 +271,7 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
                     continue
                 value, half = float(by_name.loc[quantity, "value"]), _half(by_name.loc[quantity])
                 errors = errors or half > 0
-                text = shown(value, 4) + (f" ± {shown(half, 2)}" if half > 0 else "")
+                text = f"{shown(value, 3)} ± {shown(half, 2)}" if half > 0 else shown(value, 4)
                 row.append(num(value, text=text))
             cells.append(row)
     n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()))
