@@ -187,7 +187,7 @@ def _eigenvalues(frame: pd.DataFrame) -> str:
     return (
         f"The {rows['rank'].max()} {listed(sorted(kinds.get(name, name) for name in which))} eigenvalues of the "
         f"Hessian with respect to {_variables(rows)}, on {_sample(rows)}, were computed by Lanczos' method with full "
-        f"reorthogonalization, to a relative residual of {worst:.1g} or less; they carry no error over the data."
+        f"reorthogonalization (largest relative residual {worst:.2g}); they carry no error over the data."
     )
 
 
