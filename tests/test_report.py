@@ -24,7 +24,7 @@ from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.report import citations, findings, pictures
 from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study
-from fpq_analysis.report.tables import duration
+from fpq_analysis.report.tables import digits_beside, duration, shown
 from tests.test_cli import call
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -293,6 +293,32 @@ def test_runs_of_other_programs_need_no_run_json(runs, tmp_path):
     assert report.cautions == []
 
 
+def test_probes_the_report_does_not_know(runs, tmp_path):
+    """Records of a probe of one's own are listed and named; torn ones are not there."""
+    about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
+    about |= {
+        "probe": "own_measure",
+        "definition": None,
+        "estimator": None,
+        "samples": None,
+        "ci95": None,
+        "sem_data": None,
+        "sem": 0.5,
+    }
+    rows = [{**about, "layer": "conv", "quantity": f"q_{i}", "value": 1.0} for i in range(30)]
+    rows.append({**about, "quantity": "sum", "value": 12345.6})
+    records.append(runs / "fp", "own_measure", rows)
+    for probe in ("hessian_eigs", "hessian_density"):
+        for path in runs.rglob(f"records/{probe}.jsonl"):
+            path.write_text(path.read_text().splitlines()[0][:-5])
+    report = write_report(runs, tmp_path / "page.html")
+    found = Page((tmp_path / "page.html").read_text())
+    assert found.tables["Own measure"][1] == [["fp", None], ["2", 2.0], ["12,345.6\u00a0±\u00a00.98", 12345.6]]
+    assert "own_measure" in found.column("Records", "Seed")
+    assert {"Eigenvalues", "Density"} <= {name for name, _ in report.missing}
+    assert "The measurement 'own_measure' was taken at 1 checkpoint" in found.text["p"]
+
+
 def test_a_single_run_is_named(runs, tmp_path):
     assert Page(page(runs / "fp", tmp_path)).column("Runs", "Method") == {"fp": "FP"}
 
@@ -347,7 +373,7 @@ def test_findings_over_seeds(tmp_path):
     assert "3 seeds" in limits.sentences[0]
     found = Page(page(tmp_path, tmp_path))
     (cell,) = (row[1] for row in found.tables["Test accuracy"] if row[0][0] == "FPQ")
-    assert cell == ["95.33 ± 1.53 (3)", pytest.approx(np.mean(accuracies["fpq"]))]
+    assert cell == ["95.33\u00a0±\u00a01.53 (3)", pytest.approx(np.mean(accuracies["fpq"]))]
 
 
 @pytest.mark.parametrize(("p", "q", "n"), [(0.98, 0.96, 355), (1.0, 1.0, 50), (0.3, 0.9, 20), (1.0, 0.0, 10)])
@@ -406,6 +432,9 @@ def test_citation_is_that_of_the_project():
 
 
 def test_small_print():
+    pairs = ((17.92, 19), (12345.678, 0.98), (0.0053, 0.0099), (-56.3, 110), (3.0, 0.0))
+    texts = [shown(value, digits_beside(value, half)) for value, half in pairs]
+    assert texts == ["17.9", "12,345.68", "0.0053", "−56.3", "3"]
     assert typeset("a-1 is -5.66 ± 17, 95 % of x-2") == "a-1 is −5.66\u00a0±\u00a017, 95\u00a0% of x-2"
     assert [duration(s) for s in (4.25, 59, 61, 7500)] == ["4.2 s", "59 s", "1 min 01 s", "2 h 05 min"]
     with pytest.raises(UserError, match="No folder"):

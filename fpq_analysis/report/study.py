@@ -160,8 +160,9 @@ class Study:
 
     @cached_property
     def probes(self) -> list[str]:
-        """All probes there are records of."""
-        return sorted({path.stem for path in self.root.rglob("records/*.jsonl")})
+        """All probes there are complete records of."""
+        names = sorted({path.stem for path in self.root.rglob("records/*.jsonl")})
+        return [name for name in names if len(self.records(name))]
 
     @cached_property
     def traces(self) -> pd.DataFrame:

@@ -86,8 +86,15 @@ def shown(value: float, digits: int) -> str:
     """`value` to so many significant digits, with thousands apart and a true minus."""
     text = number(value, digits)
     if "e" not in text and abs(value) >= 1000:
-        text = f"{float(text):,.0f}"
+        text = f"{float(text):,.12g}"
     return text.replace("-", "−")
+
+
+def digits_beside(value: float, half: float) -> int:
+    """Digits of a value that reach as far as two of its error's, and at least 3."""
+    if not (half > 0 and value):
+        return 4
+    return min(9, max(3, math.floor(math.log10(abs(value))) - math.floor(math.log10(half)) + 2))
 
 
 def num(value: float | None, digits: int = 4, text: str | None = None) -> Cell:
@@ -123,7 +130,10 @@ def runs_table(study: Study) -> Table:
         row += [percent(run.last_accuracy), percent(run.best_accuracy), percent(run.clipped, 1)]
         if definition:
             last = study.last_trace(run)
-            row += [num(None), num(None)] if last is None else [num(last["value"]), num(last["ci95"], 2)]
+            if last is None:
+                row += [num(None), num(None)]
+            else:
+                row += [num(last["value"], digits_beside(last["value"], last["ci95"])), num(last["ci95"], 2)]
         row += [Cell((run.checkpoint or NONE)[:SHORT_HASH], code=run.checkpoint is not None)]
         row += [num(run.seconds, text=None if run.seconds is None else duration(run.seconds))]
         rows.append(row)
@@ -227,7 +237,7 @@ def _compared(study: Study, c: Comparison, several: bool, reach: float) -> list[
         Cell(theirs, colour=run_cell(study, c.theirs).colour),
         *([Cell(c.definition)] if several else []),
         num(gap.baseline_value),
-        num(gap.value, 3),
+        num(gap.value, digits_beside(gap.value, gap.ci95)),
         num(gap.ci95, 2),
         num(gap.value / base, text=f"{100 * gap.value / base:+.0f}".replace("-", "−")),
         Cell("", interval=Interval(low, value, high)),
@@ -271,7 +281,7 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
                     continue
                 value, half = float(by_name.loc[quantity, "value"]), _half(by_name.loc[quantity])
                 errors = errors or half > 0
-                text = f"{shown(value, 3)} ± {shown(half, 2)}" if half > 0 else shown(value, 4)
+                text = shown(value, digits_beside(value, half)) + (f" ± {shown(half, 2)}" if half > 0 else "")
                 row.append(num(value, text=text))
             cells.append(row)
     n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()))
