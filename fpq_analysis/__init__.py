@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         spectral_density,
     )
     from fpq_analysis.quantizers import QuantSpec, calibrate, quantize
+    from fpq_analysis.report import write_report
     from fpq_analysis.tables import paper_tables
     from fpq_analysis.training import TrainConfig, run_sweep, train
 
@@ -82,6 +83,7 @@ _HOMES = {
     "sharpness": "fpq_analysis.probes",
     "spectral_density": "fpq_analysis.probes",
     "train": "fpq_analysis.training",
+    "write_report": "fpq_analysis.report",
 }
 
 __all__ = [
@@ -122,6 +124,7 @@ __all__ = [
     "sharpness",
     "spectral_density",
     "train",
+    "write_report",
 ]
 
 

@@ -32,6 +32,7 @@ ROOMS = {
     "measurement": {"checkpoint", "data", "devices", "probes", "progress", "records"},
     "plots": {"records"},
     "figures": {"measurement", "plots", "probes", "records"},
+    "report": {"comparison", "plots", "records", "__version__"},
     "compat": {"curvature", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "models", "quantizers"},
     "inspection": {"checkpoint"},
@@ -62,7 +63,7 @@ def test_imports_go_one_way(path):
         assert imports(path) <= allowed | ANYWHERE | {room}
 
 
-@pytest.mark.parametrize("module", ["fpq_analysis", "fpq_analysis.cli", "fpq_analysis.figures", "fpq_analysis.records"])
+@pytest.mark.parametrize("module", ["fpq_analysis", "fpq_analysis.cli", "fpq_analysis.figures", "fpq_analysis.report"])
 def test_no_torch_is_loaded(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,6 +15,7 @@ from fpq_analysis.cli import features
 from fpq_analysis.cli import drift
 from fpq_analysis.cli import compare
 from fpq_analysis.cli import figures
+from fpq_analysis.cli import report
 from fpq_analysis.cli import doctor
 from fpq_analysis.cli import inspect
 from fpq_analysis.cli import export
@@ -36,6 +37,7 @@ __all__ = [
     "hessian",
     "inspect",
     "main",
+    "report",
     "tables",
     "train",
     "variance",

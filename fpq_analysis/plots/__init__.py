@@ -10,6 +10,7 @@ from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.figures import FIGURES, Drawing
 from fpq_analysis.plots.style import save, style
+from fpq_analysis.plots.training import training_caption, training_figure
 
 __all__ = [
     "FIGURES",
@@ -33,4 +34,6 @@ __all__ = [
     "figure5",
     "save",
     "style",
+    "training_caption",
+    "training_figure",
 ]

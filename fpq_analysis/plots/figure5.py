@@ -11,6 +11,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 
 from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
 
+# What the rows of one line have in common.
+LINE = ["run", "method", "bits", "definition", "estimator"]
+
 
 def totals(records: pd.DataFrame) -> pd.DataFrame:
     """The rows that hold a whole network's trace and are finite."""
@@ -36,8 +39,10 @@ def figure5(records: pd.DataFrame) -> Figure:
     if rows.empty:
         raise ValueError("no finite trace among the records")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
+    lines = max(panel.groupby(LINE).ngroups for _, panel in panels)
     with style():
-        figure = Figure(figsize=(5.2 * len(panels), 3.2), layout="constrained")
+        # As high as the legend needs.
+        figure = Figure(figsize=(5.2 * len(panels), max(3.2, 0.2 * lines)), layout="constrained")
         for index, ((model, dataset), panel) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
             _draw_panel(axes, panel)
@@ -50,7 +55,7 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
     quantized = bool((panel["bits"] != "FP").any())
     ends = []
     drawn_values = []
-    for _, line in panel.groupby(["run", "method", "bits", "definition", "estimator"], sort=True):
+    for _, line in panel.groupby(LINE, sort=True):
         line = line.sort_values("epoch")
         method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
         tint = colour(method, methods)

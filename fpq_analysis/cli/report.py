@@ -1,0 +1,36 @@
+"""`fpq-analyze report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpq_analysis.cli.app import CkptDir, app, guarded, say
+
+
+@app.command()
+@guarded
+def report(
+    ckpt_dir: CkptDir = Path("checkpoints"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """One HTML page about all runs: findings, tables, figures, methods, provenance.
+
+    From what is on disk; nothing is measured. What has no records yet is named, with the command that measures it. The
+    page is one file without scripts that loads nothing, so it can be mailed, archived or printed.
+
+    [bold]Example[/bold]
+
+      fpq-analyze report --ckpt-dir checkpoints/ -o report.html
+    """
+    from fpq_analysis.report import write_report
+
+    written = write_report(ckpt_dir, output)
+    for caution in written.cautions:
+        say(f"Note: {caution}")
+    for name, command in written.missing:
+        say(f"Not measured: {name} ({command})")
+    figures = ", ".join(written.figures) or "no figure of measurements"
+    print(f"{written.path}: {written.runs} runs; {figures}")

@@ -1,0 +1,159 @@
+"""The page: everything of a study, through the template."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from fpq_analysis import __version__
+from fpq_analysis.errors import UserError
+from fpq_analysis.files import atomic_write
+from fpq_analysis.plots.style import NAMES
+from fpq_analysis.report import tables
+from fpq_analysis.report.citations import bibtex
+from fpq_analysis.report.findings import cautions, findings, listed
+from fpq_analysis.report.pictures import pictures, training_picture
+from fpq_analysis.report.prose import DEFINITIONS, methods
+from fpq_analysis.report.study import Run, Study, read_study
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        path: the page.
+        runs: number of runs in it.
+        figures: titles of its figures.
+        missing: what has not been measured, each with the command that does.
+        cautions: what a reader is warned of.
+    """
+
+    path: Path
+    runs: int
+    figures: list[str]
+    missing: list[tuple[str, str]]
+    cautions: list[str]
+
+
+def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Report:
+    """Write one self-contained HTML page about every run at or below `ckpt_dir`.
+
+    Nothing is measured and no checkpoint is opened: the page says what `run.json`, `train.jsonl` and the records say,
+    and names what has not been measured.  It loads nothing from anywhere and runs no script.  Equal files give an
+    equal page.
+
+    Args:
+        path: of the page; an existing one is replaced in one step.
+
+    Raises:
+        UserError: if there is no run, or the page's folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"No folder '{path.parent}' to write '{path.name}' into. Make it, or choose another -o.")
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder. Name the page in it: -o {path / 'report.html'}.")
+    study = read_study(ckpt_dir)
+    drawn, undrawn = pictures(study)
+    training = training_picture(study)
+    missing = tables.not_measured(study, undrawn)
+    notes = cautions(study)
+    differing, shared = tables.settings_table(study)
+    page = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            css=Markup((HERE / "page.css").read_text()),
+            title=_title(study),
+            facts=_facts(study),
+            findings=findings(study),
+            cautions=notes,
+            runs=tables.runs_table(study),
+            accuracy=tables.accuracy_table(study),
+            comparisons=tables.comparison_tables(study),
+            pictures=[*([training] if training else []), *drawn],
+            numbers=tables.number_tables(study),
+            missing=missing,
+            definitions=[(name, text, name in set(study.traces["definition"])) for name, text in DEFINITIONS.items()],
+            methods=methods(study),
+            differing=differing,
+            shared=shared,
+            versions=tables.versions_table(study),
+            provenance=tables.provenance_tables(study),
+            bibtex=bibtex(run.method for run in study.runs),
+            version=__version__,
+        )
+    )
+    atomic_write(path, lambda file: file.write(page.encode()))
+    return Report(path, len(study.runs), [picture.title for picture in drawn], missing, notes)
+
+
+def _environment() -> jinja2.Environment:
+    # Everything that comes from files is escaped; only this room's own style sheet and SVG are `Markup`.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["typeset"] = typeset
+    return environment
+
+
+def typeset(text: str) -> str:
+    """Signs that belong to a number stay on its line, and a minus is one."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
+    return re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\u00a0", text)
+
+
+def _title(study: Study) -> str:
+    methods = listed(NAMES.get(run.method, run.method) for run in study.runs)
+    return f"{listed(run.model for run in study.runs)} on {listed(run.dataset for run in study.runs)}: {methods}"
+
+
+def _facts(study: Study) -> list[tuple[str, str]]:
+    """What was studied, when, on what: the head of the page."""
+    bits = listed(run.bits for run in study.runs if run.bits != "FP")
+    count = f"{len(study.runs)} run{'s' if len(study.runs) > 1 else ''}"
+    traces = study.traces
+    if traces.empty:
+        measured = "no trace yet"
+    else:
+        n = ", ".join(f"{int(x):,}" for x in sorted(traces["n_data"].unique()))
+        measured = f"{traces['checkpoint'].nunique():,} checkpoints on {n} training images"
+    return [
+        ("Runs", f"{count}; {bits}" if bits else count),
+        ("Data", listed(map(_data, {run.dataset: run for run in study.runs}.values()))),
+        ("Trained", _dates(study)),
+        ("Training seeds", listed(sorted({str(run.seed) for run in study.runs}))),
+        ("Hessian trace", measured),
+    ]
+
+
+def _data(run: Run) -> str:
+    data = run.data
+    counts = [f"{data[key]:,} {what}" for key, what in (("n_train", "training"), ("n_test", "test")) if key in data]
+    return f"{run.dataset} ({', '.join(counts)} images)" if counts else str(run.dataset)
+
+
+def _dates(study: Study) -> str:
+    days = []
+    for run in study.runs:
+        try:
+            days.append(datetime.fromisoformat(run.started).date())
+        except ValueError:
+            continue
+    if not days:
+        return "unknown"
+    first, last = min(days), max(days)
+    text = f"{first.day} {first:%B %Y}"
+    return text if first == last else f"{text} to {last.day} {last:%B %Y}"

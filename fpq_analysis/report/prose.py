@@ -1,0 +1,238 @@
+"""The methods paragraphs, made from run.json and the records: they say what was done, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from fpq_analysis.plots.eigenvalues import eigenvalues
+from fpq_analysis.plots.figure5 import totals
+from fpq_analysis.plots.style import NAMES
+from fpq_analysis.report.findings import listed
+from fpq_analysis.report.study import Run, Study
+
+# What each definition of the Hessian means; DESIGN and README say the same.
+DEFINITIONS = {
+    "dequantized": (
+        "The variables are Q(w), the weights that the quantized network computes with. It is the curvature of the "
+        "loss where the quantized network stands."
+    ),
+    "latent": (
+        "The variables are the trained weights w behind Q(w). Weights outside their quantizer's grid drop out, so a "
+        "method that clips more looks flatter: read it with the clipped fraction."
+    ),
+    "float": "The variables are the trained weights w, with all quantizers taken off: the full-precision shadow.",
+}
+VARIABLES = {
+    "dequantized": "the dequantized weights, which the quantized network computes with",
+    "latent": "the latent weights behind the quantizers (clipped weights have no curvature)",
+    "float": "the latent weights with all quantizers removed",
+}
+ESTIMATORS = {
+    "exact": (
+        "computed exactly, without random probes: these networks are piecewise linear in every single parameter, so "
+        "that the trace is a sum over images and classes of squared gradient norms"
+    ),
+    "sampled": (
+        "estimated without bias from squared gradient norms of single images at labels drawn from the network's own "
+        "prediction"
+    ),
+    "deflated": "estimated by Hutchinson's method with a Krylov subspace taken out exactly",
+    "hutchinson": "estimated by Hutchinson's method with random signs",
+    "hutch++": "estimated by Hutch++",
+    "xtrace": "estimated by XTrace",
+    "xnystrace": "estimated by XNysTrace",
+    "pyhessian": "estimated by Hutchinson's method as in PyHessian",
+}
+# How each method differs from plain LSQ; in braces, settings of the run.
+RECIPES = {
+    "lsq": "LSQ learns the step sizes of weights and inputs",
+    "lsq+": "LSQ+ learns step sizes, and offsets of the inputs",
+    "pact": "PACT learns the clipping level of the inputs (penalty {alpha_decay}) and quantizes weights as DoReFa",
+    "kd": "KD adds to LSQ a distillation loss of weight {kd_weight} at temperature {kd_temperature}",
+    "sam": "SAM is LSQ trained by sharpness-aware minimization with radius {sam_rho}",
+    "fpq": (
+        "FPQ adds to LSQ, in training only, uniform noise one quantization step wide at the input of each convolution "
+        "with probability {sfp_p}, and distillation of channel-wise standardized features from the float network with "
+        "weight {csd_weight}"
+    ),
+    "noise-features": "noise-features adds to LSQ uniform noise one step wide at the input of every convolution",
+    "noise-weights": "noise-weights adds to LSQ uniform noise one step wide to every convolution's weights",
+}
+CALIBRATIONS = {"mse": "a search for the least squared error", "minmax": "the range of the values"}
+
+
+def methods(study: Study) -> list[str]:
+    """The paragraphs of a methods section: training, measurements, software."""
+    paragraphs = [_data(study), _training(study)]
+    paragraphs += [SENTENCES.get(probe, _other)(study.records(probe)) for probe in _in_order(study.probes)]
+    return [*filter(None, paragraphs), _software(study)]
+
+
+def _in_order(probes: list[str]) -> list[str]:
+    known = [probe for probe in SENTENCES if probe in probes]
+    return known + [probe for probe in probes if probe not in known]
+
+
+def _settings(runs: list[Run], key: str) -> str:
+    """A setting of some runs, in words: `0.1`, or `0.1 or 0.3`."""
+    values = sorted({run.config.get(key) for run in runs}, key=lambda value: (str(type(value)), value))
+    return listed((f"{v:g}" if isinstance(v, float) else v for v in values), "or")
+
+
+def _data(study: Study) -> str:
+    parts = []
+    for name in dict.fromkeys(run.dataset for run in study.runs):
+        about = next(run.data for run in study.runs if run.dataset == name)
+        facts = [
+            f"{about[key]:,} {what}" for key, what in (("n_train", "training"), ("n_test", "test")) if key in about
+        ]
+        size = about.get("size")
+        shape = f" of {size} × {size} pixels" if size else ""
+        classes = f" in {len(about['classes'])} classes" if about.get("classes") else ""
+        parts.append(f"{name} ({listed(facts)} images{shape}{classes})")
+    models = listed(run.model for run in study.runs)
+    return f"The data were {listed(parts)}; the network{'s were' if ' and ' in models else ' was'} {models}."
+
+
+def _training(study: Study) -> str:
+    floats = [run for run in study.runs if run.bits == "FP"]
+    quantized = [run for run in study.runs if run.bits != "FP"]
+    sentences = []
+    if floats:
+        sentences.append(f"Float networks were trained {_optimizer(floats)}")
+    if quantized:
+        names = listed(NAMES.get(run.method, run.method) for run in quantized)
+        bits = listed(run.bits for run in quantized)
+        sentences.append(
+            f"Quantized networks ({names} at {bits}: bits of weights and inputs, the first and the last layer at 8 "
+            f"bits) started from the trained float network and were trained {_optimizer(quantized)}"
+        )
+        for method in dict.fromkeys(run.method for run in quantized):
+            here = [run for run in quantized if run.method == method]
+            if method in RECIPES:
+                keys = ("alpha_decay", "kd_weight", "kd_temperature", "sam_rho", "sfp_p", "csd_weight")
+                sentences.append(RECIPES[method].format(**{key: _settings(here, key) for key in keys}))
+        values = {CALIBRATIONS.get(str(run.config.get("act_calibration")), "") for run in quantized}
+        if len(values) == 1 and (how := values.pop()):
+            images = _settings(quantized, "calibration_images")
+            sentences.append(f"The first step sizes of the inputs come from {how} on {images} training images")
+    seeds = sorted({str(run.seed) for run in study.runs})
+    sentences.append(f"Training seed{'s' if len(seeds) > 1 else ''}: {listed(seeds)}")
+    return ". ".join(sentences) + "."
+
+
+def _optimizer(runs: list[Run]) -> str:
+    augment = {bool(run.config.get("augment")) for run in runs}
+    images = "on randomly cropped images (mirrored at random where the data allow it)"
+    if augment == {False}:
+        images = "without augmentation"
+    elif len(augment) > 1:
+        images = "with and without augmentation"
+    one = _settings(runs, "epochs")
+    return (
+        f"for {one} epoch{'' if one == '1' else 's'} by stochastic gradient descent (momentum "
+        f"{_settings(runs, 'momentum')}, weight decay {_settings(runs, 'weight_decay')}, batches of "
+        f"{_settings(runs, 'batch_size')}), with a learning rate of {_settings(runs, 'lr')} annealed to zero by a "
+        f"cosine, {images}"
+    )
+
+
+def _sample(rows: pd.DataFrame) -> str:
+    n = listed((f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique())), "or")
+    seeds = listed(sorted(rows["seed"].unique()))
+    return f"{n} training images (drawn once by seed {seeds}, the same for every checkpoint; no augmentation)"
+
+
+def _variables(rows: pd.DataFrame) -> str:
+    found = [VARIABLES.get(name, name) for name in dict.fromkeys(rows["definition"].dropna())]
+    if set(rows["bits"]) == {"FP"}:
+        return "all weights"
+    return "; and, apart, ".join(found)
+
+
+def _trace(frame: pd.DataFrame) -> str:
+    rows = totals(frame)
+    if rows.empty:
+        return ""
+    how = listed(ESTIMATORS.get(name, f"estimated by {name}") for name in rows["estimator"])
+    n = rows["checkpoint"].nunique()
+    sentences = [
+        f"We measured the trace of the Hessian of the mean cross-entropy at {n} checkpoint{'s' if n > 1 else ''}, with "
+        f"respect to {_variables(rows)}, and to biases and BatchNorm parameters; step sizes were not among the "
+        "variables, and activation quantizers acted through their straight-through derivative. BatchNorm was in "
+        f"evaluation mode, the arithmetic in float32, and the loss that of {_sample(rows)}. The trace was {how}."
+    ]
+    if rows["sem_data"].notna().any():
+        sentences.append(
+            "Intervals are 95 % intervals over the images, not over training runs; two networks were compared image by "
+            "image, so that what the images have in common cancels."
+        )
+    if rows["sem_data"].isna().any():
+        sentences.append("Where single images are not seen, intervals are over the random probes.")
+    return " ".join(sentences)
+
+
+def _eigenvalues(frame: pd.DataFrame) -> str:
+    rows = eigenvalues(frame)
+    if rows.empty:
+        return ""
+    residuals = frame[frame["quantity"].str.startswith("residual_")]
+    residuals = residuals.assign(quantity=residuals["quantity"].str.replace("residual_", "eigenvalue_"))
+    pairs = rows.merge(residuals[["key", "quantity", "value"]], on=["key", "quantity"], suffixes=("", "_residual"))
+    worst = (pairs["value_residual"] / pairs["value"].abs()).max()
+    kinds = {"LA": "largest", "SA": "smallest", "LM": "largest in magnitude"}
+    which = {str(name).partition(",")[0].split()[-1] for name in rows["estimator"]}
+    return (
+        f"The {rows['rank'].max()} {listed(sorted(kinds.get(name, name) for name in which))} eigenvalues of the "
+        f"Hessian with respect to {_variables(rows)}, on {_sample(rows)}, were computed by Lanczos' method with full "
+        f"reorthogonalization (largest relative residual {worst:.2g}); they carry no error over the data."
+    )
+
+
+def _density(frame: pd.DataFrame) -> str:
+    nodes = frame[frame["quantity"].str.startswith("nodes_") & frame["samples"].notna()]
+    if nodes.empty:
+        return ""
+    runs = nodes.groupby("key").size().max()
+    steps = nodes["samples"].map(len).max()
+    return (
+        f"The spectral density was estimated by stochastic Lanczos quadrature with {runs} random vectors of {steps} "
+        f"steps each, with respect to {_variables(nodes)}, on {_sample(nodes)}."
+    )
+
+
+def _sharpness(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return ""
+    return (
+        f"Sharpness measures that do not change when layers are rescaled were measured on {_sample(frame)}, as changes "
+        f"of the loss under moves relative to {_variables(frame)}."
+    )
+
+
+def _other(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return ""
+    probe, n = frame["probe"].iloc[0], frame["checkpoint"].nunique()
+    return f"The measurement '{probe}' was taken at {n} checkpoint{'s' if n > 1 else ''}, on {_sample(frame)}."
+
+
+# By probe, in the order of the text.  A probe without one is named, with its images and seed.
+SENTENCES: dict[str, Callable[[pd.DataFrame], str]] = {
+    "hessian_trace": _trace,
+    "hessian_eigs": _eigenvalues,
+    "hessian_density": _density,
+    "sharpness": _sharpness,
+}
+
+
+def _software(study: Study) -> str:
+    names = {"fpq-analysis": "fpq-analysis", "torch": "PyTorch", "numpy": "NumPy", "python": "Python"}
+    found = []
+    for key, name in names.items():
+        known = sorted({run.versions[key] for run in study.runs if key in run.versions})
+        if known:
+            found.append(f"{name} {listed(known, 'or')}")
+    return f"Training used {listed(found)}." if found else ""

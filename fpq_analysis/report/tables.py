@@ -1,0 +1,432 @@
+"""The tables of the page: rows of cells, each with its text and, where it is a number, the number itself."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from fpq_analysis.comparison import number
+from fpq_analysis.plots import Drawing
+from fpq_analysis.plots.style import NAMES, colour
+from fpq_analysis.report.findings import BASELINE, Z95, Comparison, against_float, against_method, variant, varying
+from fpq_analysis.report.study import Run, Study, number_of
+
+NONE = "–"
+SHORT_HASH = 12
+MOST_QUANTITIES = 16  # of a probe with more, a table would be no help
+# Quantities that are not results of their own.
+NOT_RESULTS = r"(nodes|weights|residual)_\d+|clipped_fraction"
+TITLES = {
+    "hessian_eigs": "Eigenvalues",
+    "hessian_density": "Moments of the spectral density",
+    "sharpness": "Sharpness",
+}
+HEADS = {"squares": "sum of squares"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: what is shown.
+        value: the number behind it, in full; None for words.
+        number: whether it stands in a column of numbers.
+        colour: of the method, as in the figures.
+        code: whether it is a hash.
+        interval: a picture in place of text.
+    """
+
+    text: str
+    value: float | None = None
+    number: bool = False
+    colour: str = ""
+    code: bool = False
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its interval as a small picture, 0 to 100 wide, 0 in the middle."""
+
+    low: float
+    value: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: what it is, for those who cannot see it.
+        heads: column headings; those of numbers are right aligned, see the first row's cells.
+        rows: of cells, as many as heads; the first is the row's heading.
+        notes: sentences below it.
+    """
+
+    name: str
+    heads: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [any(row[i].number for row in self.rows) for i in range(len(self.heads))]
+
+
+def shown(value: float, digits: int) -> str:
+    """`value` to so many significant digits, with thousands apart and a true minus."""
+    text = number(value, digits)
+    if "e" not in text and abs(value) >= 1000:
+        text = f"{float(text):,.12g}"
+    return text.replace("-", "−")
+
+
+def digits_beside(value: float, half: float) -> int:
+    """Digits of a value that reach as far as two of its error's, and at least 3."""
+    if not (half > 0 and value):
+        return 4
+    return min(9, max(3, math.floor(math.log10(abs(value))) - math.floor(math.log10(half)) + 2))
+
+
+def num(value: float | None, digits: int = 4, text: str | None = None) -> Cell:
+    """A number; a dash for None and NaN."""
+    if value is None or math.isnan(value):
+        return Cell(NONE, number=True)
+    return Cell(text if text is not None else shown(value, digits), float(value), number=True)
+
+
+def percent(share: float | None, places: int = 2) -> Cell:
+    """A share from 0 to 1 in per cent."""
+    return num(share, text=None if share is None else f"{100 * share:.{places}f}")
+
+
+def run_cell(study: Study, run: Run) -> Cell:
+    """A run's name with the colour its method has in the figures."""
+    return Cell(run.name, colour=colour(run.method, sorted({r.method for r in study.runs})))
+
+
+def runs_table(study: Study) -> Table:
+    """A row a run: what it is, how it ended, and its last trace."""
+    several = len({run.dataset for run in study.runs}) > 1
+    heads = ["Run", "Method", "Network", *(["Data"] if several else []), "Bits", "Seed", "Epochs"]
+    heads += ["Accuracy", "Best", "Clipped"]
+    definition = study.definition
+    heads += ["Trace", "± 95 %"] if definition else []
+    heads += ["Checkpoint", "Training"]
+    rows = []
+    for run in study.runs:
+        row = [run_cell(study, run), Cell(NAMES.get(run.method, run.method)), Cell(run.model)]
+        row += [Cell(run.dataset)] if several else []
+        row += [Cell(run.bits), num(run.seed, text=str(run.seed)), num(run.last_epoch, text=str(run.last_epoch))]
+        row += [percent(run.last_accuracy), percent(run.best_accuracy), percent(run.clipped, 1)]
+        if definition:
+            last = study.last_trace(run)
+            if last is None:
+                row += [num(None), num(None)]
+            else:
+                row += [num(last["value"], digits_beside(last["value"], last["ci95"])), num(last["ci95"], 2)]
+        row += [Cell((run.checkpoint or NONE)[:SHORT_HASH], code=run.checkpoint is not None)]
+        row += [num(run.seconds, text=None if run.seconds is None else duration(run.seconds))]
+        rows.append(row)
+    notes = [
+        "Accuracy: on the test images after the last epoch, in %. That of the best epoch is chosen on the same images, "
+        "so it is too high.",
+        "Clipped: share of the weights outside their quantizer's grid after the last epoch, in %.",
+    ]
+    if definition:
+        what = f"Trace: of the Hessian (definition: {definition}) at the last epoch measured"
+        notes.append(f"{what}; {interval_of(study.traces)}.")
+    notes.append("Checkpoint: first digits of the last one's SHA-256. Training: time of the training steps.")
+    return Table("Runs", heads, rows, notes)
+
+
+def interval_of(rows: pd.DataFrame) -> str:
+    """What ± stands for in these records."""
+    if rows["sem_data"].isna().all():
+        return "the interval is over the random probes, for these images"
+    if rows["sem_data"].isna().any():
+        return "the interval is over the images, or, where single images are not seen, over the random probes"
+    return "the interval is over the images measured on, not over training runs"
+
+
+def accuracy_table(study: Study) -> Table | None:
+    """Test accuracy after the last epoch by method and bits, over the seeds; finished runs alone."""
+    runs = [run for run in study.runs if run.finished and run.last_accuracy is not None]
+    if not runs:
+        return None
+    widths = list(dict.fromkeys(run.bits for run in runs))
+    places = list(dict.fromkeys((run.dataset, run.model) for run in runs))
+    cells: dict[tuple[Any, ...], dict[str, dict[Any, Run]]] = {}
+    for run in runs:
+        of_row = cells.setdefault((run.dataset, run.model, variant(study, run)), {})
+        of_row.setdefault(run.bits, {})[run.seed] = run  # a seed that is there twice counts once
+    several = len(places) > 1
+    heads = [*(["Data", "Network"] if several else []), "Method", *widths]
+    rows = []
+    for (data, model, name), by_bits in sorted(cells.items(), key=lambda item: places.index(item[0][:2])):
+        first = next(iter(next(iter(by_bits.values())).values()))
+        label = Cell(name, colour=run_cell(study, first).colour)
+        row = [*([Cell(data), Cell(model)] if several else []), label]
+        rows.append([*row, *(_accuracy(list(by_bits.get(bits, {}).values())) for bits in widths)])
+    notes = [f"Test accuracy after the last epoch, in %{_places(places)}."]
+    if any(len(seeds) > 1 for by_bits in cells.values() for seeds in by_bits.values()):
+        notes.append("±: standard deviation over training seeds, their number in brackets.")
+    if any(len(seeds) == 1 for by_bits in cells.values() for seeds in by_bits.values()):
+        notes.append("A number without ± is of a single training run.")
+    return Table("Test accuracy", heads, rows, notes)
+
+
+def _places(places: Sequence[tuple[str, str]]) -> str:
+    return f"; {places[0][1]} on {places[0][0]}" if len(places) == 1 else ""
+
+
+def _accuracy(runs: list[Run]) -> Cell:
+    found = [run.last_accuracy for run in runs if run.last_accuracy is not None]
+    if len(found) < 2:
+        return percent(found[0] if found else None)
+    mean, sd = statistics.mean(found), statistics.stdev(found)
+    return num(mean, text=f"{100 * mean:.2f} ± {100 * sd:.2f} ({len(found)})")
+
+
+def comparison_tables(study: Study) -> list[Table]:
+    """Differences of traces on the same images: against LSQ, and against the float network each started from."""
+    against = {
+        f"Against {NAMES[BASELINE]}": (against_method(study), "at the last epoch that both have"),
+        "Against the float network": (
+            [c for c in against_float(study) if c.definition == study.definition],
+            "the run's at its last epoch, the float network's at the checkpoint that the run started from",
+        ),
+    }
+    return [_comparisons(study, name, found, when) for name, (found, when) in against.items() if found]
+
+
+def _comparisons(study: Study, name: str, found: list[Comparison], when: str) -> Table:
+    several = len({c.definition for c in found}) > 1
+    relative = [(abs(c.difference.value) + c.difference.ci95) / abs(c.difference.baseline_value) for c in found]
+    reach = min(max(relative), 2.0)  # one difference of a thousand per cent must not flatten all others
+    heads = ["Run", "Minus", *(["Definition"] if several else []), "Its trace", "Difference", "± 95 %", "in %", "", ""]
+    rows = [_compared(study, c, several, reach) for c in found]
+    what = "" if several else f" (definition: {found[0].definition})"
+    notes = [
+        f"The run's trace minus the other's{what}, image by image on the same images; {when}.",
+        f"In % and the bars: relative to the other's trace; bars from −{100 * reach:.0f} to +{100 * reach:.0f} %, no "
+        "difference in the middle.",
+        "Intervals are over the images. They hold for these trained networks, not for the methods.",
+    ]
+    return Table(name, heads, rows, notes)
+
+
+def _compared(study: Study, c: Comparison, several: bool, reach: float) -> list[Cell]:
+    gap = c.difference
+    base = abs(gap.baseline_value)
+    ends = (gap.value - gap.ci95, gap.value, gap.value + gap.ci95)
+    low, value, high = (50 + 50 * max(-1.0, min(1.0, end / base / reach)) for end in ends)
+    sign = {-1: "▼ lower", 0: "≈ no measurable difference", 1: "▲ higher"}[c.sign]
+    theirs = c.theirs.name if c.theirs_epoch == gap.epoch else f"{c.theirs.name}, epoch {c.theirs_epoch}"
+    return [
+        run_cell(study, c.ours),
+        Cell(theirs, colour=run_cell(study, c.theirs).colour),
+        *([Cell(c.definition)] if several else []),
+        num(gap.baseline_value),
+        num(gap.value, digits_beside(gap.value, gap.ci95)),
+        num(gap.ci95, 2),
+        num(gap.value / base, text=f"{100 * gap.value / base:+.0f}".replace("-", "−")),
+        Cell("", interval=Interval(low, value, high)),
+        Cell(sign),
+    ]
+
+
+def number_tables(study: Study) -> list[Table]:
+    """Of every other probe, the whole-network quantities at each run's last measured epoch."""
+    found = []
+    for probe in study.probes:
+        frame = study.records(probe)
+        if probe == "hessian_trace" or frame.empty:
+            continue
+        rows = frame[(frame["layer"] == "all") & frame["value"].notna()]
+        rows = rows[~rows["quantity"].str.fullmatch(NOT_RESULTS)]
+        quantities = list(dict.fromkeys(rows["quantity"]))
+        if 0 < len(quantities) <= MOST_QUANTITIES:
+            found.append(_numbers(study, probe, rows, quantities))
+    return found
+
+
+def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]) -> Table:
+    several = rows["definition"].nunique() > 1
+    heads = [
+        "Run",
+        *(["Definition"] if several else []),
+        "Epoch",
+        *(HEADS.get(q, q.replace("_", " ")) for q in quantities),
+    ]
+    cells, errors = [], False
+    for run in study.runs:
+        for definition, own in rows[rows["run"] == run.name].groupby("definition", dropna=False, sort=False):
+            last = own[own["epoch"] == own["epoch"].max()].drop_duplicates("quantity", keep="last")
+            by_name = last.set_index("quantity")
+            epoch = int(last["epoch"].iloc[0])
+            row = [run_cell(study, run), *([Cell(str(definition))] if several else []), num(epoch, text=str(epoch))]
+            for quantity in quantities:
+                if quantity not in by_name.index:
+                    row.append(num(None))
+                    continue
+                value, half = float(by_name.loc[quantity, "value"]), _half(by_name.loc[quantity])
+                errors = errors or half > 0
+                text = shown(value, digits_beside(value, half)) + (f" ± {shown(half, 2)}" if half > 0 else "")
+                row.append(num(value, text=text))
+            cells.append(row)
+    n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()))
+    notes = [f"At each run's last measured epoch, on {n} training images."]
+    if errors:
+        notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
+    return Table(TITLES.get(probe, probe.replace("_", " ").capitalize()), heads, cells, notes)
+
+
+def _half(row: pd.Series) -> float:
+    for column, factor in (("ci95", 1.0), ("sem_data", Z95), ("sem", Z95)):
+        if pd.notna(row[column]):
+            return factor * float(row[column])
+    return 0.0
+
+
+def settings_table(study: Study) -> tuple[Table | None, list[tuple[str, str]]]:
+    """The settings in which the runs differ, a row a run; and those that all share."""
+    keys = varying(study.runs)
+    shared = [
+        (key, plain(value)) for key, value in study.runs[0].config.items() if key not in keys and _is_setting(key)
+    ]
+    if not keys:
+        return None, shared
+    rows = [
+        [run_cell(study, run), *(_setting(run.config.get(key)) for key in keys), Cell(_start(study, run))]
+        for run in study.runs
+    ]
+    return Table("Settings that differ", ["Run", *keys, "started from"], rows), shared
+
+
+def _is_setting(key: str) -> bool:
+    return key not in ("init", "data_root")
+
+
+def _setting(value: Any) -> Cell:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Cell(plain(value), float(value) if is_number else None, number=is_number)
+
+
+def plain(value: Any) -> str:
+    """A setting as text."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _start(study: Study, run: Run) -> str:
+    """Which checkpoint a run started from."""
+    if run.teacher is None:
+        return NONE
+    for other in study.runs:
+        for name, digest in other.manifest.items():
+            if digest == run.teacher:
+                return f"{other.name}, {name.removesuffix('.pt')}"
+    return f"{str(run.teacher)[:SHORT_HASH]}… (not here)"
+
+
+def provenance_tables(study: Study) -> list[Table]:
+    """Data, files and records, by their hashes."""
+    data = {(run.dataset, str(run.data.get("fingerprint", NONE))): run.data for run in study.runs}
+    sets = [
+        [Cell(name), _count(about, "n_train"), _count(about, "n_test"), Cell(fingerprint, code=True)]
+        for (name, fingerprint), about in data.items()
+    ]
+    runs = [
+        [
+            run_cell(study, run),
+            Cell(run.started.replace("T", " ")[:16] or NONE),
+            Cell(run.checkpoint or NONE, code=True),
+        ]
+        for run in study.runs
+    ]
+    measured = []
+    for probe in study.probes:
+        for (definition, digest), rows in study.records(probe).groupby(["definition", "settings"], dropna=False):
+            once = rows.drop_duplicates(["run", "key"])
+            measured.append(
+                [
+                    Cell(probe),
+                    Cell(_or_none(definition)),
+                    Cell(", ".join(sorted(rows["estimator"].dropna().unique())) or NONE),
+                    num(len(once), text=str(len(once))),
+                    Cell(", ".join(f"{int(n):,}" for n in sorted(rows["n_data"].dropna().unique())), number=True),
+                    Cell(", ".join(map(str, sorted(rows["seed"].dropna().unique()))), number=True),
+                    Cell(str(digest), code=True),
+                    num(once["seconds"].sum(), text=duration(float(once["seconds"].sum()))),
+                ]
+            )
+    tables = [
+        Table(
+            "Data",
+            ["Data", "Training", "Test", "Fingerprint"],
+            sets,
+            ["The fingerprint is the same only if every image and label is."],
+        ),
+        Table("Checkpoints", ["Run", "Started (UTC)", "SHA-256 of the last checkpoint"], runs),
+    ]
+    if measured:
+        heads = ["Measurement", "Definition", "Estimator", "Checkpoints", "Images", "Seed", "Settings", "Time"]
+        note = (
+            "Settings: hash of the measurement, its version and options, images and seed; equal hashes are comparable."
+        )
+        tables.append(Table("Records", heads, measured, [note]))
+    return tables
+
+
+def _or_none(value: Any) -> str:
+    return NONE if value is None or value != value else str(value)
+
+
+def _count(about: dict[str, Any], key: str) -> Cell:
+    value = number_of(about, key)
+    return num(value, text=None if value is None else f"{int(value):,}")
+
+
+def versions_table(study: Study) -> Table | None:
+    """Software by version, of the training runs."""
+    names = list(dict.fromkeys(name for run in study.runs for name in run.versions))
+    if not names:
+        return None
+    rows = [
+        [Cell(name), Cell(", ".join(sorted({run.versions[name] for run in study.runs if name in run.versions})))]
+        for name in names
+    ]
+    note = "As written when the runs were trained; records do not hold the versions they were measured with."
+    return Table("Versions", ["Software", "Version"], rows, [note])
+
+
+def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, str]]:
+    """What has no records: its figure, or its name, and the command that measures it."""
+    folder = shlex.quote(str(study.root))
+    found = {drawing.title: drawing.command for drawing in missing}
+    if "sharpness" not in study.probes:
+        found["Sharpness"] = "hessian --sharpness"  # has no figure
+    return [(title, f"fpq-analyze {command} --ckpt-dir {folder}") for title, command in found.items()]
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,441 @@
+"""The page: well-formed, self-contained, harmless, and its numbers those of the records."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import fpq_analysis
+from fpq_analysis import UserError, measure, records, write_report
+from fpq_analysis.files import append_jsonl, read_jsonl, write_json
+from fpq_analysis.plots import FIGURES, training_caption, training_figure
+from fpq_analysis.plots.figure5 import totals
+from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
+from fpq_analysis.report import citations, findings, pictures
+from fpq_analysis.report.page import typeset
+from fpq_analysis.report.study import read_study
+from fpq_analysis.report.tables import digits_beside, duration, shown
+from tests.test_cli import call
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+N = 32
+
+
+class Page(HTMLParser):
+    """A strict reader: every tag closed in order; tables as rows of (text, value), by the table's name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.attributes, self.links = [], [], [], []
+        self.tables, self.region, self.text = {}, None, {}
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.attributes.append((tag, attributes))
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if attributes.get("role") == "region":
+            self.region = attributes["aria-label"]
+        if tag == "tr":
+            self.tables.setdefault(self.region, []).append([])
+        if tag in ("th", "td"):
+            self.tables[self.region][-1].append(["", None])
+        if tag == "data":
+            self.tables[self.region][-1][-1][1] = float(attributes["value"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if any(tag in ("th", "td") for tag in self.open):
+            self.tables[self.region][-1][-1][0] += data
+        for tag in set(self.open):
+            self.text[tag] = self.text.get(tag, "") + data
+
+    def column(self, table, name):
+        """First cell of a row to that row's value in the column (its text, for words)."""
+        head, *rows = self.tables[table]
+        at = [text for text, _ in head].index(name)
+        return {row[0][0]: row[at][0] if row[at][1] is None else row[at][1] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_runs, tmp_path_factory):
+    root = tmp_path_factory.mktemp("measured") / "runs"
+    shutil.copytree(tiny_runs, root)
+    for probe in (HessianTrace(), HessianTrace("latent"), HessianEigs(k=2), HessianDensity(runs=2, steps=8)):
+        measure(root, probe, n_data=N, device="cpu", model="tests.nets:tiny")
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(measured):
+    """The report, and its page as text."""
+    report = write_report(measured, measured.parent / "page.html")
+    return report, report.path.read_text()
+
+
+@pytest.fixture
+def runs(measured, tmp_path):
+    shutil.copytree(measured, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def page(root, tmp_path):
+    write_report(root, tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text()
+
+
+def test_well_formed_self_contained_and_accessible(written):
+    _, text = written
+    found = Page(text)
+    assert len(found.ids) == len(set(found.ids))
+    assert {link[1:] for link in found.links if link.startswith("#")} <= set(found.ids)
+    assert [link for link in found.links if not link.startswith("#")] == ["https://arxiv.org/abs/2503.11159"]
+    tags = [tag for tag, _ in found.attributes]
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(tags)
+    assert not re.search(r"url\((?!#)|@import", text)
+    for tag, attributes in found.attributes:
+        for name in ("src", "href", "xlink:href", "srcset", "data"):
+            if tag != "a" and name in attributes:
+                assert attributes[name].startswith(("#", "data:")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert all(tags.count(tag) == 1 for tag in ("header", "nav", "main", "footer", "h1", "title"))
+    for tag, attributes in found.attributes:
+        assert tag != "img" or attributes["alt"]
+        assert attributes.get("role") != "img" or attributes["aria-label"]
+    references = re.findall(r'url\(#([^)"]+)\)|href="#([^"]+)"', text)
+    assert {a or b for a, b in references} <= set(found.ids)  # of the SVGs too, whose ids were renamed
+
+
+def test_every_figure_is_there_once(measured, written):
+    report, text = written
+    found = Page(text)
+    drawn = [drawing for drawing in FIGURES.values() if drawing.probe in read_study(measured).probes]
+    assert report.figures == [drawing.title for drawing in drawn]
+    for drawing in drawn:
+        assert found.ids.count(f"figure-{drawing.file}") == 1
+        frame = records.load(measured, drawing.probe)
+        frame = frame[frame["definition"] == "dequantized"]
+        assert typeset(drawing.caption(frame)) in found.text["figcaption"]
+    assert sum(tag == "figure" for tag, _ in found.attributes) == len(drawn) + 1  # and training
+    assert {name for name, _ in report.missing} >= {d.title for d in FIGURES.values() if d not in drawn} | {"Sharpness"}
+
+
+def test_numbers_are_those_of_the_files(measured, written):
+    found = Page(written[1])
+    traces = totals(records.load(measured, "hessian_trace"))
+    traces = traces[(traces["definition"] == "dequantized") & (traces["epoch"] == 2)].set_index("run")
+    for run in ("fp", "lsq-w4a4", "fpq-w4a4"):
+        rows = read_jsonl(measured / run / "train.jsonl")
+        assert found.column("Runs", "Trace")[run] == traces.loc[run, "value"]
+        assert found.column("Runs", "± 95 %")[run] == traces.loc[run, "ci95"]
+        assert found.column("Runs", "Accuracy")[run] == rows[-1]["test_accuracy"]
+        assert found.column("Runs", "Best")[run] == max(row["test_accuracy"] for row in rows)
+        assert found.column("Runs", "Epochs")[run] == 2
+        digest = json.loads((measured / run / "manifest.json").read_text())["epoch_0002.pt"]
+        assert found.column("Runs", "Checkpoint")[run] == digest[:12]
+        assert found.column("Checkpoints", "SHA-256 of the last checkpoint")[run] == digest
+    assert found.column("Runs", "Clipped")["fp"] == "–"
+    accuracies = found.column("Test accuracy", "W4A4")
+    assert accuracies["LSQ"] == found.column("Runs", "Accuracy")["lsq-w4a4"]
+    gap = np.subtract(traces.loc["fpq-w4a4", "samples"], traces.loc["lsq-w4a4", "samples"])
+    row = next(r for r in found.tables["Against LSQ"] if r[2][0] == "dequantized")
+    assert row[4][1] == pytest.approx(gap.mean())
+    assert row[5][1] == pytest.approx(1.96 * gap.std(ddof=1) / N**0.5)
+    gap = np.subtract(traces.loc["fpq-w4a4", "samples"], traces.loc["fp", "samples"])
+    assert found.column("Against the float network", "Difference")["fpq-w4a4"] == pytest.approx(gap.mean())
+    eigs = records.load(measured, "hessian_eigs")
+    eigs = eigs[(eigs["epoch"] == 2) & (eigs["quantity"] == "eigenvalue_1")].set_index("run")["value"]
+    assert found.column("Eigenvalues", "eigenvalue 1") == pytest.approx(eigs.to_dict())
+
+
+def test_methods_say_what_was_done(written):
+    text = Page(written[1]).text["p"].replace("\u00a0", " ")
+    for fact in (
+        "1,442 training and 355 test images",
+        "for 2 epochs by stochastic gradient descent (momentum 0.9, weight decay 0.0005, batches of 32)",
+        "learning rate of 0.02",
+        "with probability 0.1",
+        "the dequantized weights",
+        "latent weights",
+        f"{N} training images (drawn once by seed 0",
+        "computed exactly",
+        "The 2 largest eigenvalues",
+        "2 random vectors of 8 steps",
+        "Training seed: 0.",
+        fpq_analysis.__version__,
+    ):
+        assert fact in text, fact
+    assert "nan" not in text.lower().split()
+
+
+def test_names_from_files_are_text(runs, tmp_path):
+    evil = "<script>alert(1)<b> & 'x\""
+    (runs / "lsq-w4a4").rename(runs / evil)
+    about = json.loads((runs / "fp" / "run.json").read_text())
+    about["versions"]["<img src=x onerror=alert(1)>"] = "<script>"
+    about["data"]["name"] = "</title><script>alert(2)</script>"
+    about["config"]["model"] = "<svg onload=alert(3)>"
+    write_json(runs / "fp" / "run.json", about)
+    found = Page(page(runs, tmp_path))  # its tags nest as the template's do
+    assert not any(tag == "script" for tag, _ in found.attributes)
+    assert not any(name.startswith("on") for _, attributes in found.attributes for name in attributes)
+    assert evil in found.column("Runs", "Trace")
+    assert evil in found.text["li"]
+    assert about["data"]["name"] in found.text["h1"]
+
+
+def test_no_torch_is_loaded_and_equal_files_give_an_equal_page(measured, written, tmp_path):
+    code = (
+        "import sys; from fpq_analysis import write_report; "
+        f"write_report({str(measured)!r}, {str(tmp_path / 'page.html')!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert (tmp_path / "page.html").read_text() == written[1]
+
+
+def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path, monkeypatch):
+    shutil.copytree(tiny_runs, tmp_path / "my runs")
+    monkeypatch.chdir(tmp_path)
+    result = call("report", "--ckpt-dir", "my runs", "-o", "page.html")
+    assert "Not measured: Figure 5 (fpq-analyze hessian --ckpt-dir 'my runs')" in result.stderr
+    assert "page.html: 3 runs; no figure of measurements" in result.stdout
+    found = Page((tmp_path / "page.html").read_text())
+    assert "Trace" not in [text for text, _ in found.tables["Runs"][0]]
+    assert "figure-training" in found.ids
+    assert "comparisons" not in found.ids
+    assert "fpq-analyze hessian --top-k 5 --ckpt-dir 'my runs'" in found.text["code"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt-dir", "nowhere"], "No folder 'nowhere'"),
+        (["--ckpt-dir", "."], "holds no run"),
+        (["--ckpt-dir", ".", "-o", "no/where.html"], "No folder 'no'"),
+        (["--ckpt-dir", ".", "-o", "."], "is a folder"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in " ".join(call("report", *arguments, code=1).stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_old_page(measured, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    (tmp_path / "page.html").write_text("old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(measured / "fp", tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_cautions(runs, tmp_path):
+    """Damage, stopped training, stale records, missing ends, odd numbers and hidden settings are named."""
+    (runs / "broken").mkdir()
+    (runs / "broken" / "run.json").write_text("{")
+    lsq, fpq = runs / "lsq-w4a4", runs / "fpq-w4a4"
+    rows = read_jsonl(fpq / "train.jsonl")
+    (fpq / "train.jsonl").unlink()
+    append_jsonl(fpq / "train.jsonl", rows[:2])
+    write_json(lsq / "manifest.json", {"epoch_0002.pt": "0" * 64})
+    append_jsonl(lsq / "train.jsonl", [{**rows[-1], "epoch": 3}])
+    odd = {**read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1], "settings": "other", "key": "other"}
+    append_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl", [odd])
+    eigs = read_jsonl(lsq / "records" / "hessian_eigs.jsonl")
+    (lsq / "records" / "hessian_eigs.jsonl").unlink()
+    append_jsonl(lsq / "records" / "hessian_eigs.jsonl", [{**row, "status": "tolerance not reached"} for row in eigs])
+    notes = "\n".join(write_report(runs, tmp_path / "page.html").cautions)
+    for fact in (
+        "broken is left out",
+        "fpq-w4a4 is not finished: 1 of 2 epochs",
+        "lsq-w4a4: the trace was measured up to epoch 2, training went to 3",
+        "numbers are marked 'tolerance not reached'",
+        "hessian_trace: 3 measurements are of checkpoints that are no longer there",
+        "hessian_trace: the records also hold measurements with other settings",
+    ):
+        assert fact in notes, (fact, notes)
+    assert "Test accuracy" in Page((tmp_path / "page.html").read_text()).tables
+
+
+def test_runs_of_other_programs_need_no_run_json(runs, tmp_path):
+    shutil.copytree(runs / "lsq-w4a4" / "records", tmp_path / "other" / "net" / "records")
+    report = write_report(tmp_path / "other", tmp_path / "page.html")
+    found = Page((tmp_path / "page.html").read_text())
+    assert found.column("Runs", "Bits") == {"net": "W4A4"}
+    assert found.column("Runs", "Trace")["net"] > 0
+    assert report.cautions == []
+
+
+def test_probes_the_report_does_not_know(runs, tmp_path):
+    """Records of a probe of one's own are listed and named; torn ones are not there."""
+    about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
+    about |= {
+        "probe": "own_measure",
+        "definition": None,
+        "estimator": None,
+        "samples": None,
+        "ci95": None,
+        "sem_data": None,
+        "sem": 0.5,
+    }
+    rows = [{**about, "layer": "conv", "quantity": f"q_{i}", "value": 1.0} for i in range(30)]
+    rows.append({**about, "quantity": "sum", "value": 12345.6})
+    records.append(runs / "fp", "own_measure", rows)
+    for probe in ("hessian_eigs", "hessian_density"):
+        for path in runs.rglob(f"records/{probe}.jsonl"):
+            path.write_text(path.read_text().splitlines()[0][:-5])
+    report = write_report(runs, tmp_path / "page.html")
+    found = Page((tmp_path / "page.html").read_text())
+    assert found.tables["Own measure"][1] == [["fp", None], ["2", 2.0], ["12,345.6\u00a0±\u00a00.98", 12345.6]]
+    assert "own_measure" in found.column("Records", "Seed")
+    assert {"Eigenvalues", "Density"} <= {name for name, _ in report.missing}
+    assert "The measurement 'own_measure' was taken at 1 checkpoint" in found.text["p"]
+
+
+def test_a_single_run_is_named(runs, tmp_path):
+    assert Page(page(runs / "fp", tmp_path)).column("Runs", "Method") == {"fp": "FP"}
+
+
+def test_large_figures_become_pictures(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_SVG", 30_000)
+    found = Page(page(measured / "fp", tmp_path))
+    images = [attributes for tag, attributes in found.attributes if tag == "img"]
+    assert 0 < len(images) < 4
+    assert all(image["src"].startswith("data:image/png;base64,") and "against" in image["alt"] for image in images)
+
+
+def test_findings_over_seeds(tmp_path):
+    """Three seeds of LSQ and FPQ written by hand: mean difference and Student interval over the seeds."""
+    traces = {"lsq": (10.0, 12.0, 11.0), "fpq": (7.0, 8.0, 9.0)}
+    accuracies = {"lsq": (0.90, 0.91, 0.92), "fpq": (0.94, 0.95, 0.97)}
+    for method in traces:
+        for seed in range(3):
+            run = tmp_path / f"{method}-{seed}"
+            run.mkdir()
+            config = {"method": method, "model": "resnet18", "bits": "W4A4", "seed": seed, "epochs": 1}
+            write_json(run / "run.json", {"config": config, "data": {"name": "cifar10", "fingerprint": "f"}})
+            append_jsonl(run / "train.jsonl", [{"epoch": 1, "test_accuracy": accuracies[method][seed]}])
+            value = traces[method][seed]
+            about = {"method": method, "model": "resnet18", "dataset": "cifar10", "data": "f", "bits": "W4A4"}
+            about |= {
+                "train_seed": seed,
+                "epoch": 1,
+                "checkpoint": run.name,
+                "definition": "dequantized",
+                "key": run.name,
+            }
+            about |= {
+                "estimator": "exact",
+                "n_data": 2,
+                "seed": 0,
+                "settings": "s",
+                "layer": "all",
+                "quantity": "trace",
+            }
+            samples = [value - 1, value + 1]
+            records.append(
+                run, "hessian_trace", [{**about, "value": value, "ci95": 1.0, "sem_data": 0.5, "samples": samples}]
+            )
+    study = read_study(tmp_path)
+    curvature, accuracy, limits = findings.findings(study)
+    half = stats.t.ppf(0.975, 2) * np.std([-3, -4, -2], ddof=1) / 3**0.5
+    assert (
+        f"over 3 training seeds: the trace is lower by 3 ± {half:.2g} on average (27 % of 11" in curvature.sentences[0]
+    )
+    assert "test accuracy is higher by 4.33 ±" in accuracy.sentences[0]
+    assert "3 seeds" in limits.sentences[0]
+    found = Page(page(tmp_path, tmp_path))
+    (cell,) = (row[1] for row in found.tables["Test accuracy"] if row[0][0] == "FPQ")
+    assert cell == ["95.33\u00a0±\u00a01.53 (3)", pytest.approx(np.mean(accuracies["fpq"]))]
+
+
+@pytest.mark.parametrize(("p", "q", "n"), [(0.98, 0.96, 355), (1.0, 1.0, 50), (0.3, 0.9, 20), (1.0, 0.0, 10)])
+def test_intervals_of_proportions(p, q, n):
+    low, high = findings.wilson(p, n)
+    theirs = stats.binomtest(round(p * n), n).proportion_ci(method="wilson")
+    x = round(p * n) / n
+    assert findings.wilson(x, n) == pytest.approx((theirs.low, theirs.high), abs=2e-5)  # 1.96 is rounded
+    assert 0 <= low <= p <= high <= 1
+    low, high = findings.newcombe(p, q, n)
+    assert -1 <= low <= p - q <= high <= 1
+    assert low < high
+    assert findings.newcombe(q, p, n) == pytest.approx((-high, -low))
+
+
+def test_newcombe_against_the_published_example():
+    """Newcombe 1998, Table II (a): 56/70 - 48/80, method 10: 0.0524 to 0.3339; here both of n = 80 would differ."""
+    (p_low, p_high), (q_low, q_high) = findings.wilson(56 / 70, 70), findings.wilson(48 / 80, 80)
+    gap = 56 / 70 - 48 / 80
+    assert gap - np.hypot(56 / 70 - p_low, q_high - 0.6) == pytest.approx(0.0524, abs=1e-4)
+    assert gap + np.hypot(p_high - 56 / 70, 0.6 - q_low) == pytest.approx(0.3339, abs=1e-4)
+
+
+def test_training_figure_is_the_mean_over_seeds():
+    rows = pd.DataFrame(
+        [
+            (f"{method}-{seed}", method.upper(), method, "net", "data", bits, epoch, 0.8 + 0.01 * seed + 0.05 * epoch)
+            for method, bits in (("fp", "FP"), ("lsq", "W4A4"), ("fpq", "W4A4"))
+            for seed in range(3)
+            for epoch in range(3)
+        ],
+        columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "test_accuracy"],
+    )
+    (axes,) = training_figure(rows).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"FP, epoch 2", "LSQ W4A4", "FPQ W4A4"}
+    np.testing.assert_allclose(lines["LSQ W4A4"].get_ydata(), [81, 86, 91])
+    np.testing.assert_allclose(lines["FP, epoch 2"].get_ydata(), 91)
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((80, 92))
+    assert "3 training runs" in training_caption(rows)
+    assert "each line is one" in training_caption(rows[rows["run"].str.endswith("0")])
+    with pytest.raises(ValueError, match="no test accuracy"):
+        training_figure(rows[:0])
+
+
+def test_citation_is_that_of_the_project():
+    text = (Path(__file__).parent.parent / "CITATION.cff").read_text()
+    for fact in (citations.TITLE, citations.AUTHORS, f"version: {fpq_analysis.__version__}"):
+        assert fact in text
+    entries = citations.bibtex(["fp", "fpq", "lsq+"])
+    for key in ("pang2025stabilizing", "fpq_analysis", "esser2020lsq", "bhalgat2020lsqplus"):
+        assert f"{{{key}," in entries
+    assert "choi2018pact" not in entries
+    assert entries.count("{") == entries.count("}")
+
+
+def test_small_print():
+    pairs = ((17.92, 19), (12345.678, 0.98), (0.0053, 0.0099), (-56.3, 110), (3.0, 0.0))
+    texts = [shown(value, digits_beside(value, half)) for value, half in pairs]
+    assert texts == ["17.9", "12,345.68", "0.0053", "−56.3", "3"]
+    assert typeset("a-1 is -5.66 ± 17, 95 % of x-2") == "a-1 is −5.66\u00a0±\u00a017, 95\u00a0% of x-2"
+    assert [duration(s) for s in (4.25, 59, 61, 7500)] == ["4.2 s", "59 s", "1 min 01 s", "2 h 05 min"]
+    with pytest.raises(UserError, match="No folder"):
+        read_study("nowhere")
