@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+    from fpq_analysis.foreign import ForeignRuns
+
 
 app = typer.Typer(
     name="fpq-analyze",
@@ -81,12 +83,50 @@ NData = Annotated[int, typer.Option(help="Training images to measure on.")]
 Epochs = Annotated[str, typer.Option(help="Of each run: all, last, or numbers with commas.")]
 Seed = Annotated[int, typer.Option(help="Of the images and of all that is random.")]
 Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
+FOREIGN = "Checkpoints of another program (state dicts, see docs/tutorial.md)"
+Data = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.", rich_help_panel=FOREIGN)]
+ImageSize = Annotated[int | None, typer.Option(help="Side to resize images to.", rich_help_panel=FOREIGN)]
+Normalize = Annotated[
+    str, typer.Option(help="data (its own), none, half, imagenet, or MEANS/STDS.", rich_help_panel=FOREIGN)
+]
+Bits = Annotated[str | None, typer.Option(help="WxAy, if quantized by our quantize().", rich_help_panel=FOREIGN)]
 Figures = Annotated[Path, typer.Option(help="Where the figures go.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
+
+
+def source(
+    ckpt_dir: Path,
+    model: str | None,
+    data: str | None,
+    data_root: str | None,
+    image_size: int | None,
+    normalize: str,
+    bits: str | None,
+) -> Path | ForeignRuns:
+    """The folder, or with --data how another program's checkpoints in it are to be read."""
+    if data is None:
+        if image_size is not None or normalize != "data" or bits is not None:
+            raise UserError(
+                "--image-size, --normalize and --bits are for checkpoints of another program, whose data must be named "
+                "too: --data NAME. A run of fpq-analyze says these itself."
+            )
+        return ckpt_dir
+    if model is None:
+        raise UserError(
+            "--data is for checkpoints of another program, whose network must be named too: --model "
+            "package.module:factory. A run of fpq-analyze says both itself."
+        )
+    from fpq_analysis.foreign import ForeignRuns, foreign_runs, left_out
+    from fpq_analysis.quantizers import QuantSpec
+
+    runs = ForeignRuns(ckpt_dir, model, data, data_root, image_size, normalize, QuantSpec.parse(bits) if bits else None)
+    for path in [path for run in foreign_runs(ckpt_dir) for path in left_out(run)]:
+        say(f"'{path}' is left out: it has no number in its name, as others beside it have.")
+    return runs
 
 
 def _check_version(value: bool) -> None:

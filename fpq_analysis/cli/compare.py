@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import (
+    Bits,
+    Data,
+    DataRoot,
+    Device,
+    ImageSize,
+    Json,
+    Normalize,
+    app,
+    guarded,
+    new_table,
+    print_json,
+    print_table,
+    say,
+    source,
+)
 from fpq_analysis.errors import UserError
 
 
@@ -24,6 +39,10 @@ def compare(
     model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
     device: Device = "auto",
     json: Json = False,
+    data: Data = None,
+    image_size: ImageSize = None,
+    normalize: Normalize = "data",
+    bits: Bits = None,
 ) -> None:
     """Difference of two runs' Hessian traces, epoch by epoch, on the same images.
 
@@ -44,7 +63,7 @@ def compare(
     traces = [
         totals(
             measurement.measure(
-                run,
+                source(run, model, data, data_root, image_size, normalize, bits),
                 HessianTrace(definition),
                 n_data=n_data,
                 seed=seed,

@@ -8,19 +8,24 @@ from typing import Annotated
 import typer
 
 from fpq_analysis.cli.app import (
+    Bits,
     CkptDir,
+    Data,
     DataRoot,
     Device,
     Figures,
+    ImageSize,
     Json,
     Model,
     NData,
+    Normalize,
     Seed,
     app,
     fail,
     guarded,
     print_json,
     say,
+    source,
 )
 from fpq_analysis.errors import UserError
 
@@ -38,6 +43,10 @@ def figures(
     model: Model = None,
     device: Device = "auto",
     json: Json = False,
+    data: Data = None,
+    image_size: ImageSize = None,
+    normalize: Normalize = "data",
+    bits: Bits = None,
 ) -> None:
     """Figures 1 to 5 of the paper, and others, of all runs below a folder: PNG, PDF, and the caption as text.
 
@@ -54,7 +63,7 @@ def figures(
 
     faults: dict[Path, UserError] = {}
     drawn = draw_figures(
-        ckpt_dir,
+        source(ckpt_dir, model, data, data_root, image_size, normalize, bits),
         which or "all",
         out,
         measure=measure,
