@@ -147,8 +147,10 @@ class ForeignRuns(os.PathLike[str]):
     def _images(self) -> dict[int, dict[str, Any]]:
         """What the data set is, by the number of channels that it can have: grey images can be repeated to three."""
         data = load_dataset(self.data, self.data_root, image_size=self.image_size)
-        numbers = (1, 3) if data.channels == 1 else (data.channels,)
-        return {n: data.fed(**self._feed(n)).describe() for n in numbers}
+        means, _ = parse_normalization(self.normalize) or ((0.0,), ())
+        possible = [1, 3] if data.channels == 1 else [data.channels]
+        fitting = [n for n in possible if len(means) in (1, n)]
+        return {n: data.fed(**self._feed(n)).describe() for n in fitting or possible}
 
 
 @dataclass(frozen=True)
