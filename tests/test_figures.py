@@ -14,7 +14,7 @@ from fpq_analysis.cli import app
 from fpq_analysis.plots import FIGURES
 from fpq_analysis.probes import PROBES
 
-FEW = {"n_data": 16, "device": "cpu", "model": "tests.nets:tiny"}
+FEW = {"n_data": 512, "device": "cpu", "model": "tests.nets:tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_all_are_the_papers_and_what_was_measured(drawn):
     assert rows.loc[paper, "path"].notna().all()
     for path, note in zip(rows.loc[paper, "path"], rows.loc[paper, "note"], strict=True):
         assert {file.suffix for file in path.parent.glob(f"{path.stem}.*")} == {".png", ".pdf", ".txt"}
-        assert "16 training images" in note
+        assert "512" in note
     assert "eigenvalues" not in rows.index  # not of the paper, and not measured
 
 

@@ -16,10 +16,11 @@ from tests.nets import tiny
 @pytest.fixture(scope="module")
 def point():
     torch.manual_seed(0)
-    model = quantize(tiny(), QuantSpec.parse("W4A4"))
+    teacher = tiny().eval()
+    model = quantize(teacher, QuantSpec.parse("W4A4"))
     x, y = torch.randn(12, 1, 8, 8), torch.randint(10, (12,))
     calibrate(model, x, "mse")
-    return Point(model.eval(), (x, y), seed=3)
+    return Point(model.eval(), (x, y), seed=3, teacher=teacher)
 
 
 @pytest.mark.parametrize("probe", [kind() for kind in PROBES.values()], ids=list(PROBES))

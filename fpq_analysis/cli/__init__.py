@@ -5,7 +5,38 @@ says what), 2 the command was misused, 130 stopped by Ctrl-C.
 """
 
 # One file a command; importing it registers the command, in the order of `--help`.
-from fpq_analysis.cli import train, tables, hessian, compare, doctor, inspect, figures, export, demo  # noqa: I001
+# isort: off
+from fpq_analysis.cli import train
+from fpq_analysis.cli import tables
+from fpq_analysis.cli import hessian
+from fpq_analysis.cli import gradnorm
+from fpq_analysis.cli import variance
+from fpq_analysis.cli import features
+from fpq_analysis.cli import drift
+from fpq_analysis.cli import compare
+from fpq_analysis.cli import figures
+from fpq_analysis.cli import doctor
+from fpq_analysis.cli import inspect
+from fpq_analysis.cli import export
+from fpq_analysis.cli import demo
+
+# isort: on
 from fpq_analysis.cli.app import app, main
 
-__all__ = ["app", "compare", "demo", "doctor", "export", "figures", "hessian", "inspect", "main", "tables", "train"]
+__all__ = [
+    "app",
+    "compare",
+    "demo",
+    "doctor",
+    "drift",
+    "export",
+    "features",
+    "figures",
+    "gradnorm",
+    "hessian",
+    "inspect",
+    "main",
+    "tables",
+    "train",
+    "variance",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 import sys
@@ -83,13 +84,6 @@ NData = Annotated[int, typer.Option(help="Training images to measure on.")]
 Epochs = Annotated[str, typer.Option(help="Of each run: all, last, or numbers with commas.")]
 Seed = Annotated[int, typer.Option(help="Of the images and of all that is random.")]
 Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
-FOREIGN = "Checkpoints of another program (state dicts, see docs/tutorial.md)"
-Data = Annotated[str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.", rich_help_panel=FOREIGN)]
-ImageSize = Annotated[int | None, typer.Option(help="Side to resize images to.", rich_help_panel=FOREIGN)]
-Normalize = Annotated[
-    str, typer.Option(help="data (its own), none, half, imagenet, or MEANS/STDS.", rich_help_panel=FOREIGN)
-]
-Bits = Annotated[str | None, typer.Option(help="WxAy, if quantized by our quantize().", rich_help_panel=FOREIGN)]
 Figures = Annotated[Path, typer.Option(help="Where the figures go.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")]
@@ -98,23 +92,63 @@ DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not 
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
 
 
-def source(
-    ckpt_dir: Path,
+FOREIGN = "Checkpoints of another program, with --model (docs/tutorial.md)"
+HOW_TO_READ = {  # name: type, default, help
+    "data": (str | None, None, "What it was trained on: digits, cifar10, cifar100 or imagefolder."),
+    "image_size": (int | None, None, "Side to which images are resized."),
+    "normalize": (str, "data", "data (its own statistics), none, half, imagenet, or MEANS/STDS."),
+    "bits": (str | None, None, "WxAy, for a network quantized by quantize()."),
+}
+
+
+def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that say how checkpoints of another program are to be read.
+
+    With --data, its arguments `folders` come to it as `ForeignRuns`, which stand for the folder wherever a checkpoint
+    is read.  The command has `model` and `data_root` among its own options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            said = {name: options.pop(name) for name in HOW_TO_READ}
+            for folder in folders:
+                options[folder] = _source(options[folder], options["model"], options["data_root"], **said)
+            command(**options)
+
+        own = inspect.signature(command, eval_str=True)
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default,
+                annotation=Annotated[kind, typer.Option(help=text, rich_help_panel=FOREIGN)],
+            )
+            for name, (kind, default, text) in HOW_TO_READ.items()
+        ]
+        run.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _source(
+    folder: Path,
     model: str | None,
-    data: str | None,
     data_root: str | None,
+    *,
+    data: str | None,
     image_size: int | None,
     normalize: str,
     bits: str | None,
 ) -> Path | ForeignRuns:
-    """The folder, or with --data how another program's checkpoints in it are to be read."""
     if data is None:
         if image_size is not None or normalize != "data" or bits is not None:
             raise UserError(
                 "--image-size, --normalize and --bits are for checkpoints of another program, whose data must be named "
                 "too: --data NAME. A run of fpq-analyze says these itself."
             )
-        return ckpt_dir
+        return folder
     if model is None:
         raise UserError(
             "--data is for checkpoints of another program, whose network must be named too: --model "
@@ -123,10 +157,9 @@ def source(
     from fpq_analysis.foreign import ForeignRuns, foreign_runs, left_out
     from fpq_analysis.quantizers import QuantSpec
 
-    runs = ForeignRuns(ckpt_dir, model, data, data_root, image_size, normalize, QuantSpec.parse(bits) if bits else None)
-    for path in [path for run in foreign_runs(ckpt_dir) for path in left_out(run)]:
+    for path in [path for run in foreign_runs(folder) for path in left_out(run)]:
         say(f"'{path}' is left out: it has no number in its name, as others beside it have.")
-    return runs
+    return ForeignRuns(folder, model, data, data_root, image_size, normalize, QuantSpec.parse(bits) if bits else None)
 
 
 def _check_version(value: bool) -> None:

@@ -9,26 +9,23 @@ from typing import Annotated
 import typer
 
 from fpq_analysis.cli.app import (
-    Bits,
-    Data,
     DataRoot,
     Device,
-    ImageSize,
     Json,
-    Normalize,
     app,
     guarded,
     new_table,
     print_json,
     print_table,
+    reads_foreign,
     say,
-    source,
 )
 from fpq_analysis.errors import UserError
 
 
 @app.command()
 @guarded
+@reads_foreign("run_a", "run_b")
 def compare(
     run_a: Annotated[Path, typer.Argument(help="A run.")],
     run_b: Annotated[Path, typer.Argument(help="The run it is compared with.")],
@@ -39,10 +36,6 @@ def compare(
     model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
     device: Device = "auto",
     json: Json = False,
-    data: Data = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = "data",
-    bits: Bits = None,
 ) -> None:
     """Difference of two runs' Hessian traces, epoch by epoch, on the same images.
 
@@ -63,7 +56,7 @@ def compare(
     traces = [
         totals(
             measurement.measure(
-                source(run, model, data, data_root, image_size, normalize, bits),
+                run,
                 HessianTrace(definition),
                 n_data=n_data,
                 seed=seed,

@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fpq_analysis.cli.app import (
-    Bits,
-    Data,
     DataRoot,
     Device,
-    ImageSize,
     Json,
-    Normalize,
     app,
     guarded,
     new_table,
     print_json,
     print_table,
+    reads_foreign,
     say,
-    source,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +26,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("checkpoint")
 def doctor(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file, or a run: its last checkpoint.")],
     data_root: DataRoot = None,
@@ -38,10 +35,6 @@ def doctor(
     n_data: Annotated[int, typer.Option(help="Training images to check on, and to forecast for.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the images and of the directions.")] = 0,
     json: Json = False,
-    data: Data = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = "data",
-    bits: Bits = None,
 ) -> None:
     """Can curvature be measured on this checkpoint? Checks, cures, and what each measurement will cost.
 
@@ -51,17 +44,12 @@ def doctor(
 
       fpq-analyze doctor checkpoints/fpq
 
-      fpq-analyze doctor runs/own/epoch_10.pth --model package.module:factory --data cifar10
+      fpq-analyze doctor runs/own --model mynet:make --data cifar10
     """
     from fpq_analysis.doctor import FAULT, NOTE, diagnose_checkpoint
 
     findings, costs = diagnose_checkpoint(
-        source(checkpoint, model, data, data_root, image_size, normalize, bits),
-        n_data=n_data,
-        seed=seed,
-        data_root=data_root,
-        model=model,
-        device=device,
+        checkpoint, n_data=n_data, seed=seed, data_root=data_root, model=model, device=device
     )
     faults, notes = (int((findings["status"] == status).sum()) for status in (FAULT, NOTE))
     if json:

@@ -8,30 +8,27 @@ from typing import Annotated
 import typer
 
 from fpq_analysis.cli.app import (
-    Bits,
     CkptDir,
-    Data,
     DataRoot,
     Device,
     Figures,
-    ImageSize,
     Json,
     Model,
     NData,
-    Normalize,
     Seed,
     app,
     fail,
     guarded,
     print_json,
+    reads_foreign,
     say,
-    source,
 )
 from fpq_analysis.errors import UserError
 
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def figures(
     which: Annotated[list[str] | None, typer.Argument(help="1 to 5, another by name, or all.")] = None,
     ckpt_dir: CkptDir = Path("checkpoints"),
@@ -43,10 +40,6 @@ def figures(
     model: Model = None,
     device: Device = "auto",
     json: Json = False,
-    data: Data = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = "data",
-    bits: Bits = None,
 ) -> None:
     """Figures 1 to 5 of the paper, and others, of all runs below a folder: PNG, PDF, and the caption as text.
 
@@ -63,7 +56,7 @@ def figures(
 
     faults: dict[Path, UserError] = {}
     drawn = draw_figures(
-        source(ckpt_dir, model, data, data_root, image_size, normalize, bits),
+        ckpt_dir,
         which or "all",
         out,
         measure=measure,

@@ -9,25 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fpq_analysis.cli.app import (
-    Bits,
     CkptDir,
-    Data,
     DataRoot,
     Device,
     DryRun,
     Epochs,
     Figures,
-    ImageSize,
     Json,
     Model,
-    Normalize,
     Overwrite,
     Seed,
     app,
     guarded,
     new_table,
     print_table,
-    source,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
 from fpq_analysis.errors import UserError
@@ -38,6 +34,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def hessian(
     ckpt_dir: CkptDir = Path("checkpoints"),
     definition: Annotated[str, typer.Option(help="dequantized, latent, float, or all three.")] = "dequantized",
@@ -59,10 +56,6 @@ def hessian(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: Json = False,
-    data: Data = None,
-    image_size: ImageSize = None,
-    normalize: Normalize = "data",
-    bits: Bits = None,
 ) -> None:
     """Hessian of every checkpoint of every run: its trace, as a table and as Figure 5, and what else is asked for.
 
@@ -77,7 +70,7 @@ def hessian(
 
       fpq-analyze hessian --ckpt-dir checkpoints/ --definition all --json
 
-      fpq-analyze hessian --ckpt-dir runs/own --model torchvision.models:resnet18 --data cifar10 --normalize none
+      fpq-analyze hessian --ckpt-dir runs/own --model mynet:make --data cifar10
     """
     from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
     from fpq_analysis.quantizers import DEFINITIONS
@@ -97,8 +90,7 @@ def hessian(
             probes.append(Sharpness(kind))
 
     images = n_data or (None if tol else 1024)
-    folder = source(ckpt_dir, model, data, data_root, image_size, normalize, bits)
-    settings = Settings(folder, images, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
+    settings = Settings(ckpt_dir, images, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     show = {
         "hessian_trace": print_traces,
         "hessian_eigs": _print_eigenvalues,

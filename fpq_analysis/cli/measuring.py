@@ -79,7 +79,7 @@ def measure_and_show(
             show[name](frame)
     for name, frame in frames.items():
         draw(name, frame, settings.figures)
-    for fault in faults.values():
+    for fault in dict.fromkeys(map(str, faults.values())):  # once, where it is the same for all
         fail(fault)
     if faults:
         say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")

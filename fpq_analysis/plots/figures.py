@@ -10,7 +10,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.plots.density import density_caption, density_figure
+from fpq_analysis.plots.drift import drift_caption, drift_figure, drift_layer_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
+from fpq_analysis.plots.figure1 import caption1, figure1
+from fpq_analysis.plots.figure2 import caption2, figure2
+from fpq_analysis.plots.figure3 import caption3, figure3
+from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.style import save
 
@@ -48,9 +53,15 @@ class Drawing:
 
 # The paper's figures by their number, others by name.
 FIGURES = {
+    "1": Drawing("Figure 1", "figure1", "output_variance", figure1, caption1, "variance", last=True),
+    "2": Drawing("Figure 2", "figure2", "gradnorm", figure2, caption2, "gradnorm"),
+    "3": Drawing("Figure 3", "figure3", "features", figure3, caption3, "features", last=True),
+    "4": Drawing("Figure 4", "figure4", "features", figure4, caption4, "features", last=True),
     "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5, "hessian"),
     "eigenvalues": Drawing(
         "Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption, "hessian --top-k 5"
     ),
     "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption, "hessian --density"),
+    "drift": Drawing("Drift", "drift", "drift", drift_figure, drift_caption, "drift"),
+    "drift_layers": Drawing("Drift by layer", "drift_layers", "drift", drift_layer_figure, drift_caption, "drift"),
 }

@@ -1,25 +1,42 @@
 """Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
 
 from fpq_analysis.probes.density import HessianDensity, spectral_density
+from fpq_analysis.probes.drift import Drift, FeatureDrift, feature_drift
 from fpq_analysis.probes.eigs import EigenEstimate, HessianEigs, hessian_eigs
+from fpq_analysis.probes.features import Features, FeatureStatistics, feature_statistics
+from fpq_analysis.probes.gradnorm import GradNorm, gradient_norms
 from fpq_analysis.probes.point import Point, Probe
 from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
+from fpq_analysis.probes.variance import OutputVariance, output_variance
 
-PROBES = {probe.name: probe for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness)}
+PROBES = {
+    probe.name: probe
+    for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness, GradNorm, OutputVariance, Features, Drift)
+}
 
 __all__ = [
     "PROBES",
+    "Drift",
     "EigenEstimate",
+    "FeatureDrift",
+    "FeatureStatistics",
+    "Features",
+    "GradNorm",
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
+    "OutputVariance",
     "Point",
     "Probe",
     "Sharpness",
     "TraceEstimate",
+    "feature_drift",
+    "feature_statistics",
+    "gradient_norms",
     "hessian_eigs",
     "hessian_trace",
+    "output_variance",
     "sharpness",
     "spectral_density",
 ]

@@ -1,0 +1,80 @@
+"""`fpq-analyze variance`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fpq_analysis.cli.app import (
+    CkptDir,
+    DataRoot,
+    Device,
+    DryRun,
+    Epochs,
+    Figures,
+    Json,
+    Model,
+    NData,
+    Overwrite,
+    Seed,
+    app,
+    guarded,
+    reads_foreign,
+)
+from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@app.command()
+@guarded
+@reads_foreign("ckpt_dir")
+def variance(
+    ckpt_dir: CkptDir = Path("checkpoints"),
+    sd: Annotated[list[float], typer.Option(help="Of the noise; may be repeated.")] = [0.05, 0.1, 0.2, 0.5],  # noqa: B006
+    draws: Annotated[int, typer.Option(help="Draws of the noise an image.")] = 8,
+    n_data: NData = 1024,
+    epochs: Epochs = "all",
+    seed: Seed = 0,
+    data_root: DataRoot = None,
+    model: Model = None,
+    figures: Figures = Path("figures"),
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Variance of every checkpoint's output under Gaussian noise in the image, and Figure 1.
+
+    The noise's standard deviation is in units of the normalised image. What was measured before is not measured again.
+
+    [bold]Examples[/bold]
+
+      fpq-analyze variance --ckpt-dir checkpoints/
+
+      fpq-analyze variance --ckpt-dir checkpoints/ --sd 0.1 --sd 0.3 --draws 16
+    """
+    from fpq_analysis.probes import OutputVariance
+
+    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
+    measure_and_show([OutputVariance(tuple(sd), draws)], settings, {"output_variance": _print_variances})
+
+
+def _print_variances(frame: pd.DataFrame) -> None:
+    from fpq_analysis.plots.figure1 import SD, nearest, variances
+
+    rows = variances(frame)
+    if rows.empty:
+        return
+    at = nearest(rows, SD)
+    heads = {"logit_variance": "Logits", "probability_variance": "Probabilities", "flipped": "Flipped"}
+    print_quantities(frame, {f"{quantity}@{at:g}": head for quantity, head in heads.items()})
+    text = (
+        f"Variance under noise of sd {at:g} in the normalised image, mean over classes and images; flipped: share of "
+        "predictions that change. ± 95 %: over the images, draws of the noise included."
+    )
+    print(textwrap.fill(text, width=80))

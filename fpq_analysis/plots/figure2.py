@@ -1,0 +1,134 @@
+"""Figure 2 of the paper: gradient norm against the epoch, with noise in the features and in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from fpq_analysis.plots.style import label, style
+
+TRAINED = {"noise-features": "features", "noise-weights": "weights"}
+# Okabe and Ito's colours that stand for no method here.
+LOOKS: dict[str, dict[str, Any]] = {
+    "features": {"color": "#0072B2", "marker": "o", "label": "noise in the features"},
+    "weights": {"color": "#E69F00", "marker": "s", "label": "noise in the weights"},
+    "clean": {"color": "0.5", "linestyle": "--", "linewidth": 1.0, "marker": "", "label": "no noise"},
+}
+
+
+def norms(records: pd.DataFrame, quantity: str = "grad_norm_minibatch") -> pd.DataFrame:
+    """The whole networks' rows of a quantity, with the arm in a column `arm`."""
+    rows = records[(records["layer"] == "all") & records["quantity"].str.startswith(f"{quantity}@")]
+    rows = rows[rows["value"].notna()]
+    return rows.assign(arm=[name.rpartition("@")[2] for name in rows["quantity"]])
+
+
+def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> Figure:
+    """Gradient norm against the epoch, with noise of one quantization step.
+
+    As in the paper, if there are runs trained with noise in the features or the weights (methods `noise-features`,
+    `noise-weights`): each with the noise it was trained with, a panel for each network, data set and bits.  Otherwise
+    the LSQ runs (without any, every quantized run), a panel each, in both kinds of noise and without.
+
+    The norm drawn is that of minibatches, as an optimizer meets it, not that of the gradient over all data measured
+    on: the latter depends on how many they are once it is small, since the noise of sampling them does not vanish with
+    it.  The axis is logarithmic where the norms span more than a factor of ten.
+
+    Args:
+        records: of the probe `gradnorm`; columns as in `records.COLUMNS`.
+        quantity: `grad_norm_minibatch`, or `grad_norm` for that over all data.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    panels = list(_panels(norms(records, quantity)))
+    if not panels:
+        raise ValueError(f"no finite {quantity} in noise among the records")
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    with style():
+        figure = Figure(figsize=(3.4 * across + 0.6, 2.8 * down), layout="constrained")
+        for index, (title, lines) in enumerate(panels):
+            axes = figure.add_subplot(down, across, index + 1)
+            _draw_panel(axes, lines)
+            axes.set_title(title)
+            if index % across == 0:
+                axes.set_ylabel(f"Gradient norm, {lines['estimator'].iloc[0]}")
+    return figure
+
+
+def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(title, rows of the lines in it)."""
+    trained = trained_in_noise(rows)
+    if not trained.empty:
+        for (model, dataset, bits), panel in trained.groupby(["model", "dataset", "bits"], sort=True):
+            yield f"{model}, {dataset}, {bits}", panel
+        return
+    rows = _with_noise(rows)
+    for (run, definition), panel in rows.groupby(["run", "definition"], sort=True):
+        first = panel.iloc[0]
+        alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
+        title = label(first["method"], first["bits"]) + (f" ({run})" if alike["run"].nunique() > 1 else "")
+        yield title + (f", {definition}" if rows["definition"].nunique() > 1 else ""), panel
+
+
+def trained_in_noise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the runs that were trained in noise, the arm of that noise."""
+    return rows[rows["method"].map(TRAINED) == rows["arm"]]
+
+
+def _with_noise(rows: pd.DataFrame) -> pd.DataFrame:
+    """The LSQ runs, or else every run, that has an arm in noise."""
+    rows = rows[rows["run"].isin(rows.loc[rows["arm"] != "clean", "run"])]
+    return rows[rows["method"] == "lsq"] if (rows["method"] == "lsq").any() else rows
+
+
+def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
+    for arm, look in LOOKS.items():
+        rows = panel[panel["arm"] == arm]
+        for run, line in rows.groupby("run", sort=True):
+            line = line.sort_values("epoch")
+            text = look["label"] + (f" ({run})" if rows["run"].nunique() > 1 else "")
+            axes.plot(line["epoch"], line["value"], **{**look, "label": text})
+            error = line["ci95"].fillna(0)
+            low, high = line["value"] - error, line["value"] + error
+            axes.fill_between(line["epoch"], low, high, color=look["color"], alpha=0.18, linewidth=0)
+    low, high = panel["value"].min(), panel["value"].max()
+    if low > 0 and high > 10 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_ylim(0.5 * low, 2 * high)
+    else:
+        axes.set_ylim(0, 1.4 * high)  # by the values: an interval from few minibatches may go far beyond
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("Epoch (0: before training)")
+    axes.legend()
+
+
+def caption2(records: pd.DataFrame) -> str:
+    """What a reader must know beside the figure: which norm, which noise, definition, data, seeds, bands."""
+    rows = norms(records)
+    trained = trained_in_noise(rows)
+    drawn = _with_noise(rows) if trained.empty else trained
+
+    def several(column: str) -> str:
+        return ", ".join(str(value) for value in sorted(drawn[column].unique()))
+
+    draws = int(drawn["n_products"].max())
+    runs = "each run in the noise it was trained with" if len(trained) else "runs trained without noise"
+    return (
+        "Euclidean norm of the gradient of the mean cross-entropy with respect to the weights (definition: "
+        f"{several('definition')}), mean over {several('estimator')} and {draws} draws, against the epoch: {runs}. "
+        "Noise: uniform, one quantization step wide, in the input (features) or the quantized weight (weights) of "
+        f"every convolution. BatchNorm in eval mode, {several('n_data')} training images without augmentation (seed "
+        f"{several('seed')}; the same images and noise for every line). Data: {several('dataset')}; network: "
+        f"{several('model')}; {several('bits')}; training seed {several('train_seed')}. Bands: 95 % interval over "
+        "minibatches and draws, not over training runs."
+    )

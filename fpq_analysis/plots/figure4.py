@@ -1,0 +1,145 @@
+"""Figure 4 of the paper: the density of one layer's features for single images: float, LSQ, FPQ."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fpq_analysis.plots.figure3 import bits_of, layer_rows
+from fpq_analysis.plots.style import colour, label, style
+
+METHODS = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
+LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
+BINS = 36  # drawn, at most
+
+Density = tuple[np.ndarray, np.ndarray]
+
+
+def densities(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a density, of each run's last epoch; of runs alike but for the training seed, the first seed's."""
+    rows = layer_rows(records)
+    rows = rows[rows["quantity"].str.startswith("density_")]
+    if rows["method"].isin(METHODS).any():
+        rows = rows[rows["method"].isin(METHODS)]
+    alike = ["model", "dataset", "data", "bits", "method"]
+    first = rows.sort_values(["train_seed", "run"]).groupby(alike)["run"].transform("first")
+    return rows[rows["run"] == first.reindex(rows.index)]
+
+
+def figure4(records: pd.DataFrame) -> Figure:
+    """Densities of the layer's values for three images; a row for each network, data set and bit width.
+
+    Values that are exactly zero, which a ReLU makes, have no density: their share stands in the legend, and each curve
+    integrates to what is left.  The curves of a panel are histograms on one grid.
+
+    Args:
+        records: of the probe `features`; columns as in `records.COLUMNS`.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    rows = densities(records)
+    if rows.empty:
+        raise ValueError("no density of features among the records")
+    bands = _bands(rows)
+    n_images = max(int(band["quantity"].str.match(r"density_\d+$").groupby(band["run"]).sum().max()) for band in bands)
+    methods = sorted(records["method"].unique())
+    several = rows[["model", "dataset"]].drop_duplicates().shape[0] > 1
+    with style():
+        figure = Figure(figsize=(2.75 * n_images, 2.3 * len(bands) + 0.2), layout="constrained")
+        for down, band in enumerate(bands):
+            edges = _grid(band)
+            first: Axes | None = None
+            highest = 0.0
+            for image in range(n_images):
+                axes = figure.add_subplot(len(bands), n_images, down * n_images + image + 1, sharey=first)
+                first = first or axes
+                _draw(axes, band, image, edges, methods)
+                if down == 0 or several:
+                    axes.set_title(_image_title(band, image))
+                if down == len(bands) - 1:
+                    axes.set_xlabel("Activation")
+                axes.tick_params(labelleft=image == 0)
+                highest = max(axes.dataLim.ymax, highest)
+                axes.set_ylim(0, 1.05 * highest)
+                if image == 0:
+                    run = band.iloc[-1]
+                    what = f"{run['model']}, {run['dataset']}\n" if several else ""
+                    bits = f"{run['bits']}: " if run["bits"] != "FP" else ""
+                    axes.set_ylabel(f"{what}{bits}density")
+    return figure
+
+
+def _bands(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of one row of panels each: all runs of one bit width, with the float run, which comes first."""
+    found = []
+    for _, group in rows.groupby(["model", "dataset"], sort=True):
+        widths = sorted((set(group["bits"]) - {"FP"}) or {"FP"}, key=bits_of, reverse=True)
+        for width in widths:
+            band = group[group["bits"].isin(["FP", width])]
+            places = {method: i for i, method in enumerate(METHODS)}
+            order = band["method"].map(lambda method, places=places: places.get(method, len(places)))
+            found.append(band.iloc[np.argsort(order.to_numpy(), kind="stable")])
+    return found
+
+
+def _samples(rows: pd.DataFrame, quantity: str) -> np.ndarray:
+    return np.asarray(rows.loc[rows["quantity"] == quantity, "samples"].iloc[0], dtype=float)
+
+
+def _grid(band: pd.DataFrame) -> np.ndarray:
+    """Edges that hold every run's: their widths are powers of two, so the widest, or twice it, fits all."""
+    edges = [_samples(run, "density_edges") for _, run in band.groupby("run")]
+    low, high = min(e[0] for e in edges), max(e[-1] for e in edges)
+    width = max(e[1] - e[0] for e in edges)
+    while (high - low) / width > BINS:
+        width *= 2
+    return np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width
+
+
+def _rebinned(edges: np.ndarray, density: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The same density on a grid of wider bins that its own fit into: the mass of each is summed."""
+    middles = (edges[:-1] + edges[1:]) / 2
+    mass, _ = np.histogram(middles, grid, weights=density * np.diff(edges))
+    return mass / np.diff(grid)
+
+
+def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods: list[str]) -> None:
+    for _, run in band.groupby("run", sort=False):
+        first = run.iloc[0]
+        quantity = f"density_{image + 1}"
+        if quantity not in set(run["quantity"]):
+            continue
+        density = _rebinned(_samples(run, "density_edges"), _samples(run, quantity), grid)
+        zeros = 1 - float(run.loc[run["quantity"] == quantity, "value"].iloc[0])
+        tint = colour(first["method"], methods)
+        text = label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
+        axes.stairs(density, grid, color=tint, fill=True, alpha=0.10)
+        axes.stairs(density, grid, color=tint, linewidth=1.2, linestyle=LINES.get(first["method"], "-"), label=text)
+    axes.set_xlim(grid[0], grid[-1])
+    axes.legend(loc="upper right", fontsize=7.5, handlelength=1.8, borderaxespad=0.2)
+
+
+def _image_title(band: pd.DataFrame, image: int) -> str:
+    images = _samples(band[band["run"] == band["run"].iloc[0]], "density_images")
+    return f"Image {images[image]:.0f}" if image < len(images) else ""
+
+
+def caption4(records: pd.DataFrame) -> str:
+    """What a reader must know beside the figure: layer, images, runs, what the curves leave out."""
+    rows = densities(records)
+
+    def several(column: str) -> str:
+        return ", ".join(str(value) for value in sorted(rows[column].unique()))
+
+    n_data = rows.loc[rows["quantity"] == "density_images", "n_data"].max()
+    runs = ", ".join(f"{one.run} at epoch {one.epoch}" for one in rows.drop_duplicates("run").itertuples(index=False))
+    return (
+        f"Density of the output of {several('layer')} ({several('model')}, {several('dataset')}) for single training "
+        f"images, drawn by seed {several('seed')} from the {n_data} measured on, the same for every run; numbers are "
+        "places in that sample. Histograms over channels and places on a common grid; values that are exactly zero "
+        f"are left out, their share is in the legend. Raw output, before the next layer's quantizer. Runs: {runs}; "
+        f"training seed {several('train_seed')}. No error is shown: these are single images."
+    )

@@ -1,0 +1,404 @@
+"""What one layer puts out, channel by channel: ranges, means and quantiles; and its density for single images.
+
+The paper's Figures 3 and 4 (Pang & Cai 2025, arXiv:2503.11159).  Quantization keeps a channel's range about where it
+was and moves its mean; a mean that moves away from the float network's is a bias that every later layer gets to see.
+
+A layer is named as in `model.named_modules()` and stands for its output, a (N, C, ...) tensor; `NAME:input` stands for
+what goes into NAME before NAME's quantizer.  The latter is for what no module of its own puts out, such as a functional
+ReLU, or one module called several times in a block: name the convolution behind it.  `auto` is the middle one, in the
+order of execution, of those activations whose output feeds exactly one convolution or linear layer.
+
+Everything is of the raw output.  Where it feeds layers with one input quantizer between them, the same is measured of
+what this quantizer makes of it (`quantized_...`); where it feeds several, there is no one answer, and it is left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
+from fpq_analysis.curvature.memory import each
+from fpq_analysis.errors import UserError
+from fpq_analysis.models import model_device
+from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.quantizers import Quantizer, fused_quantizers
+from fpq_analysis.quantizers import view as take_view
+from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, QUANTIZABLE
+
+AUTO = "auto"
+OF_INPUT = ":input"
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish)
+QUANTILES = {"q01": 0.01, "q25": 0.25, "median": 0.5, "q75": 0.75, "q99": 0.99}
+# Of the layer, for the quantiles: 512 images of 128 channels of 16x16.
+KEPT_VALUES = 2**24
+N_IMAGES = 3
+BINS = 128  # of a density, at most
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """One layer's output over all images and places.
+
+    Attributes:
+        layer: its name.
+        channels: a row a channel; columns min, q01, q25, median, q75, q99, max, mean, sd (of the values, not of an
+            estimate), and mean_sem, the mean's standard error over the images.
+        quantized: the same of what the one input quantizer behind the layer makes of it; None if there is not just one.
+        sem_data: standard errors over the images of the means over all channels: keys `mean`, and `quantized_mean`.
+        images: which samples the densities are of.
+        edges: (B + 1,) of their bins: multiples of a power of two, so that the grids of different networks nest.
+        densities: (images, B) of the values that are not exactly zero; each integrates to one less its share of zeros.
+        n_data: samples.
+        n_kept: samples that the quantiles are from.
+        seed: of the choice of samples for densities and quantiles.
+    """
+
+    layer: str
+    channels: pd.DataFrame = field(repr=False)
+    quantized: pd.DataFrame | None = field(repr=False)
+    sem_data: dict[str, float]
+    images: np.ndarray
+    edges: np.ndarray = field(repr=False)
+    densities: np.ndarray = field(repr=False)
+    n_data: int
+    n_kept: int
+    seed: int
+
+    @property
+    def zeros(self) -> np.ndarray:
+        """(images,) share of values that are exactly zero: the point mass that a ReLU makes."""
+        return np.clip(1 - (self.densities * np.diff(self.edges)).sum(1), 0, 1)
+
+
+def feature_statistics(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    layer: str = AUTO,
+    *,
+    n_images: int = N_IMAGES,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    micro_batch: int | None = None,
+) -> FeatureStatistics:
+    """Statistics of one layer's output for each channel, and its density for a few samples.
+
+    The model runs as it is, quantizers on, as a copy in eval mode.  Minimum, maximum, mean and standard deviation are
+    of every value; quantiles of the values of as many samples, drawn by `seed`, as `KEPT_VALUES` allows.
+
+    Args:
+        model: any `nn.Module`.
+        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.  Targets are not used.
+        layer: `NAME`, `NAME:input` or `auto`, see the top of the file.  Axis 1 of its output are the channels.
+        n_images: samples, drawn by `seed`, to give a density for.
+        device: where to compute; None for where the model is.
+        micro_batch: samples to hold at a time; None chooses by the size of an input.
+
+    Raises:
+        UserError: if there is no such layer, it does not put out one (N, C, ...) tensor a pass, or one of its values is
+            not finite.
+    """
+    where = torch.device(device) if device is not None else model_device(model)
+    data = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
+    n = sum(map(len, data))
+    view = take_view(model, "dequantized").to(where)
+    site = find_site(view, layer, data[0][:1])
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    shown = order[:n_images].sort().values
+    raw, rounded = _Channels(), _Channels() if site.quantizer else None
+    single: dict[int, Tensor] = dict.fromkeys(shown.tolist(), torch.empty(0))
+
+    def work(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return site.values(view, batch[0]), batch[1]
+
+    numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split([len(x) for x in data]), strict=True))
+    with torch.no_grad(), full_precision(), fused_quantizers(view):
+        n_kept = min(n, max(1, KEPT_VALUES // site.values(view, data[0][:1]).numel()))
+        kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:n_kept], True)
+        for values, numbers in each(numbered, work):
+            raw.add(values, kept[numbers])
+            if rounded is not None and site.quantizer is not None:
+                rounded.add(site.quantizer(values), kept[numbers])
+            single.update({i: v.cpu() for i, v in zip(numbers.tolist(), values, strict=True) if i in single})
+    if not raw.finite():
+        raise UserError(
+            f"The output of '{site.name}' holds values that are not finite on these data. Check the inputs for NaN and "
+            "their normalisation, and with fpq-analyze doctor the checkpoint."
+        )
+    edges, densities = _densities([image.flatten().double().numpy() for image in single.values()])
+    sem_data = {"mean": raw.sem_data()} | ({"quantized_mean": rounded.sem_data()} if rounded else {})
+    quantized = rounded.table() if rounded else None
+    return FeatureStatistics(
+        site.name, raw.table(), quantized, sem_data, shown.numpy(), edges, densities, n, n_kept, seed
+    )
+
+
+# --- Where ---
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a network whose values can be had.
+
+    Attributes:
+        quantizer: of the layers that take the values as they are, if it is one.
+    """
+
+    name: str
+    module: nn.Module
+    of_input: bool
+    quantizer: Quantizer | None
+
+    def values(self, model: nn.Module, x: Tensor) -> Tensor:
+        """(N, C, places), a copy of the values, as what comes behind may work in place."""
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
+            found.append((output or args)[0].detach().clone())
+
+        if self.of_input:  # in front of the quantizer's own hook
+            handle = self.module.register_forward_pre_hook(keep, prepend=True)
+        else:
+            handle = self.module.register_forward_hook(keep)
+        try:
+            model(x)
+        finally:
+            handle.remove()
+        return by_channel(found[0])
+
+
+def by_channel(x: Tensor) -> Tensor:
+    """(N, C, ...) as (N, C, places)."""
+    return x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, for sums; on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def find_site(model: nn.Module, layer: str, x: Tensor) -> Site:
+    """The place that `layer` names, from one forward pass over `x`.
+
+    Raises:
+        UserError: if there is no such layer, or it does not put out one (N, C, ...) tensor a pass.
+    """
+    modules = dict(model.named_modules())
+    passed = _Pass(model, x)
+    name, of_input = passed.middle() if layer == AUTO else (layer.removesuffix(OF_INPUT), layer.endswith(OF_INPUT))
+    if name not in modules:
+        near = difflib.get_close_matches(name, [known for known in modules if known], n=3, cutoff=0.3)
+        raise UserError(
+            f"The network has no layer '{name}'." + (f" The nearest names: {', '.join(near)}." if near else "") + " "
+            "Names are those of model.named_modules(); with ':input' behind, what goes into that layer; 'auto' for one "
+            "in the middle."
+        )
+    full = name + OF_INPUT if of_input else name
+    calls = [call for call in (passed.inputs if of_input else passed.outputs) if call.name == name]
+    if len(calls) != 1:
+        takers = [taker + OF_INPUT for call in calls for taker in passed.takers(call)]
+        raise UserError(
+            f"'{name}' is called {len(calls)} times in a forward pass, and a layer here is what comes out of one call. "
+            "Name the layer that takes the values you mean" + (f": {', '.join(takers)}." if takers else ", NAME:input.")
+        )
+    (call,) = calls
+    if not isinstance(call.value, Tensor) or call.value.ndim < 2:
+        raise UserError(f"'{full}' is no tensor of shape (N, C, ...), so it has no channels. Name another layer.")
+    takers = [name] if of_input else passed.takers(call)
+    found = {getattr(modules[taker], INPUT_QUANTIZER, None) for taker in takers}
+    quantizer = found.pop() if len(found) == 1 else None
+    return Site(full, modules[name], of_input, quantizer if isinstance(quantizer, Quantizer) else None)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What went into, or came out of, one call of a module; `version` counts the changes made to it in place."""
+
+    name: str
+    value: Any
+    version: int
+
+
+class _Pass:
+    """One forward pass: what every module took and put out, in the order of execution."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.modules = dict(model.named_modules())
+        self.inputs: list[_Call] = []
+        self.outputs: list[_Call] = []
+        handles = []
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(self._note(name, self.inputs), prepend=True))
+            handles.append(module.register_forward_hook(self._note(name, self.outputs)))
+        try:
+            with torch.no_grad():
+                model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, name: str, calls: list[_Call]) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+            value = output[0] if output else next(iter(args), None)
+            calls.append(_Call(name, value, value._version if isinstance(value, Tensor) else 0))
+
+        return note
+
+    def takers(self, call: _Call) -> list[str]:
+        """The convolution and linear layers that take these very values: the same tensor, not changed since."""
+        return [
+            taken.name
+            for taken in self.inputs
+            if taken.value is call.value
+            and taken.version == call.version
+            and isinstance(self.modules[taken.name], QUANTIZABLE)
+        ]
+
+    def middle(self) -> tuple[str, bool]:
+        """A name for `auto`, and whether it is its input that is meant."""
+        calls = Counter(call.name for call in self.outputs)
+        once = [call for call in self.outputs if calls[call.name] == 1]
+        chosen = [
+            call.name
+            for call in once
+            if isinstance(self.modules[call.name], ACTIVATIONS) and len(self.takers(call)) == 1
+        ]
+        layers = [call.name for call in once if isinstance(self.modules[call.name], QUANTIZABLE)]
+        if not chosen and not layers:
+            raise UserError("The network has no convolution or linear layer to stand for it; name a layer (--layer).")
+        return (chosen[len(chosen) // 2], False) if chosen else (layers[len(layers) // 2], True)
+
+
+# --- What ---
+
+
+class _Channels:
+    """Statistics by channel, batch after batch."""
+
+    def __init__(self) -> None:
+        self.n_images = self.n_values = 0
+        self.kept: list[Tensor] = []
+
+    def add(self, values: Tensor, keep: Tensor) -> None:
+        """Take in (N, C, places), and keep the images of the (N,) mask for the quantiles."""
+        x = wide(values)
+        if self.n_images == 0:
+            self.shift = x.mean((0, 2))  # sums of squares about a number near the mean do not cancel
+            self.low, self.high = x.amin((0, 2)), x.amax((0, 2))
+            self.sums = torch.zeros(4, x.shape[1], dtype=x.dtype, device=x.device)
+            self.overall = torch.zeros(2, dtype=x.dtype, device=x.device)
+        self.low, self.high = torch.minimum(self.low, x.amin((0, 2))), torch.maximum(self.high, x.amax((0, 2)))
+        x = x - self.shift[:, None]
+        means = x.mean(2)
+        self.sums += torch.stack([x.sum((0, 2)), x.square().sum((0, 2)), means.sum(0), means.square().sum(0)])
+        overall = means.mean(1)
+        self.overall += torch.stack([overall.sum(), overall.square().sum()])
+        self.n_images += len(x)
+        self.n_values += len(x) * x.shape[2]
+        self.kept.append(values[keep.to(values.device)].cpu())
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.sums).all())
+
+    def sem_data(self) -> float:
+        """Standard error over the images of the mean over all channels."""
+        return float(_sem(self.overall[0], self.overall[1], self.n_images))
+
+    def table(self) -> pd.DataFrame:
+        """A row a channel, see `FeatureStatistics`."""
+        total, squares, of_means, of_squares = self.sums
+        offset = total / self.n_values
+        found = {
+            "mean": self.shift + offset,
+            "sd": (squares / self.n_values - offset.square()).clamp(min=0).sqrt(),
+            "mean_sem": _sem(of_means, of_squares, self.n_images),
+        }
+        kept = torch.cat(self.kept).transpose(0, 1).flatten(1).numpy()
+        quantiles = np.stack([np.quantile(channel, list(QUANTILES.values())) for channel in kept], 1)
+        columns = {"min": self.low, **dict(zip(QUANTILES, quantiles, strict=True)), "max": self.high, **found}
+        frame = pd.DataFrame({k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
+        return frame.rename_axis("channel")
+
+
+def _sem(total: Tensor, squares: Tensor, n: int) -> Tensor:
+    """Standard error of a mean from the sum and the sum of squares of n numbers; NaN for one."""
+    if n < 2:
+        return torch.full_like(total, math.nan)
+    return ((squares - total.square() / n).clamp(min=0) / (n - 1) / n).sqrt()
+
+
+def _densities(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and a density for each image, on one grid whose width is a power of two: twice as wide holds it exactly."""
+    parts = [values[values != 0] for values in images]
+    everything = np.concatenate(parts)
+    low, high = (float(everything.min()), float(everything.max())) if len(everything) else (0.0, 1.0)
+    width = 2.0 ** math.ceil(math.log2(((high - low) or abs(high)) / BINS))
+    edges = np.arange(math.floor(low / width), math.floor(high / width) + 2) * width
+    counts = [np.histogram(part, edges)[0] / (len(values) * width) for part, values in zip(parts, images, strict=True)]
+    return edges, np.stack(counts)
+
+
+# --- The probe ---
+
+
+@dataclass(frozen=True)
+class Features:
+    """The probe: `feature_statistics` on a checkpoint.
+
+    Attributes:
+        layer: `NAME`, `NAME:input` or `auto`; see the top of the file.
+    """
+
+    layer: str = AUTO
+
+    name = "features"
+    version = 1
+    needs = ()
+
+    def __call__(self, point: Point) -> Rows:
+        """Rows of the layer: each statistic, a number a channel in `samples`, their mean in `value`.
+
+        Then `density_edges` (value: the bins' width), `density_images` (which of the images measured on; value: how
+        many), and `density_1`, ... of these (value: the integral, one less the share of exact zeros).  The last row,
+        `channels`, counts them.
+        """
+        found = feature_statistics(point.model, point.batches, self.layer, seed=point.seed)
+        rows: Rows = []
+        for prefix, table in (("", found.channels), ("quantized_", found.quantized)):
+            for quantity, column in table.items() if table is not None else ():
+                sampled = quantity in QUANTILES
+                row = _row(prefix + str(quantity), column.mean(), column, found.n_kept if sampled else found.n_data)
+                row["sem"] = 0.0 if row["n_data"] == found.n_data else None
+                if quantity == "mean":
+                    error = found.sem_data[prefix + "mean"]
+                    row |= {"sem_data": error, "ci95": 1.96 * error}
+                rows.append(row)
+        rows.append(_row("density_edges", found.edges[1] - found.edges[0], found.edges, len(found.images)))
+        rows.append(_row("density_images", len(found.images), found.images, found.n_data))
+        for i, (density, zeros) in enumerate(zip(found.densities, found.zeros, strict=True), 1):
+            rows.append(_row(f"density_{i}", 1 - zeros, density, 1))
+        rows = [{"layer": found.layer, **row} for row in rows]
+        return [*rows, {"layer": "all", **_row("channels", len(found.channels), None, found.n_data)}]
+
+
+def _row(quantity: str, value: float, parts: Any, n_data: int) -> dict[str, Any]:
+    kind = quantity.removeprefix("quantized_")
+    estimator = "quantiles" if kind in QUANTILES else "histogram" if kind.startswith("density_") else "all values"
+    samples = None if parts is None else [float(f"{part:.7g}") for part in parts]
+    return {
+        "quantity": quantity,
+        "value": float(value),
+        "estimator": estimator,
+        "n_data": n_data,
+        "n_products": 0,
+        "samples": samples,
+    }
