@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fpq_analysis.errors import UserError
     from fpq_analysis.export import export_onnx, export_safetensors
     from fpq_analysis.figures import draw_figures
+    from fpq_analysis.foreign import ForeignRuns
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
@@ -52,6 +53,7 @@ _HOMES = {
     "FeatureDrift": "fpq_analysis.probes",
     "FeatureStatistics": "fpq_analysis.probes",
     "Features": "fpq_analysis.probes",
+    "ForeignRuns": "fpq_analysis.foreign",
     "HessianDensity": "fpq_analysis.probes",
     "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
@@ -92,6 +94,7 @@ __all__ = [
     "FeatureDrift",
     "FeatureStatistics",
     "Features",
+    "ForeignRuns",
     "GradNorm",
     "HessianDensity",
     "HessianEigs",

@@ -31,6 +31,7 @@ from fpq_analysis.quantizers import QuantSpec, quantize
 
 FORMAT = 1
 CHECKPOINT_NAME = re.compile(r"epoch_(\d{4,})\.pt")
+FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `foreign.py`
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Checkpoint:
     state_dict: dict[str, torch.Tensor]
     sha256: str
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the user said of it that does not stand in the file: of a file of ours, nothing."""
+        return {}
+
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this checkpoint's state.
 
@@ -70,12 +76,28 @@ class Checkpoint:
             # The state brings its own scales; the cheap calibration only makes the tensors exist.
             spec = QuantSpec(**{**self.quant, "weight_calibration": "minmax"})
             net = quantize(net, spec)
-        load_state(net, self.state_dict, what=f"'{name}'", made_with=f"'{self.model['name']}'")
+        load_state(net, self.state_dict, what=f"'{name}'", whose=made_with(self.model["name"]))
         return net.eval()
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], *, what: str, made_with: str) -> None:
-    """Load `state` into `model`, or raise a `UserError` that names both and the first difference."""
+FIELDS = tuple(field for field in Checkpoint.__dataclass_fields__ if field != "sha256")  # in the file
+ANOTHER_MODEL = "Give the model it was trained as: --model NAME, or leave --model out to use the one the file names."
+
+
+def made_with(model: str) -> str:
+    """How `load_state` calls a checkpoint of ours."""
+    return f"The checkpoint was made with '{model}' and"
+
+
+def load_state(
+    model: nn.Module, state: dict[str, torch.Tensor], *, what: str, whose: str, cure: str = ANOTHER_MODEL
+) -> None:
+    """Load `state` into `model`, or raise a `UserError` that names both and the first difference.
+
+    Args:
+        what: the model's name; whose: the state's, as the beginning of a sentence.
+        cure: what to do if they do not fit.
+    """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     surplus = [key for key in state if key not in own]
@@ -87,9 +109,8 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], *, what: str, m
         else:
             example = f"'{missing[0]}' is not in the file" if missing else f"'{surplus[0]}' is not in the model"
         raise UserError(
-            f"The checkpoint was made with {made_with} and does not fit the model {what}: {len(missing)} tensors "
-            f"missing, {len(surplus)} unknown, {len(reshaped)} of another shape (for example, {example}). Give the "
-            "model it was trained as: --model NAME, or leave --model out to use the one the file names."
+            f"{whose} does not fit the model {what}: {len(missing)} tensors missing, {len(surplus)} unknown, "
+            f"{len(reshaped)} of another shape (for example, {example}). {cure}"
         )
     bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
@@ -158,15 +179,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "from its source, or train the run anew with --overwrite."
         )
     content = load_tensors(path)
-    fields = [f for f in Checkpoint.__dataclass_fields__ if f != "sha256"]
-    if not isinstance(content, dict) or any(field not in content for field in fields):
+    if not is_ours(content):
         raise UserError(
-            f"'{path}' is not a checkpoint written by fpq-analyze. To measure a network of your own, call "
-            "fpq_analysis.hessian_trace(model, batches) from Python."
+            f"'{path}' is not a checkpoint written by fpq-analyze. To measure it, say what network it is of and which "
+            f"data that was trained on: {FOREIGN_OPTIONS}; or call fpq_analysis.hessian_trace(model, batches) from "
+            "Python."
         )
     if content.get("format") != FORMAT:
         raise UserError(f"'{path}' has format {content.get('format')}, and this version reads format {FORMAT}.")
-    return Checkpoint(**{field: content[field] for field in fields}, sha256=digest)
+    return Checkpoint(**{field: content[field] for field in FIELDS}, sha256=digest)
+
+
+def is_ours(content: Any) -> bool:
+    """Whether this is what `save_checkpoint` wrote, in any format."""
+    return isinstance(content, dict) and {"format", *FIELDS} <= content.keys()
 
 
 def load(path: str | Path, model: str | None = None) -> nn.Module:
@@ -196,7 +222,7 @@ def find_runs(folder: str | Path) -> list[Path]:
     if not runs:
         raise UserError(
             f"'{folder}' holds no checkpoints (files named epoch_0000.pt, ...), nor does any folder below it. "
-            "'fpq-analyze train' or 'fpq-analyze demo' makes some."
+            f"'fpq-analyze train' or 'fpq-analyze demo' makes some. For those of another program: {FOREIGN_OPTIONS}."
         )
     return runs
 

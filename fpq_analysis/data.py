@@ -7,10 +7,12 @@ and the epoch's number alone, so that epoch k shuffles and augments the same whe
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,12 @@ from torch.nn import functional as F
 
 from fpq_analysis.errors import UserError, did_you_mean
 
+# Ways to normalise that have a name: mean and standard deviation of pixels in [0, 1], for one channel or each.
+NORMALIZATIONS = {
+    "none": ((0.0,), (1.0,)),
+    "half": ((0.5,), (0.5,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 
 
@@ -43,6 +51,8 @@ class Dataset:
     Attributes:
         mean, std: per-channel statistics of the training images in [0, 1], used to normalise.
         flip: whether a mirrored image is still a valid one (not so for digits).
+        resize: side that images are brought to when they are normalised; None: as they are.
+        repeat: how often the channel of grey images is repeated when they are normalised.
     """
 
     name: str
@@ -52,10 +62,16 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
+    resize: int | None = None
+    repeat: int = 1
 
     @property
     def channels(self) -> int:
-        return self.train.images.shape[1]
+        return self.train.images.shape[1] * self.repeat
+
+    @property
+    def size(self) -> int:
+        return self.resize or self.train.images.shape[-1]
 
     @property
     def num_classes(self) -> int:
@@ -68,13 +84,54 @@ class Dataset:
         """uint8 (N, C, H, W) to float32 with zero mean and unit standard deviation a channel, channels last."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-        x = (images.float() / 255 - mean) / std
+        x = images.float() / 255
+        if self.resize is not None:
+            x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True)
+        x = (x.repeat(1, self.repeat, 1, 1) - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
+
+    def fed(self, *, image_size: int | None, channels: int, normalize: str) -> Dataset:
+        """The same images, as another program fed them to its network.
+
+        Args:
+            image_size: side to which they are resized (bilinear, as torchvision does it); None: as they are.
+            channels: three for grey images repeated, else as they are.
+            normalize: see `parse_normalization`.
+
+        Raises:
+            UserError: if the normalisation has another number of channels.
+        """
+        repeat = channels // self.channels
+        mean, std = parse_normalization(normalize) or (self.mean * repeat, self.std * repeat)
+        if len(mean) not in (1, channels):
+            raise UserError(
+                f"--normalize '{normalize}' has {len(mean)} channels, and the images of '{self.name}' have {channels}. "
+                "Give one mean and standard deviation for all, or one for each."
+            )
+        times = channels // len(mean)
+        resize = None if self.train.images.shape[-2:] == (image_size, image_size) else image_size
+        return replace(self, mean=mean * times, std=std * times, resize=resize, repeat=repeat)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says of its data set."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "channels": self.channels,
+            "size": self.size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "n_train": len(self.train),
+            "n_test": len(self.test),
+            "fingerprint": self.fingerprint,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the training images, labels and normalisation: two data sets that differ anywhere differ here."""
         digest = hashlib.sha256(repr((self.mean, self.std, self.classes)).encode())
+        if self.resize is not None or self.repeat > 1:
+            digest.update(repr((self.resize, self.repeat)).encode())
         for tensor in (self.train.images, self.train.labels):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -106,6 +163,44 @@ def load_dataset(
             raise UserError("The data set 'imagefolder' needs its folder: --data-root DIR")
         return _imagefolder(Path(root), image_size)
     raise UserError(f"Unknown data set '{name}'{did_you_mean(name, DATASETS)}. Known: {', '.join(DATASETS)}.")
+
+
+def load_run_data(config: dict[str, Any], root: str | None = None) -> Dataset:
+    """The data set of a run's config as its network saw it.
+
+    Args:
+        root: where it lies, if not where the config says.
+    """
+    data = load_dataset(config["data"], root or config["data_root"], image_size=config["image_size"])
+    feed = config.get("feed")  # of another program's checkpoint, see `foreign.py`
+    return data.fed(**feed) if feed else data
+
+
+def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of pixels in [0, 1], one for all channels or one for each.
+
+    Args:
+        text: `none` (pixels as they are), `half` (0.5 and 0.5: from -1 to 1), `imagenet`, the numbers
+            `0.49,0.48,0.45/0.2,0.2,0.2`, or `data`: the training images' own, for which this gives None.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if text == "data":
+        return None
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        mean, std = (tuple(float(number) for number in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        mean, std = (), ()
+    if not mean or len(mean) != len(std) or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        known = ("data", *NORMALIZATIONS)
+        raise UserError(
+            f"'{text}' is no normalisation{did_you_mean(text, known)}. Write {', '.join(known)}, or means and standard "
+            "deviations of pixels in [0, 1], for one channel or for each: 0.4914,0.4822,0.4465/0.2470,0.2435,0.2616"
+        )
+    return mean, std
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,6 +5,7 @@ With `measure=False` only records are read: no checkpoint, no data set and no to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ ALL = "all"
 
 
 def draw_figures(
-    ckpt_dir: str | Path,
+    ckpt_dir: str | os.PathLike[str],
     figures: str | Iterable[str] = ALL,
     out: str | Path = "figures",
     *,
@@ -39,6 +40,7 @@ def draw_figures(
     """Draw figures of the runs at or below `ckpt_dir`, each as .png, .pdf and, its caption, .txt.
 
     Args:
+        ckpt_dir: as for `measure`.
         figures: `1` to `5` (the paper's), other keys of `plots.FIGURES`, or `all`: the paper's, and of the others those
             that were measured.
         measure: measure first what is missing, with each probe's default settings; otherwise records alone are read,
@@ -68,16 +70,20 @@ def draw_figures(
         if everything and name not in PAPER and records.load(root, drawing.probe).empty:
             continue
         if everything or name in names:
-            row = _draw(drawing, root, Path(out), where if measure else None, on_fault)
+            row = _draw(drawing, ckpt_dir, Path(out), where if measure else None, on_fault)
             log(f"{drawing.title}: {row['path'] or row['note']}")
             drawn.append({"figure": name, "title": drawing.title, **row})
     return pd.DataFrame(drawn, columns=["figure", "title", "path", "note"])
 
 
 def _draw(
-    drawing: Drawing, root: Path, out: Path, where: dict[str, Any] | None, on_fault: Fault | None
+    drawing: Drawing,
+    ckpt_dir: str | os.PathLike[str],
+    out: Path,
+    where: dict[str, Any] | None,
+    on_fault: Fault | None,
 ) -> dict[str, Any]:
-    frame = _measured(drawing, root, where, on_fault)
+    frame = _measured(drawing, ckpt_dir, where, on_fault)
     if frame.empty:
         return {"path": None, "note": f"not measured yet; 'fpq-analyze {drawing.command}' does"}
     try:
@@ -87,7 +93,9 @@ def _draw(
     return {"path": picture, "note": caption.read_text().strip()}
 
 
-def _measured(drawing: Drawing, root: Path, where: dict[str, Any] | None, on_fault: Fault | None) -> pd.DataFrame:
+def _measured(
+    drawing: Drawing, ckpt_dir: str | os.PathLike[str], where: dict[str, Any] | None, on_fault: Fault | None
+) -> pd.DataFrame:
     if where is not None:
         from fpq_analysis import measurement
         from fpq_analysis.probes import PROBES
@@ -95,7 +103,7 @@ def _measured(drawing: Drawing, root: Path, where: dict[str, Any] | None, on_fau
         if drawing.probe in PROBES:
             probe = PROBES[drawing.probe]()
             todo = measurement.plan(
-                root, probe, n_data=where["n_data"], seed=where["seed"], epochs="last" if drawing.last else "all"
+                ckpt_dir, probe, n_data=where["n_data"], seed=where["seed"], epochs="last" if drawing.last else "all"
             )
             return measurement.carry_out(todo, probe, on_fault=on_fault, **where)
-    return records.load(root, drawing.probe)
+    return records.load(Path(ckpt_dir), drawing.probe)

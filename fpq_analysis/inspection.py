@@ -24,11 +24,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import read_jsonl, sha256
+from fpq_analysis.foreign import find_state, foreign_epochs
 
 COLUMNS = ["field", "value"]
 RUN_COLUMNS = ["file", "epoch", "size", "sha256", "hash", "test accuracy"]
 QUANTIZER_COLUMNS = ["layer", "of", "bits", "step sizes", "smallest", "median", "largest"]
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which other programs keep a state dict
 # What plain tensors are pickled with; `torch.load` decides what is safe, these are only left out of a list of names.
 TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch\.\w+Storage|torch\.storage\.\w+|collections\.OrderedDict")
 SHOWN = 3
@@ -54,15 +54,16 @@ def inspect_checkpoint(path: str | Path) -> pd.DataFrame:
         return _frame([kind, *about, ("tensors", str(len(header))), ("scalars", f"{scalars:,}"), _how_to_use(how)])
     content = _load(path)
     about.append(("safe", "yes: tensors and plain values only"))
-    if _is_ours(content):
+    if ckpt.is_ours(content):
         kind = ("kind", "fpq-analyze checkpoint")
         return _frame([kind, *about, *_ours(content), *_versions(path.parent), *_tensors(content["state_dict"])])
-    state, key = _find_state(content)
+    state, keys = find_state(content)
     if not state:
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         return _frame([("kind", "other"), *about, ("holds", held[:200] or "nothing")])
-    how = f"torch.load('{path.name}', weights_only=True)" + (f"['{key}']" if key else "")
-    kind = ("kind", "foreign state dict" + (f", under '{key}'" if key else ""))
+    within = "".join(f"['{key}']" for key in keys)
+    how = f"torch.load('{path.name}', weights_only=True){within}"
+    kind = ("kind", "foreign state dict" + (f", under {', '.join(map(repr, keys))}" if keys else ""))
     return _frame([kind, *about, *_tensors(state), _how_to_use(how)])
 
 
@@ -76,12 +77,12 @@ def inspect_quantizers(path: str | Path) -> pd.DataFrame:
         UserError: see `inspect_checkpoint`.
     """
     content = _load(Path(path))
-    rows = list(_quantizers(content)) if _is_ours(content) and content["quant"] else []
+    rows = list(_quantizers(content)) if ckpt.is_ours(content) and content["quant"] else []
     return pd.DataFrame(rows, columns=QUANTIZER_COLUMNS)
 
 
 def inspect_run(run: str | Path) -> pd.DataFrame:
-    """The checkpoints of a run.
+    """The checkpoints of a run, of ours or of another program.
 
     Returns:
         file, epoch, size (bytes), sha256, hash (ok, differs, not recorded, or missing), test accuracy (NaN if unknown).
@@ -91,7 +92,7 @@ def inspect_run(run: str | Path) -> pd.DataFrame:
     """
     run = Path(run)
     manifest = ckpt.read_manifest(run)
-    files = ckpt.checkpoints(run) if run.is_dir() else {}
+    files = (ckpt.checkpoints(run) or foreign_epochs(run)) if run.is_dir() else {}
     if not files:
         raise UserError(f"'{run}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
     accuracy = {row.get("epoch"): row.get("test_accuracy", float("nan")) for row in read_jsonl(run / "train.jsonl")}
@@ -207,11 +208,6 @@ def _pickled_names(path: Path) -> Iterator[str]:
             done += 1
 
 
-def _is_ours(content: Any) -> bool:
-    fields = {field for field in ckpt.Checkpoint.__dataclass_fields__ if field != "sha256"}
-    return isinstance(content, dict) and "format" in content and fields <= content.keys()
-
-
 def _ours(content: dict[str, Any]) -> list[tuple[str, str]]:
     run, model, data, quant = content["run"], content["model"], content["data"], content["quant"]
     bits = (
@@ -237,22 +233,11 @@ def _versions(run: Path) -> list[tuple[str, str]]:
         return []
 
 
-def _find_state(content: Any) -> tuple[dict[str, Tensor], str]:
-    """The state dict in what another program saved, and under which key it was."""
-    if not isinstance(content, dict):
-        return {}, ""
-    for key in ("", *WRAPPERS):
-        state = content.get(key) if key else content
-        if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
-            return state, key
-    return {}, ""
-
-
 def _how_to_use(load: str) -> tuple[str, str]:
     return (
         "to use it",
-        f"with model.load_state_dict({load}), in Python: fpq_analysis.hessian_trace(model, batches); or in a function "
-        "that gives the model, for fpq-analyze train --model package.module:factory",
+        f"fpq-analyze hessian --ckpt-dir FOLDER {ckpt.FOREIGN_OPTIONS}; or, after model.load_state_dict({load}), in "
+        "Python: fpq_analysis.hessian_trace(model, batches)",
     )
 
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
 from torch import nn
 
-from fpq_analysis import records
-from fpq_analysis.checkpoint import Checkpoint, checkpoints, file_hash, find_runs, find_teacher, read_checkpoint
-from fpq_analysis.data import Dataset, load_dataset, training_sample
+from fpq_analysis import checkpoint, records
+from fpq_analysis.checkpoint import Checkpoint, file_hash, find_teacher
+from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
+from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
 from fpq_analysis.probes import Point, Probe
 from fpq_analysis.progress import Progress
 
 # A forecast measures so many images and twice as many: what does not grow with them, the certificate, is told apart.
 FORECAST_IMAGES = 64
+
+
+class Source(Protocol):
+    """Who knows the form on disk: the module `checkpoint`, or a `ForeignRuns`."""
+
+    def find_runs(self, folder: str | Path) -> list[Path]: ...
+    def checkpoints(self, run: Path) -> dict[int, Path]: ...
+    def read_checkpoint(self, path: str | Path) -> Checkpoint: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Plan:
 
     Attributes:
         root: the folder it was asked for.
+        source: how the files in it are read.
         settings: hash of all that does not depend on the checkpoint.
         jobs: to do, in order.
         done: keys of these settings that are measured already.
@@ -48,6 +59,7 @@ class Plan:
     """
 
     root: Path
+    source: Source
     settings: str
     jobs: list[Job]
     done: set[str]
@@ -58,7 +70,7 @@ Fault = Callable[[Path, UserError], None]
 
 
 def plan(
-    ckpt_dir: str | Path,
+    ckpt_dir: str | os.PathLike[str],
     probe: Probe,
     *,
     n_data: int | None = 1024,
@@ -79,19 +91,20 @@ def plan(
         raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
     root = Path(ckpt_dir)
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
-    todo = Plan(root, records.settings_key(probe.name, settings), [], set(), [])
-    for run in find_runs(root):
+    source: Source = ckpt_dir if isinstance(ckpt_dir, ForeignRuns) else checkpoint
+    todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
+    for run in source.find_runs(root):
         finished = set() if overwrite else records.done(run, probe.name)
-        for path in choose_epochs(checkpoints(run), epochs).values():
+        for path in choose_epochs(source.checkpoints(run), epochs).values():
             try:
-                content = read_checkpoint(path)
-                others = _others(probe, run, content)
+                content = source.read_checkpoint(path)
+                others = _others(probe, run, content, source)
             except UserError as fault:
                 todo.faults.append((path, fault))
                 continue
             if others is None:
                 continue
-            about = {**settings, "data": content.data["fingerprint"]}
+            about = {**settings, "data": content.data["fingerprint"], **content.said}
             if others:
                 about["others"] = {need: file_hash(other) for need, other in others.items()}
             key = records.measurement_key(content.sha256, probe.name, about)
@@ -122,7 +135,7 @@ def choose_epochs(found: dict[int, Path], epochs: str) -> dict[int, Path]:
     return {epoch: path for epoch, path in found.items() if epoch in wanted}
 
 
-def _others(probe: Probe, run: Path, content: Checkpoint) -> dict[str, Path] | None:
+def _others(probe: Probe, run: Path, content: Checkpoint, source: Source) -> dict[str, Path] | None:
     """Files of the other networks that the probe needs; None if this checkpoint has not what it needs."""
     others: dict[str, Path | None] = {}
     for need in probe.needs:
@@ -130,16 +143,16 @@ def _others(probe: Probe, run: Path, content: Checkpoint) -> dict[str, Path] | N
             if content.quant is None:
                 return None
         elif need == "teacher":
-            others[need] = find_teacher(run)
+            others[need] = find_teacher(run) if content.run.get("init") else None
         elif need == "previous":
-            before = [path for epoch, path in checkpoints(run).items() if epoch < content.epoch]
+            before = [path for epoch, path in source.checkpoints(run).items() if epoch < content.epoch]
             others[need] = before[-1] if before else None
     found = {need: path for need, path in others.items() if path is not None}
     return found if len(found) == len(others) else None
 
 
 def measure(
-    ckpt_dir: str | Path,
+    ckpt_dir: str | os.PathLike[str],
     probe: Probe,
     *,
     n_data: int | None = 1024,
@@ -155,6 +168,7 @@ def measure(
     All checkpoints see the same `n_data` training images (None: all), drawn by `seed`, without augmentation.
 
     Args:
+        ckpt_dir: a run, or a folder of runs; for another program's checkpoints a `ForeignRuns`.
         epochs: of each run: `all`, `last`, or numbers with commas between.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
@@ -196,12 +210,12 @@ def carry_out(
         for job in todo.jobs:
             try:
                 memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
-                measure_one(job, probe, sample, todo.settings, seed=seed, model=model, memory=memory[job.run])
+                measure_one(job, probe, sample, todo, seed=seed, model=model, memory=memory[job.run])
                 keys.add(job.key)
             except UserError as fault:
                 report(job.path, fault)
             progress.advance()
-    return records.read(todo.root, find_runs(todo.root), probe.name, keys)
+    return records.read(todo.root, todo.source.find_runs(todo.root), probe.name, keys)
 
 
 def forecast(
@@ -224,9 +238,9 @@ def forecast(
     rows = []
     for run in sorted({job.run for job in todo.jobs}):
         jobs = [job for job in todo.jobs if job.run == run]
-        content = read_checkpoint(jobs[0].path)
-        net = _network(content, model, samples[0].device)
-        others = _networks(jobs[0], model, samples[0].device)
+        content = todo.source.read_checkpoint(jobs[0].path)
+        net = _network(content, model, samples[0])
+        others = _networks(jobs[0], todo.source, model, samples[0])
         times = []
         for sample in samples:
             batch = sample(content)
@@ -255,7 +269,7 @@ def measure_one(
     job: Job,
     probe: Probe,
     sample: _Sampler,
-    settings: str,
+    todo: Plan,
     *,
     seed: int,
     model: str | None,
@@ -263,28 +277,31 @@ def measure_one(
 ) -> None:
     """Load, measure, record one checkpoint."""
     start = time.perf_counter()
-    content = read_checkpoint(job.path)
-    net = _network(content, model, sample.device)
-    others = _networks(job, model, sample.device)
+    content = todo.source.read_checkpoint(job.path)
+    net = _network(content, model, sample)
+    others = _networks(job, todo.source, model, sample)
     rows = probe(Point(net, sample(content), seed=seed, memory=memory, **others))
     common = {
         **describe(content),
         "checkpoint": content.sha256,
         "probe": probe.name,
         "seed": seed,
-        "settings": settings,
+        "settings": todo.settings,
         "key": job.key,
         "seconds": round(time.perf_counter() - start, 3),
     }
     records.append(job.run, probe.name, [{**row, **common} for row in rows])
 
 
-def _network(content: Checkpoint, model: str | None, device: torch.device) -> nn.Module:
-    return content.build(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _network(content: Checkpoint, model: str | None, sample: _Sampler) -> nn.Module:
+    net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(content, ForeignCheckpoint):
+        content.check_runs(net, sample(content)[0])
+    return net
 
 
-def _networks(job: Job, model: str | None, device: torch.device) -> dict[str, Any]:
-    return {need: _network(read_checkpoint(path), model, device) for need, path in job.others.items()}
+def _networks(job: Job, source: Source, model: str | None, sample: _Sampler) -> dict[str, Any]:
+    return {need: _network(source.read_checkpoint(path), model, sample) for need, path in job.others.items()}
 
 
 def describe(content: Checkpoint) -> dict[str, Any]:
@@ -318,9 +335,9 @@ class _Sampler:
     def __call__(self, content: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
         config = content.run
         root = self.data_root or config["data_root"]
-        key = (config["data"], root, config["image_size"])
+        key = (config["data"], root, config["image_size"], str(config.get("feed")))
         if key not in self._cache:
-            data = load_dataset(config["data"], root, image_size=config["image_size"])
+            data = load_run_data(config, root)
             images, labels = training_sample(data, self.n_data or len(data.train), self.seed)
             self._cache[key] = data, (images.to(self.device), labels.to(self.device))
         data, batch = self._cache[key]

@@ -266,6 +266,18 @@ def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: 
             f"Cannot import the model '{name}': {error}. Give package.module:factory, where the package is installed "
             "or lies in a folder on PYTHONPATH."
         ) from error
+    return call_factory(factory, name, num_classes, in_channels)
+
+
+def call_factory(factory: Callable[..., Any], name: str, num_classes: int, in_channels: int) -> nn.Module:
+    """The network that `factory` gives for those of `num_classes` and `in_channels` that it takes.
+
+    One that takes any keyword (`**kwargs`) is offered both, and called again without a keyword that it, or what it
+    hands them on to, refuses: torchvision's take `num_classes` only, and say so only then.
+
+    Raises:
+        UserError: if it fails, or gives no `nn.Module`.
+    """
     try:
         taken = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
@@ -273,16 +285,27 @@ def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: 
     takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     wanted = {"num_classes": num_classes, "in_channels": in_channels}
     given = {k: v for k, v in wanted.items() if takes_any or k in taken}
-    try:
-        model = factory(**given)
-    except Exception as error:  # the user's code: anything can happen
-        raise UserError(
-            f"'{name}' called with {given or 'no arguments'} failed: {type(error).__name__}: {error}. It must give the "
-            "network when called with those of num_classes and in_channels that it takes."
-        ) from error
+    while True:
+        try:
+            model = factory(**given)
+            break
+        except Exception as error:  # the user's code: anything can happen
+            refused = [k for k in given if k not in taken and _refuses(error, k)]
+            if refused:
+                del given[refused[0]]
+                continue
+            raise UserError(
+                f"'{name}' called with {given or 'no arguments'} failed: {type(error).__name__}: {error}. It must give "
+                "the network when called with those of num_classes and in_channels that it takes."
+            ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"'{name}' gave a {type(model).__name__}, not a torch.nn.Module.")
     return model
+
+
+def _refuses(error: Exception, keyword: str) -> bool:
+    """Whether Python itself refused this keyword of a call; any other error of the user's code is to be seen."""
+    return isinstance(error, TypeError) and f"got an unexpected keyword argument '{keyword}'" in str(error)
 
 
 def model_device(model: nn.Module) -> torch.device:

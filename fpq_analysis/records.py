@@ -25,7 +25,7 @@ COLUMNS = {
     "dataset": "data it was trained and measured on",
     "data": "fingerprint of these data: equal only if every image is",
     "bits": "WxAy, or FP",
-    "train_seed": "seed of the training run",
+    "train_seed": "seed of the training run; read as text, unknown where a checkpoint of another program has none",
     "epoch": "finished epochs; 0 is before training",
     "checkpoint": "SHA-256 of the file",
     "probe": "which measurement",
@@ -107,12 +107,21 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
     for run in runs:
         wanted = done(run, probe) if keys is None else done(run, probe) & keys
         name = run_name(root, run)
-        rows += [{**row, "run": name} for row in read_jsonl(_file(run, probe)) if row.get("key") in wanted]
+        rows += [
+            {**row, "run": name, "train_seed": _seed(row)}
+            for row in read_jsonl(_file(run, probe))
+            if row.get("key") in wanted
+        ]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in NUMBERS:
         frame[column] = frame[column].astype(float)
     frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
+
+
+def _seed(row: dict[str, Any]) -> str:
+    # As text: figures name and sort seeds, and a table of numbers would turn 0 into 0.0 beside one that is missing.
+    return "unknown" if row.get("train_seed") is None else str(row["train_seed"])
 
 
 def load(root: str | Path, probe: str) -> pd.DataFrame:

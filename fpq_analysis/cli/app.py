@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ from fpq_analysis.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
+    from fpq_analysis.foreign import ForeignRuns
 
 
 app = typer.Typer(
@@ -87,6 +90,76 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
+
+
+FOREIGN = "Checkpoints of another program, with --model (docs/tutorial.md)"
+HOW_TO_READ = {  # name: type, default, help
+    "data": (str | None, None, "What it was trained on: digits, cifar10, cifar100 or imagefolder."),
+    "image_size": (int | None, None, "Side to which images are resized."),
+    "normalize": (str, "data", "data (its own statistics), none, half, imagenet, or MEANS/STDS."),
+    "bits": (str | None, None, "WxAy, for a network quantized by quantize()."),
+}
+
+
+def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that say how checkpoints of another program are to be read.
+
+    With --data, its arguments `folders` come to it as `ForeignRuns`, which stand for the folder wherever a checkpoint
+    is read.  The command has `model` and `data_root` among its own options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            said = {name: options.pop(name) for name in HOW_TO_READ}
+            for folder in folders:
+                options[folder] = _source(options[folder], options["model"], options["data_root"], **said)
+            command(**options)
+
+        own = inspect.signature(command, eval_str=True)
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default,
+                annotation=Annotated[kind, typer.Option(help=text, rich_help_panel=FOREIGN)],
+            )
+            for name, (kind, default, text) in HOW_TO_READ.items()
+        ]
+        run.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _source(
+    folder: Path,
+    model: str | None,
+    data_root: str | None,
+    *,
+    data: str | None,
+    image_size: int | None,
+    normalize: str,
+    bits: str | None,
+) -> Path | ForeignRuns:
+    if data is None:
+        if image_size is not None or normalize != "data" or bits is not None:
+            raise UserError(
+                "--image-size, --normalize and --bits are for checkpoints of another program, whose data must be named "
+                "too: --data NAME. A run of fpq-analyze says these itself."
+            )
+        return folder
+    if model is None:
+        raise UserError(
+            "--data is for checkpoints of another program, whose network must be named too: --model "
+            "package.module:factory. A run of fpq-analyze says both itself."
+        )
+    from fpq_analysis.foreign import ForeignRuns, foreign_runs, left_out
+    from fpq_analysis.quantizers import QuantSpec
+
+    for path in [path for run in foreign_runs(folder) for path in left_out(run)]:
+        say(f"'{path}' is left out: it has no number in its name, as others beside it have.")
+    return ForeignRuns(folder, model, data, data_root, image_size, normalize, QuantSpec.parse(bits) if bits else None)
 
 
 def _check_version(value: bool) -> None:

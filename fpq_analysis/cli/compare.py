@@ -8,12 +8,24 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import (
+    DataRoot,
+    Device,
+    Json,
+    app,
+    guarded,
+    new_table,
+    print_json,
+    print_table,
+    reads_foreign,
+    say,
+)
 from fpq_analysis.errors import UserError
 
 
 @app.command()
 @guarded
+@reads_foreign("run_a", "run_b")
 def compare(
     run_a: Annotated[Path, typer.Argument(help="A run.")],
     run_b: Annotated[Path, typer.Argument(help="The run it is compared with.")],

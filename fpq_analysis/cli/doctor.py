@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import DataRoot, Device, Json, app, guarded, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import (
+    DataRoot,
+    Device,
+    Json,
+    app,
+    guarded,
+    new_table,
+    print_json,
+    print_table,
+    reads_foreign,
+    say,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +26,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("checkpoint")
 def doctor(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file, or a run: its last checkpoint.")],
     data_root: DataRoot = None,
@@ -32,7 +44,7 @@ def doctor(
 
       fpq-analyze doctor checkpoints/fpq
 
-      fpq-analyze doctor checkpoints/mine/epoch_0010.pt --model package.module:factory
+      fpq-analyze doctor runs/own --model mynet:make --data cifar10
     """
     from fpq_analysis.doctor import FAULT, NOTE, diagnose_checkpoint
 

@@ -19,6 +19,7 @@ from fpq_analysis.cli.app import (
     Seed,
     app,
     guarded,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def drift(
     ckpt_dir: CkptDir = Path("checkpoints"),
     n_data: NData = 1024,

@@ -23,6 +23,7 @@ from fpq_analysis.cli.app import (
     guarded,
     new_table,
     print_table,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def features(
     ckpt_dir: CkptDir = Path("checkpoints"),
     layer: Annotated[str, typer.Option(help="NAME, NAME:input, or auto: an activation in the middle.")] = "auto",

@@ -20,6 +20,7 @@ from fpq_analysis.cli.app import (
     fail,
     guarded,
     print_json,
+    reads_foreign,
     say,
 )
 from fpq_analysis.errors import UserError
@@ -27,6 +28,7 @@ from fpq_analysis.errors import UserError
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def figures(
     which: Annotated[list[str] | None, typer.Argument(help="1 to 5, another by name, or all.")] = None,
     ckpt_dir: CkptDir = Path("checkpoints"),

@@ -22,6 +22,7 @@ from fpq_analysis.cli.app import (
     Seed,
     app,
     guarded,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def gradnorm(
     ckpt_dir: CkptDir = Path("checkpoints"),
     definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",

@@ -23,6 +23,7 @@ from fpq_analysis.cli.app import (
     guarded,
     new_table,
     print_table,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
 from fpq_analysis.errors import UserError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def hessian(
     ckpt_dir: CkptDir = Path("checkpoints"),
     definition: Annotated[str, typer.Option(help="dequantized, latent, float, or all three.")] = "dequantized",
@@ -67,6 +69,8 @@ def hessian(
       fpq-analyze hessian --ckpt-dir checkpoints/fpq --top-k 5 --density
 
       fpq-analyze hessian --ckpt-dir checkpoints/ --definition all --json
+
+      fpq-analyze hessian --ckpt-dir runs/own --model mynet:make --data cifar10
     """
     from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
     from fpq_analysis.quantizers import DEFINITIONS

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fpq_analysis.errors import UserError
+    from fpq_analysis.foreign import ForeignRuns
     from fpq_analysis.probes import Probe
 
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Settings:
     """The options that all measuring commands share, see `app.py`."""
 
-    ckpt_dir: Path
+    ckpt_dir: Path | ForeignRuns
     n_data: int | None
     seed: int
     data_root: str | None

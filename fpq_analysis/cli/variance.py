@@ -22,6 +22,7 @@ from fpq_analysis.cli.app import (
     Seed,
     app,
     guarded,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def variance(
     ckpt_dir: CkptDir = Path("checkpoints"),
     sd: Annotated[list[float], typer.Option(help="Of the noise; may be repeated.")] = [0.05, 0.1, 0.2, 0.5],  # noqa: B006

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import nn
 from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.operator import Loss
-from fpq_analysis.data import load_dataset, training_sample
+from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, weights
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
 from fpq_analysis.errors import UserError
+from fpq_analysis.foreign import ForeignRuns
 
 
 def diagnose(
@@ -66,7 +68,7 @@ def _frame(found: dict[str, Finding]) -> pd.DataFrame:
 
 
 def diagnose_checkpoint(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     n_data: int = 256,
     seed: int = 0,
@@ -77,6 +79,7 @@ def diagnose_checkpoint(
     """`diagnose` and `forecast_measurements` for a checkpoint file, or for the last one of a run.
 
     Args:
+        path: of one of ours; for another program's, a `ForeignRuns` with the file, or the run, as its folder.
         n_data: training images, drawn by `seed`, to check on and to forecast for.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
@@ -87,20 +90,20 @@ def diagnose_checkpoint(
     Raises:
         UserError: if the file or the data are not there, or the file does not fit the model.
     """
+    files = path if isinstance(path, ForeignRuns) else ckpt
     path, where = Path(path), pick_device(device)
     if path.is_dir():
-        existing = ckpt.checkpoints(path)
+        existing = files.checkpoints(path)
         if not existing:
             raise UserError(f"'{path}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
         path = existing[max(existing)]
-    content = ckpt.read_checkpoint(path)
+    content = files.read_checkpoint(path)
     no_forecast = pd.DataFrame(columns=FORECAST_COLUMNS)
     finite = weights(content.state_dict)
     if finite.status == FAULT:  # which no model can be built from
         return _frame({"weights": finite}), no_forecast
     net = content.build(model).to(where)
-    config = content.run
-    data = load_dataset(config["data"], data_root or config["data_root"], image_size=config["image_size"])
+    data = load_run_data(content.run, data_root)
     if data.fingerprint != content.data["fingerprint"]:
         text = f"The images of '{data.name}' found here are not those the checkpoint was trained on."
         other = Finding(FAULT, text, "Point --data-root at the data set of the training run.")

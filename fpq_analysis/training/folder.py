@@ -74,7 +74,7 @@ def begin(run: Path, config: TrainConfig, data: Dataset, teacher: str | None) ->
     """Write `run.json`.  `teacher` is the SHA-256 of the checkpoint the run starts from."""
     about = {
         "config": asdict(config),
-        "data": describe(data),
+        "data": data.describe(),
         "teacher": teacher,
         "versions": ckpt.versions(),
         "threads": torch.get_num_threads(),
@@ -93,21 +93,6 @@ def check_teacher(run: Path, teacher: str | None) -> None:
         )
 
 
-def describe(data: Dataset) -> dict[str, Any]:
-    """What a checkpoint says of its data set."""
-    return {
-        "name": data.name,
-        "classes": list(data.classes),
-        "channels": data.channels,
-        "size": data.train.images.shape[-1],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "n_train": len(data.train),
-        "n_test": len(data.test),
-        "fingerprint": data.fingerprint,
-    }
-
-
 def finish_epoch(
     run: Path,
     config: TrainConfig,
@@ -122,7 +107,7 @@ def finish_epoch(
         "epoch": epoch,
         "model": {"name": config.model, "num_classes": data.num_classes, "in_channels": data.channels},
         "quant": asdict(config.spec) if config.spec is not None else None,
-        "data": describe(data),
+        "data": data.describe(),
         "run": asdict(config),
         "state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()},
     }

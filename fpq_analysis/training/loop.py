@@ -103,7 +103,7 @@ def train(
     if done != folder.NOTHING:
         folder.check_teacher(run, teacher_hash)
         last = ckpt.read_checkpoint(run / f"epoch_{done:04d}.pt")
-        ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", made_with=f"'{last.model['name']}'")
+        ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", whose=ckpt.made_with(last.model["name"]))
     folder.clear_after(run, done)
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
