@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fpq_analysis.errors import UserError
     from fpq_analysis.export import export_onnx, export_safetensors
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
+    from fpq_analysis.landscapes import Landscape, Recipe, landscape, measure_landscapes
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
         EigenEstimate,
@@ -38,7 +39,9 @@ _HOMES = {
     "HessianDensity": "fpq_analysis.probes",
     "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
+    "Landscape": "fpq_analysis.landscapes",
     "QuantSpec": "fpq_analysis.quantizers",
+    "Recipe": "fpq_analysis.landscapes",
     "Sharpness": "fpq_analysis.probes",
     "TraceEstimate": "fpq_analysis.probes",
     "TrainConfig": "fpq_analysis.training",
@@ -52,8 +55,10 @@ _HOMES = {
     "hessian_trace": "fpq_analysis.probes",
     "inspect_checkpoint": "fpq_analysis.inspection",
     "inspect_run": "fpq_analysis.inspection",
+    "landscape": "fpq_analysis.landscapes",
     "load": "fpq_analysis.checkpoint",
     "measure": "fpq_analysis.measurement",
+    "measure_landscapes": "fpq_analysis.landscapes",
     "paper_tables": "fpq_analysis.tables",
     "quantize": "fpq_analysis.quantizers",
     "run_sweep": "fpq_analysis.training",
@@ -67,7 +72,9 @@ __all__ = [
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
+    "Landscape",
     "QuantSpec",
+    "Recipe",
     "Sharpness",
     "TraceEstimate",
     "TrainConfig",
@@ -81,8 +88,10 @@ __all__ = [
     "hessian_trace",
     "inspect_checkpoint",
     "inspect_run",
+    "landscape",
     "load",
     "measure",
+    "measure_landscapes",
     "paper_tables",
     "quantize",
     "run_sweep",

@@ -30,6 +30,8 @@ ROOMS = {
     "records": set(),
     "comparison": set(),
     "measurement": {"checkpoint", "data", "devices", "probes", "progress", "records"},
+    "landscapes": {"checkpoint", "curvature", "devices", "measurement", "models", "probes", "progress"}
+    | {"quantizers", "records"},
     "plots": {"records"},
     "compat": {"curvature", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "models", "quantizers"},
