@@ -53,7 +53,7 @@ class Opened:
     masks: Move
     steps: Move
     floors: dict[str, float]
-    form: list[tuple[object, ...]]
+    form: list[str]
 
     def transmitted(self, direction: Move) -> Move:
         """The part of a direction that reaches the network's weights."""
@@ -95,9 +95,12 @@ def opened(model: nn.Module, view: nn.Module, weights: str) -> Opened:
                 tensors.update({f"{name}.quantizer.{key}": t for key, t in _tensors(own)})
                 owners.append(own)
     riders = {name: t for name, t in tensors.items() if name not in moved and t.is_floating_point()}
-    form: list[tuple[object, ...]] = [(name, *t.shape) for name, t in (*moved.items(), *riders.items())]
+    form = [f"'{name}' of shape {tuple(t.shape)}" for name, t in (*moved.items(), *riders.items())]
     if weights != "float":
-        form += [(name, type(q).__name__, q.bits, is_weight) for name, q, is_weight in quantizers(model)]
+        form += [
+            f"{type(q).__name__} of {q.bits} bits for the {'weight' if is_weight else 'input'} of '{name}'"
+            for name, q, is_weight in quantizers(model)
+        ]
     return Opened(view, moved, riders, sizes, rounded, masks, steps, _floors(owners, riders), form)
 
 
@@ -133,9 +136,9 @@ def check_alike(networks: list[Opened]) -> None:
     for place, other in enumerate(networks[1:], 2):
         if other.form != networks[0].form:
             ours, theirs = (set(network.form) for network in (networks[0], other))
-            example = sorted(map(str, ours ^ theirs) or ["the order of the layers"])[0]
+            example = next(iter(sorted(ours ^ theirs)), "the order of the layers")
             raise UserError(
-                f"Networks 1 and {place} are not of one architecture and quantization (for example, {example} is in "
-                "one only), so there is no line between them. Runs of different bits, or a float and a quantized one, "
-                "have float weights in common: weights='float' (--weights float)."
+                f"Networks 1 and {place} are not of one architecture and quantization, so there is no line between "
+                f"them (for example, only one has: {example}). Runs of different bits, or a float and a quantized "
+                "one, have float weights in common: weights='float' (--weights float)."
             )

@@ -4,6 +4,7 @@ from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.figures import FIGURES, Drawing
+from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.style import save, style
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "eigenvalue_caption",
     "eigenvalue_figure",
     "figure5",
+    "landscape_caption",
+    "landscape_figure",
     "save",
     "style",
+    "surface_figure",
 ]

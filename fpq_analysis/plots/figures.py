@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
 from fpq_analysis.plots.figure5 import caption5, figure5
+from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
 
 
 @dataclass(frozen=True)
@@ -36,5 +37,7 @@ class Drawing:
 FIGURES = {
     "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5),
     "eigenvalues": Drawing("Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption),
+    "landscape": Drawing("Landscape", "landscape", "landscape", landscape_figure, landscape_caption),
+    "surface": Drawing("Surface", "surface", "landscape", surface_figure, landscape_caption),
     "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption),
 }
