@@ -25,10 +25,11 @@ NOISE_SEED = 0x5EED
 
 
 def random_directions(weights: Mapping[str, Tensor], n: int, seed: int) -> list[Move]:
-    """`n` filter-normalised random directions; two networks of one architecture get the same draws before that."""
+    """`n` filter-normalised random directions; networks of one architecture get the same draws before that."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        {name: filter_normalised(torch.randn(w.shape, generator=generator), w) for name, w in weights.items()}
+        # By name, as the order of parameters changes when a network is quantized.
+        {name: filter_normalised(torch.randn(w.shape, generator=generator), w) for name, w in sorted(weights.items())}
         for _ in range(n)
     ]
 
@@ -135,7 +136,7 @@ def inner(a: Move, b: Move) -> float:
 def noise(like: Move) -> Move:
     """Standard normal numbers in the shape of a direction, always the same."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    return {name: torch.randn(t.shape, generator=generator) for name, t in like.items()}
+    return {name: torch.randn(t.shape, generator=generator) for name, t in sorted(like.items())}
 
 
 def symmetric_grid(points: int, span: float) -> list[float]:

@@ -101,7 +101,7 @@ def opened(model: nn.Module, view: nn.Module, weights: str) -> Opened:
             f"{type(q).__name__} of {q.bits} bits for the {'weight' if is_weight else 'input'} of '{name}'"
             for name, q, is_weight in quantizers(model)
         ]
-    return Opened(view, moved, riders, sizes, rounded, masks, steps, _floors(owners, riders), form)
+    return Opened(view, moved, riders, sizes, rounded, masks, steps, _floors(owners, riders), sorted(form))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -136,7 +136,7 @@ def check_alike(networks: list[Opened]) -> None:
     for place, other in enumerate(networks[1:], 2):
         if other.form != networks[0].form:
             ours, theirs = (set(network.form) for network in (networks[0], other))
-            example = next(iter(sorted(ours ^ theirs)), "the order of the layers")
+            example = min(ours ^ theirs)
             raise UserError(
                 f"Networks 1 and {place} are not of one architecture and quantization, so there is no line between "
                 f"them (for example, only one has: {example}). Runs of different bits, or a float and a quantized "

@@ -102,7 +102,7 @@ def _terrain(rows: pd.DataFrame) -> Terrain | None:
     explained = numbers("explained")
     networks = _networks(table, bool(explained))
     return Terrain(
-        _title(first) if explained or networks.empty else " to ".join(dict.fromkeys(networks["kind"])),
+        _title(first) if explained or networks.empty else _through(networks),
         grid,
         values("loss", "value"),
         values("loss", "ci95"),
@@ -134,6 +134,12 @@ def _networks(table: dict[str, dict[str, Any]], trajectory: bool) -> pd.DataFram
 def _title(row: dict[str, Any]) -> str:
     """Method and bits; the run's name where these are unknown."""
     return label(row["method"], row["bits"]) if isinstance(row["method"], str) else str(row["run"])
+
+
+def _through(networks: pd.DataFrame) -> str:
+    """Title of the line or plane through these networks."""
+    kinds = list(dict.fromkeys(networks["kind"]))
+    return (" to " if len(kinds) == 2 else ", ").join(kinds)
 
 
 def _axis_names(dim: int, eigenvalues: list[float], explained: list[float], n_networks: int) -> tuple[str, ...]:
@@ -248,7 +254,7 @@ def _name_networks(axes: Axes, terrain: Terrain, heights: pd.Series) -> None:
         if not terrain.trajectory or place in (0, len(networks) - 1):
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
             words: dict[str, Any] = {"fontsize": 7, "ha": "center", "va": "bottom", "linespacing": 0.95, "bbox": box}
-            axes.annotate(name, (x, y), (0, 7), textcoords="offset points", **words)
+            axes.annotate(name, (x, y), (0, 7), textcoords="offset points", zorder=5, **words)
 
 
 def _outline(width: float) -> list[Any]:
@@ -305,7 +311,7 @@ def surface_figure(records: pd.DataFrame) -> Figure:
         for place, terrain in enumerate(planes, 1):
             axes: Any = figure.add_subplot(*places, place, projection="3d", computed_zorder=False)
             _draw_surface(axes, terrain, height, Normalize(low, high))
-            axes.set_zlim(low, high)
+            axes.set_zlim(low, high if high > low else low + 1)
             if wide:
                 axes.zaxis.set_major_locator(FixedLocator(list(np.log10(at[:: 1 + len(at) // 6]))))
                 axes.zaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10.0**power:g}"))
