@@ -88,7 +88,7 @@ def main() -> None:
     print(f"{base:32} {median(found[base]):8.2f} s")
     ratios = {}
     for task in others:
-        ratios[task] = [one / plain for one, plain in zip(found[task], found[base], strict=True)]
+        ratios[task] = [one / passes for one, passes in zip(found[task], found[base], strict=True)]
         spread = f"({min(ratios[task]):.3f} to {max(ratios[task]):.3f})"
         print(f"{task:32} {median(found[task]):8.2f} s   ratio {median(ratios[task]):.3f} {spread}")
     print(*where.values(), sep="\n")

@@ -42,8 +42,8 @@ from fpq_analysis.quantizers import view
 # A grid step that moves weights further than this, in quantization steps, passes over whole stairs of the staircase.
 ALIASED = 0.5
 ALIASED_STATUS = "aliased"
-# Relative residual of the eigenvectors: small, so that their planes are the same wherever they are computed.
-TOLERANCE = 1e-4
+# Of the eigenvectors; float32 may not reach a smaller residual than the usual one, and would go on for long.
+MAX_PRODUCTS = 200
 # Forward passes hold no graph, so that a device can take more images at once than for gradients.
 DEVICE_BATCH = 256
 
@@ -127,10 +127,10 @@ class Survey:
             self.recipe.dim,
             loss=loss,
             definition=definition,
-            tol=TOLERANCE,
             eigenvectors=True,
             seed=seed,
             device=data[0][0].device,
+            max_products=MAX_PRODUCTS,
         )
         assert found.vectors is not None
         for k in range(self.recipe.dim):
