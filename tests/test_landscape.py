@@ -648,6 +648,7 @@ def test_command(runs, tmp_path, monkeypatch):
     for name in ("landscape", "surface"):
         assert "rounded again" in (tmp_path / f"{name}.txt").read_text()
         assert (tmp_path / f"{name}.png").stat().st_size > 0
+    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: None)  # drawn once is enough
     rows = [json.loads(line) for line in call(*here, "--weights", "requantized", "--json").stdout.splitlines()]
     corner = [row for row in rows if row["quantity"] == "loss_1_3"]
     assert [(row["axis_1"], row["axis_2"], row["status"]) for row in corner] == [(-1.0, 1.0, "aliased")]
