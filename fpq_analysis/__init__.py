@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fpq_analysis.figures import draw_figures
     from fpq_analysis.foreign import ForeignRuns
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
+    from fpq_analysis.landscapes import Landscape, Recipe, landscape, measure_landscapes
     from fpq_analysis.measurement import measure
     from fpq_analysis.probes import (
         Drift,
@@ -58,7 +59,9 @@ _HOMES = {
     "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
     "OutputVariance": "fpq_analysis.probes",
+    "Landscape": "fpq_analysis.landscapes",
     "QuantSpec": "fpq_analysis.quantizers",
+    "Recipe": "fpq_analysis.landscapes",
     "Sharpness": "fpq_analysis.probes",
     "TraceEstimate": "fpq_analysis.probes",
     "TrainConfig": "fpq_analysis.training",
@@ -76,9 +79,11 @@ _HOMES = {
     "hessian_trace": "fpq_analysis.probes",
     "inspect_checkpoint": "fpq_analysis.inspection",
     "inspect_run": "fpq_analysis.inspection",
+    "landscape": "fpq_analysis.landscapes",
     "load": "fpq_analysis.checkpoint",
     "measure": "fpq_analysis.measurement",
     "output_variance": "fpq_analysis.probes",
+    "measure_landscapes": "fpq_analysis.landscapes",
     "paper_tables": "fpq_analysis.tables",
     "quantize": "fpq_analysis.quantizers",
     "run_sweep": "fpq_analysis.training",
@@ -99,8 +104,10 @@ __all__ = [
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
+    "Landscape",
     "OutputVariance",
     "QuantSpec",
+    "Recipe",
     "Sharpness",
     "TraceEstimate",
     "TrainConfig",
@@ -118,8 +125,10 @@ __all__ = [
     "hessian_trace",
     "inspect_checkpoint",
     "inspect_run",
+    "landscape",
     "load",
     "measure",
+    "measure_landscapes",
     "output_variance",
     "paper_tables",
     "quantize",

@@ -138,8 +138,8 @@ def load(root: str | Path, probe: str) -> pd.DataFrame:
     frame = read(root, runs, probe)
     kept = []
     for _, rows in frame.groupby(frame["definition"].fillna(""), sort=False):
-        checkpoints = rows.groupby("settings", sort=False)["checkpoint"].nunique()
-        most = checkpoints[checkpoints == checkpoints.max()].index
+        measurements = rows.groupby("settings", sort=False)["key"].nunique()  # rows may speak of other checkpoints too
+        most = measurements[measurements == measurements.max()].index
         kept.append(rows[rows["settings"] == rows.loc[rows["settings"].isin(most), "settings"].iloc[-1]])
     return pd.concat(kept).sort_index(ignore_index=True) if kept else frame
 

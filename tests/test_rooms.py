@@ -31,6 +31,8 @@ ROOMS = {
     "records": set(),
     "comparison": set(),
     "measurement": {"checkpoint", "data", "devices", "foreign", "probes", "progress", "records"},
+    "landscapes": {"checkpoint", "curvature", "devices", "measurement", "models", "probes", "progress"}
+    | {"quantizers", "records"},
     "plots": {"records"},
     "figures": {"measurement", "plots", "probes", "records"},
     "report": {"comparison", "plots", "records", "__version__"},
@@ -39,7 +41,7 @@ ROOMS = {
     "inspection": {"checkpoint", "foreign"},
     "tables": {"checkpoint"},
     "export": {"checkpoint", "quantizers"},
-    "demo": {"measurement", "probes", "training"},
+    "demo": {"figures", "landscapes", "measurement", "probes", "report", "training"},
     "cli": None,  # anything
     "__init__": None,
 }

@@ -13,6 +13,7 @@ from fpq_analysis.cli import gradnorm
 from fpq_analysis.cli import variance
 from fpq_analysis.cli import features
 from fpq_analysis.cli import drift
+from fpq_analysis.cli import landscape
 from fpq_analysis.cli import compare
 from fpq_analysis.cli import figures
 from fpq_analysis.cli import report
@@ -36,6 +37,7 @@ __all__ = [
     "gradnorm",
     "hessian",
     "inspect",
+    "landscape",
     "main",
     "report",
     "tables",

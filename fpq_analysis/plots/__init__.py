@@ -9,6 +9,7 @@ from fpq_analysis.plots.figure3 import caption3, figure3
 from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.figures import FIGURES, Drawing
+from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.style import save, style
 from fpq_analysis.plots.training import training_caption, training_figure
 
@@ -32,8 +33,11 @@ __all__ = [
     "figure3",
     "figure4",
     "figure5",
+    "landscape_caption",
+    "landscape_figure",
     "save",
     "style",
+    "surface_figure",
     "training_caption",
     "training_figure",
 ]

@@ -17,6 +17,7 @@ from fpq_analysis.plots.figure2 import caption2, figure2
 from fpq_analysis.plots.figure3 import caption3, figure3
 from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
+from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.style import save
 
 
@@ -62,6 +63,8 @@ FIGURES = {
         "Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption, "hessian --top-k 5"
     ),
     "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption, "hessian --density"),
+    "landscape": Drawing("Landscape", "landscape", "landscape", landscape_figure, landscape_caption, "landscape"),
+    "surface": Drawing("Surface", "surface", "landscape", surface_figure, landscape_caption, "landscape"),
     "drift": Drawing("Drift", "drift", "drift", drift_figure, drift_caption, "drift"),
     "drift_layers": Drawing("Drift by layer", "drift_layers", "drift", drift_layer_figure, drift_caption, "drift"),
 }

@@ -1,0 +1,398 @@
+"""Loss landscapes: contours on planes, lines with bands, and surfaces in three dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+from fpq_analysis.plots.style import LINES, colour, label, style
+
+COLOURS = "cividis"  # even in lightness, and much the same for all common forms of colour vision
+STAR = "#D55E00"
+# Losses that span more than this factor are drawn on a logarithmic scale, with levels from the finest of these series
+# that has not too many of them.
+WIDE = 20.0
+SERIES = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+MOST_LEVELS = 15
+WEIGHTS = {
+    "dequantized": "the weights Q(w) that the network uses, moved as plain numbers",
+    "requantized": "the trained w, rounded again at every point",
+    "straight-through": "the trained w, with the rounding residue Q(w) - w and the clipping of the centre held",
+    "float": "the trained w, without quantizers",
+}
+
+
+@dataclass(frozen=True)
+class Terrain:
+    """One landscape, read from its records.
+
+    Attributes:
+        title: of its panel or line.
+        grid: coordinates along each axis.
+        loss: mean loss at every point, NaN where not finite; half: half of its 95 % interval.
+        rise: loss minus that at the centre; rise_half: half of its 95 % interval, taken image by image.
+        names: of the axes.
+        networks: those on or near the plane, a row each, in their order: `x`, `y`, `value` (loss), `gap` (minus the
+            loss at the projection), `name`, and the columns of records; empty on planes of directions.
+        trajectory: whether they are one.
+        moves: how far a grid step moves the weights, in quantization steps, the larger of the axes; NaN without any.
+        aliased: whether that is too far for what is shown.
+        explained: share of the squared distances that lies on the plane (pca), or NaN.
+        first: a row, for what all rows have in common.
+    """
+
+    title: str
+    grid: tuple[np.ndarray, ...]
+    loss: np.ndarray
+    half: np.ndarray
+    rise: np.ndarray
+    rise_half: np.ndarray
+    names: tuple[str, ...]
+    networks: pd.DataFrame
+    trajectory: bool
+    moves: float
+    aliased: bool
+    explained: float
+    first: dict[str, Any]
+
+    @property
+    def centre(self) -> tuple[int, ...]:
+        """Place of the network itself."""
+        return tuple(int(np.flatnonzero(axis == 0)[0]) for axis in self.grid)
+
+
+def terrains(records: pd.DataFrame) -> list[Terrain]:
+    """The landscapes that are complete; a point whose loss is not finite counts as there."""
+    whole = records[records["layer"] == "all"]
+    found = [terrain for _, rows in whole.groupby("key", sort=False) if (terrain := _terrain(rows)) is not None]
+    titles = [terrain.title for terrain in found]
+    return [
+        replace(one, title=f"{one.title} ({one.first['run']})") if titles.count(one.title) > 1 else one for one in found
+    ]
+
+
+def _terrain(rows: pd.DataFrame) -> Terrain | None:
+    table: dict[str, dict[str, Any]] = {
+        str(row["quantity"]): {str(k): v for k, v in row.items()} for row in rows.to_dict("records")
+    }
+    axes = [table[name] for name in ("axis_1", "axis_2") if name in table]
+    grid = tuple(np.array(axis["samples"]) for axis in axes)
+    places = ["_".join(map(str, np.add(place, 1))) for place in np.ndindex(*map(len, grid))]
+    if not axes or not all(f"rise_{place}" in table for place in places):
+        return None
+
+    def values(kind: str, column: str) -> np.ndarray:
+        found = np.array([table[f"{kind}_{place}"][column] for place in places], dtype=float)
+        return found.reshape([len(axis) for axis in grid])
+
+    def numbers(kind: str) -> list[float]:
+        return [float(table[f"{kind}_{k}"]["value"]) for k in (1, 2) if f"{kind}_{k}" in table]
+
+    first = table[f"loss_{places[0]}"]
+    explained = numbers("explained")
+    networks = _networks(table, bool(explained))
+    return Terrain(
+        _title(first) if explained or networks.empty else _through(networks),
+        grid,
+        values("loss", "value"),
+        values("loss", "ci95"),
+        values("rise", "value"),
+        values("rise", "ci95"),
+        _axis_names(len(grid), numbers("eigenvalue"), explained, len(networks)),
+        networks,
+        bool(explained),
+        max(numbers("steps"), default=math.nan),
+        any(row["status"] == "aliased" for row in table.values()),
+        sum(explained) if explained else math.nan,
+        first,
+    )
+
+
+def _networks(table: dict[str, dict[str, Any]], trajectory: bool) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    while (name := f"point_{len(rows) + 1}") in table:
+        row = table[name]
+        x, y = row["samples"][0], row["samples"][-1]
+        gap = table[f"gap_{len(rows) + 1}"]["value"]
+        rows.append({**row, "x": x, "y": y, "gap": gap, "kind": _title(row), "name": str(len(rows) + 1)})
+        if row["epoch"] is not None and row["epoch"] == row["epoch"]:
+            epoch = f"epoch {row['epoch']:.0f}"
+            rows[-1]["name"] = epoch if trajectory else f"{rows[-1]['kind']}\n{epoch}"
+    return pd.DataFrame(rows)
+
+
+def _title(row: dict[str, Any]) -> str:
+    """Method and bits; the run's name where these are unknown."""
+    return label(row["method"], row["bits"]) if isinstance(row["method"], str) else str(row["run"])
+
+
+def _through(networks: pd.DataFrame) -> str:
+    """Title of the line or plane through these networks."""
+    kinds = list(dict.fromkeys(networks["kind"]))
+    return (" to " if len(kinds) == 2 else ", ").join(kinds)
+
+
+def _axis_names(dim: int, eigenvalues: list[float], explained: list[float], n_networks: int) -> tuple[str, ...]:
+    if eigenvalues:
+        return tuple(f"Eigenvector {k} (λ = {value:.3g})" for k, value in enumerate(eigenvalues, 1))
+    if explained:
+        return tuple(f"Component {k} ({100 * share:.0f} %)" for k, share in enumerate(explained, 1))
+    if n_networks == 2:
+        return ("Checkpoint 1 at 0, checkpoint 2 at 1",)
+    return tuple(f"Distance along axis {k}" if n_networks else f"Random direction {k}" for k in range(1, dim + 1))
+
+
+def levels(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
+    """Contour levels for all of these losses, and whether they are logarithmic."""
+    values = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
+    low, high = float(values.min()), float(values.max())
+    if low > 0 and high > WIDE * low:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for series in SERIES:
+            all_levels = np.array([step * 10.0**decade for decade in decades for step in series])
+            inside = all_levels[(all_levels >= low) & (all_levels <= high)]
+            if len(inside) <= MOST_LEVELS:
+                break
+        return inside, True
+    return np.array(MaxNLocator(MOST_LEVELS - 2).tick_values(low, high if high > low else low + 1)), False
+
+
+def landscape_figure(records: pd.DataFrame) -> Figure:
+    """Contours of the mean loss, a panel for each plane, all on one scale; and lines.
+
+    Star: the network the landscape is about.  Circles: a trajectory's checkpoints, projected, or the networks the plane
+    goes through.  Hatched: the loss is not finite.  Along a line the band is the 95 % interval of the difference from
+    the centre, and the bar at the centre that of the loss there.
+
+    Args:
+        records: of the probe `landscape`; columns as in `records.COLUMNS`.
+
+    Raises:
+        ValueError: if there is no complete landscape with a finite loss.
+    """
+    planes, lines = by_dimension(records)
+    with style():
+        figure, places = _panels(len(planes) + len(lines), 2.75, 2.6)
+        for place, group in enumerate(lines, len(planes) + 1):
+            _draw_lines(figure.add_subplot(*places, place), group)
+        if planes:
+            at, wide = levels([terrain.loss for terrain in planes])
+            norm = LogNorm(at[0], at[-1]) if wide else Normalize(at[0], at[-1])
+            drawn = [
+                _draw_plane(figure.add_subplot(*places, place), terrain, at, norm)
+                for place, terrain in enumerate(planes, 1)
+            ]
+            beside = [filled.axes for filled in drawn]
+            bar = figure.colorbar(drawn[0], ax=beside, ticks=at, label="Mean loss", pad=0.02, aspect=25)
+            bar.ax.minorticks_off()
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    return figure
+
+
+def by_dimension(records: pd.DataFrame) -> tuple[list[Terrain], list[list[Terrain]]]:
+    """Planes; and lines, those drawn in one way together."""
+    planes: list[Terrain] = []
+    lines: dict[tuple[Any, ...], list[Terrain]] = {}
+    for terrain in terrains(records):
+        if not np.isfinite(terrain.loss).any():
+            continue
+        if len(terrain.grid) == 2:
+            planes.append(terrain)
+        else:
+            lines.setdefault((terrain.first["definition"], terrain.first["estimator"]), []).append(terrain)
+    if not planes and not lines:
+        raise ValueError("no complete landscape among the records")
+    return planes, list(lines.values())
+
+
+def _panels(n: int, width: float, height: float) -> tuple[Figure, tuple[int, int]]:
+    across = min(3, n)
+    down = -(-n // across)
+    return Figure(figsize=(width * across + 0.8, height * down + 0.2), layout="constrained"), (down, across)
+
+
+def _draw_plane(axes: Axes, terrain: Terrain, at: np.ndarray, norm: Normalize) -> Any:
+    x, y = terrain.grid
+    loss = np.ma.masked_invalid(terrain.loss.T)
+    drawn = axes.contourf(x, y, loss, levels=at, norm=norm, cmap=COLOURS, extend="both")
+    lines = axes.contour(x, y, loss, levels=at, colors="black", linewidths=0.4, alpha=0.6)
+    for text in axes.clabel(lines, list(at[::2]), fontsize=6, fmt="%g"):
+        text.set_path_effects(_outline(1.5))
+    if np.ma.getmaskarray(loss).any():
+        axes.patch.set(hatch="////", edgecolor="0.6", facecolor="white")
+    axes.grid(False)
+    axes.set_box_aspect(1)
+    axes.set_title(terrain.title + (" (aliased)" if terrain.aliased else ""))
+    axes.set_xlabel(terrain.names[0])
+    axes.set_ylabel(terrain.names[1])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+    networks = terrain.networks
+    if len(networks):
+        if terrain.trajectory:
+            axes.plot(networks["x"], networks["y"], "-", color="black", linewidth=1.0, path_effects=_outline(2.5))
+        axes.plot(networks["x"], networks["y"], "o", color="black", markersize=4, markeredgecolor="white", mew=0.8)
+        _name_networks(axes, terrain, networks["y"])
+    axes.plot(0, 0, "*", color=STAR, markersize=10, markeredgecolor="white", mew=0.8)
+    return drawn
+
+
+def _name_networks(axes: Axes, terrain: Terrain, heights: pd.Series) -> None:
+    """Above each network its name, of a trajectory the ends only."""
+    networks = terrain.networks
+    for place, (name, x, y) in enumerate(zip(networks["name"], networks["x"], heights, strict=True)):
+        if not terrain.trajectory or place in (0, len(networks) - 1):
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+            words: dict[str, Any] = {"fontsize": 7, "ha": "center", "va": "bottom", "linespacing": 0.95, "bbox": box}
+            axes.annotate(name, (x, y), (0, 7), textcoords="offset points", zorder=5, **words)
+
+
+def _outline(width: float) -> list[Any]:
+    return [withStroke(linewidth=width, foreground="white")]
+
+
+def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
+    methods = sorted({str(line.first["method"]) for line in lines})
+    wide = levels([line.loss for line in lines])[1]
+    for line in lines:
+        (x,) = line.grid
+        tint = colour(str(line.first["method"]), methods) if not len(line.networks) else "black"
+        axes.plot(x, line.loss, color=tint, linestyle=LINES.get(str(line.first["bits"]), "-"), label=line.title)
+        low, high = line.loss - line.rise_half, line.loss + line.rise_half
+        # A logarithmic axis has no room below zero.
+        low = np.maximum(low, 0.5 * np.nanmin(line.loss)) if wide else low
+        axes.fill_between(x, low, high, color=tint, alpha=0.2, linewidth=0)
+        here, half = line.loss[line.centre], line.half[line.centre]
+        reach = [[min(half, 0.5 * here)], [half]] if wide else half
+        axes.errorbar([0], [here], reach, color=tint, linewidth=1.0, capsize=2, fmt="none")
+        if len(line.networks):
+            axes.plot(line.networks["x"], line.networks["value"], "o", color=tint, markeredgecolor="white", ms=5)
+            _name_networks(axes, line, line.networks["value"])
+    if wide:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(lines[0].names[0] if len(lines) == 1 else lines[0].names[0].partition(" (")[0])
+    axes.set_ylabel("Mean loss")
+    if len(lines) > 1:
+        axes.legend()
+    else:
+        axes.set_title(lines[0].title + (" (aliased)" if lines[0].aliased else ""))
+
+
+def surface_figure(records: pd.DataFrame) -> Figure:
+    """The mean loss above each plane, all on one scale; its axis is logarithmic where losses span much.
+
+    Args:
+        records: of the probe `landscape`; columns as in `records.COLUMNS`.
+
+    Raises:
+        ValueError: if there is no complete plane with a finite loss.
+    """
+    planes, _ = by_dimension(records)
+    if not planes:
+        raise ValueError("no complete plane among the records")
+    at, wide = levels([terrain.loss for terrain in planes])
+    height = np.log10 if wide else np.asarray
+    finite = np.concatenate([terrain.loss[np.isfinite(terrain.loss)] for terrain in planes])
+    low, high = float(height(finite.min())), float(height(finite.max()))
+    with style():
+        figure, places = _panels(len(planes), 2.9, 2.6)
+        for place, terrain in enumerate(planes, 1):
+            axes: Any = figure.add_subplot(*places, place, projection="3d", computed_zorder=False)
+            _draw_surface(axes, terrain, height, Normalize(low, high))
+            axes.set_zlim(low, high if high > low else low + 1)
+            if wide:
+                axes.zaxis.set_major_locator(FixedLocator(list(np.log10(at[:: 1 + len(at) // 6]))))
+                axes.zaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10.0**power:g}"))
+    return figure
+
+
+def _draw_surface(axes: Any, terrain: Terrain, height: Any, norm: Normalize) -> None:
+    x, y = np.meshgrid(*terrain.grid, indexing="ij")
+    z = height(np.where(np.isfinite(terrain.loss), terrain.loss, np.nan))
+    axes.plot_surface(
+        x, y, z, cmap=COLOURS, norm=norm, rcount=x.shape[0], ccount=x.shape[1], linewidth=0.15, edgecolor="black"
+    )
+    networks = terrain.networks
+    if len(networks):
+        on_plane = height((networks["value"] - networks["gap"]).to_numpy(float))
+        axes.plot(networks["x"], networks["y"], on_plane, "o-" if terrain.trajectory else "o", color=STAR, ms=3, lw=1.2)
+    axes.plot([0], [0], [z[terrain.centre]], "*", color=STAR, markersize=9, markeredgecolor="white", mew=0.8)
+    axes.view_init(elev=32, azim=-55)
+    axes.set_title(terrain.title + (" (aliased)" if terrain.aliased else ""), y=0.98)
+    axes.tick_params(labelsize=6, pad=-2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel(terrain.names[0], fontsize=7, labelpad=-7)
+    axes.set_ylabel(terrain.names[1], fontsize=7, labelpad=-7)
+    axes.set_zlabel("Mean loss", fontsize=7, labelpad=-6)
+
+
+def landscape_caption(records: pd.DataFrame) -> str:
+    """What a reader must know beside the figure: how it was drawn."""
+    found = terrains(records)
+    groups: dict[tuple[Any, ...], list[Terrain]] = {}
+    for terrain in found:
+        groups.setdefault((terrain.first["definition"], terrain.first["estimator"], len(terrain.grid)), []).append(
+            terrain
+        )
+
+    def several(column: str) -> str:
+        return ", ".join(sorted({str(t.first[column]) for t in found if t.first[column] == t.first[column]} - {"None"}))
+
+    seed = f"; seed {several('seed')}" if several("seed") else ""
+    about = f"BatchNorm in eval mode; {several('n_data')} training images without augmentation{seed}."
+    if several("dataset"):
+        about += f" Data: {several('dataset')}; network: {several('model')}."
+    return " ".join([*map(_how, groups.values()), about, *_warnings(found)])
+
+
+def _how(group: list[Terrain]) -> str:
+    first = group[0].first
+    size = " x ".join(str(len(axis)) for axis in group[0].grid)
+    text = f"Mean loss at {size} points: {first['estimator']}. Weights: {first['definition']}"
+    text += f" ({WEIGHTS[first['definition']]})."
+    errors = ", ".join(_number(terrain.half[terrain.centre]) for terrain in group)
+    if len(group[0].grid) == 2:
+        text += f" Star: the network itself, where the loss is known to ± {errors} (95 %, over the images)."
+    else:
+        text += " Zero: the network itself, with the 95 % interval of its loss over the images; band: the 95 % "
+        text += "interval of the difference from it, image by image."
+    for terrain in group:
+        if len(terrain.networks):
+            worst = terrain.networks["gap"].abs().max()
+            whose = f"{terrain.title}: " if len(group) > 1 else ""
+            if terrain.trajectory:
+                text += f" {whose}{100 * terrain.explained:.0f} % of the squared distances lie on what is drawn."
+                whose = ""
+            text += f" {whose}Loss at a checkpoint and at its projection differ by at most {_number(worst)}."
+    return text
+
+
+def _warnings(found: list[Terrain]) -> list[str]:
+    texts = []
+    aliased = [terrain.moves for terrain in found if terrain.aliased]
+    if aliased:
+        texts.append(
+            f"Aliased: a grid step moves the weights by up to {_number(max(aliased))} quantization steps (root mean "
+            "square), so single stairs are not resolved, and smoothness between points means nothing."
+        )
+    bad = sum(int((~np.isfinite(terrain.loss)).sum()) for terrain in found)
+    if bad:
+        texts.append(f"At {bad} points the loss is not finite (hatched, or left out).")
+    return texts
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}"
