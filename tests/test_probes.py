@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -19,7 +20,11 @@ def point():
     model = quantize(tiny(), QuantSpec.parse("W4A4"))
     x, y = torch.randn(12, 1, 8, 8), torch.randint(10, (12,))
     calibrate(model, x, "mse")
-    return Point(model.eval(), (x, y), seed=3)
+    previous = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in previous.parameters():
+            p.mul_(1.02)
+    return Point(model.eval(), (x, y), seed=3, previous=previous.eval())
 
 
 @pytest.mark.parametrize("probe", [kind() for kind in PROBES.values()], ids=list(PROBES))

@@ -5,7 +5,20 @@ says what), 2 the command was misused, 130 stopped by Ctrl-C.
 """
 
 # One file a command; importing it registers the command, in the order of `--help`.
-from fpq_analysis.cli import train, tables, hessian, compare, doctor, inspect, export, demo  # noqa: I001
+from fpq_analysis.cli import train, tables, hessian, noise, oscillation, compare, doctor, inspect, export, demo  # noqa: I001
 from fpq_analysis.cli.app import app, main
 
-__all__ = ["app", "compare", "demo", "doctor", "export", "hessian", "inspect", "main", "tables", "train"]
+__all__ = [
+    "app",
+    "compare",
+    "demo",
+    "doctor",
+    "export",
+    "hessian",
+    "inspect",
+    "main",
+    "noise",
+    "oscillation",
+    "tables",
+    "train",
+]

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from fpq_analysis.plots.density import density_caption, density_figure
 from fpq_analysis.plots.eigenvalues import eigenvalue_caption, eigenvalue_figure
 from fpq_analysis.plots.figure5 import caption5, figure5
+from fpq_analysis.plots.noise import noise_caption, noise_figure
+from fpq_analysis.plots.oscillation import oscillation_caption, oscillation_figure
 
 
 @dataclass(frozen=True)
@@ -37,4 +39,6 @@ FIGURES = {
     "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5),
     "eigenvalues": Drawing("Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption),
     "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption),
+    "noise": Drawing("Noise", "noise", "noise", noise_figure, noise_caption),
+    "oscillation": Drawing("Oscillation", "oscillation", "oscillation", oscillation_figure, oscillation_caption),
 }

@@ -99,6 +99,8 @@ def noise_response(
 
         - `predicted_1`, `linear_1`, `surrogate_1`, `real_1`: increases of the mean loss, see above; of a layer, by
           noise in it alone.  `linear` is there only where the traces are exact.
+        - `ratio_linear_1`, `ratio_surrogate_1`, `ratio_real_1`: the increase relative to the prediction, sample by
+          sample, so that its errors are much smaller than theirs.
         - `odd_1`: mean of (L(d) - L(-d)) / 2 of the real network, whose expectation is zero (Eq. 8).
         - `trace`, of a layer: Tr(H_l).
         - `interaction_surrogate`, `interaction_real`: increase by noise in all layers at size 1 less the sum of those
@@ -540,6 +542,17 @@ def _mean(draws: Tensor) -> dict[str, Any]:
     }
 
 
+def _relative(y: Tensor, predicted: Tensor) -> Tensor:
+    """Draws whose mean is the ratio of the two means, and whose errors are those of the ratio, to first order.
+
+    Args:
+        y: (K, N); predicted: (draws, N).
+    """
+    expected = predicted.mean(0)
+    ratio = y.mean() / expected.mean()
+    return ratio + (y - ratio * expected) / expected.mean()
+
+
 def _rows(found: _Found, sizes: list[float], method: str, passes: int) -> Rows:
     n = found.traces.shape[-1]
     own = sizes.index(OWN)
@@ -559,6 +572,9 @@ def _rows(found: _Found, sizes: list[float], method: str, passes: int) -> Rows:
         products = 0 if how == "antithetic pairs" else passes
         return {"layer": layer, "quantity": quantity, "estimator": how, "n_products": products, **_mean(draws), **more}
 
+    def ratio(kind: str, size: float, draws: Tensor) -> dict[str, Any]:
+        return row("all", _named(f"ratio_{kind}", size), _relative(draws, size**2 * predicted))
+
     rows: Rows = []
     for i, name in enumerate(found.layers):
         rows.append(row(name or ROOT, "trace", found.traces[:, i], method))
@@ -568,8 +584,10 @@ def _rows(found: _Found, sizes: list[float], method: str, passes: int) -> Rows:
         kept = i == own
         rows.append(row("all", _named("predicted", size), size**2 * predicted, method, **_kept(predicted, kept)))
         if found.linear is not None:
-            rows.append(row("all", _named("linear", size), steady(found.linear[i], -1, size)))
+            linear = steady(found.linear[i], -1, size)
+            rows += [row("all", _named("linear", size), linear), ratio("linear", size, linear)]
         rows.append(row("all", _named("surrogate", size), joint["surrogate"][i], **_kept(joint["surrogate"][i], kept)))
+        rows += [ratio(kind, size, joint[kind][i]) for kind in KINDS]
         rows.append(row("all", _named("odd", size), found.joint["real"][1, i]))
     for kind in KINDS:
         rows.append(row("all", f"interaction_{kind}", joint[kind][own] - torch.stack(alone[kind]).sum(0)))
