@@ -105,13 +105,13 @@ def test_drawn_labels_for_many_classes():
 
 
 def test_hutchinson_for_networks_that_are_not_piecewise_linear():
-    model, x, y = network(activation=nn.GELU)
+    model, x, y = network(activation=nn.GELU, n=40)
     found = noise_response(model, (x, y), sizes=[1.0])
     for layer in LAYERS:
         assert cell(found, "trace", layer, "estimator") == "hutchinson"
         dense, sem = dense_trace(model, layer, x, y), cell(found, "trace", layer, "sem")
         assert abs(cell(found, "trace", layer) - dense) < 4 * sem
-        assert sem < 0.01
+        assert sem < 0.005
 
 
 class Regression(nn.Module):
@@ -174,9 +174,9 @@ def test_a_linear_loss_has_an_odd_part_only(regression):
 def test_the_real_increase_is_that_of_the_trainers_noise():
     """Against plain draws of `FeatureNoise`, which is what training adds."""
     model, x, y = network("W3A3")
-    found = noise_response(model, (x, y), sizes=[2.0], n_draws=400)
+    found = noise_response(model, (x, y), sizes=[2.0], n_draws=150)
     plain = view(model, "dequantized")
-    n = 4000
+    n = 1500
     many, labels = x.repeat_interleave(n, 0), y.repeat_interleave(n)
     with torch.no_grad():
         clean = F.cross_entropy(plain(x), y, reduction="none")
@@ -219,9 +219,10 @@ def test_the_straight_through_network_holds_residues_and_clipping():
 def test_a_weak_noise_is_predicted_and_its_even_part_known_well():
     """Far from the kinks all of the straight-through network's increase is the second-order term."""
     model, x, y = network(n=12)
-    found = noise_response(model, (x, y), sizes=[1e-4])
-    assert cell(found, "ratio_surrogate_0.0001") == pytest.approx(1, abs=1e-3)
-    assert cell(found, "ratio_linear_0.0001") == pytest.approx(1, abs=1e-6)
+    found = noise_response(model, (x, y), sizes=[1e-3])
+    for kind in ("linear", "surrogate"):
+        assert cell(found, f"ratio_{kind}_0.001") == pytest.approx(1, abs=1e-4)
+        assert cell(found, f"ratio_{kind}_0.001", column="sem") < 1e-4
 
 
 def test_numbers_do_not_depend_on_the_micro_batches_and_are_repeated_by_the_seed():
@@ -250,7 +251,7 @@ def test_control_variate_keeps_the_mean_and_the_interval_honest():
     """Heavy-tailed samples, as losses are: the controlled mean is unbiased and its error covers."""
     dice = np.random.default_rng(0)
     sizes = np.exp(1.5 * dice.normal(size=200))  # of the samples' second-order terms, the same in all repetitions
-    repetitions = 1500
+    repetitions = 600
     z, errors, plain_errors = [], [], []
     for _ in range(repetitions):
         squares = dice.normal(size=(2, 200)) ** 2
@@ -262,7 +263,7 @@ def test_control_variate_keeps_the_mean_and_the_interval_honest():
         plain_errors.append(_mean(y)["sem"])
     z = np.array(z)
     assert abs(z.mean()) < 4 / math.sqrt(repetitions)
-    assert 0.925 < (abs(z) < 1.96).mean() < 0.965
+    assert 0.92 < (abs(z) < 1.96).mean() < 0.975
     assert np.mean(errors) < 0.5 * np.mean(plain_errors)
 
 
@@ -278,17 +279,17 @@ def test_a_ratio_and_its_error():
 
 
 def test_stated_intervals_cover_from_end_to_end():
-    model, x, y = network(n=32)
-    truth = noise_response(model, (x, y), sizes=[1.0], n_draws=400, seed=1000)
+    model, x, y = network(n=16)
+    truth = noise_response(model, (x, y), sizes=[1.0], n_draws=200, seed=1000)
     quantities = ("surrogate_1", "real_1", "odd_1", "interaction_real")
     z = {quantity: [] for quantity in quantities}
-    for seed in range(40):
+    for seed in range(25):
         found = noise_response(model, (x, y), sizes=[1.0], seed=seed)
         for quantity in quantities:
             expected = 0.0 if quantity == "odd_1" else cell(truth, quantity)
             z[quantity].append((cell(found, quantity) - expected) / cell(found, quantity, column="sem"))
     for quantity, values in z.items():
-        assert (np.abs(values) < 1.96).mean() > 0.82, quantity  # 95 % of 40, less three standard deviations
+        assert (np.abs(values) < 1.96).mean() > 0.8, quantity  # of 25: 95 % less three standard deviations
         assert 0.6 < np.std(values) < 1.5, quantity
 
 
@@ -371,8 +372,10 @@ def test_figure_shows_prediction_and_measurements():
         np.testing.assert_allclose(lines["predicted (Eq. 7)"].get_ydata(), [0.01 * size**2 for size in SIZES])
         np.testing.assert_allclose(lines["linearised logits"].get_ydata(), [0.011 * size**2 for size in SIZES])
         points = {bars.get_label(): bars for bars in axes.containers}
-        np.testing.assert_allclose(points["straight-through"][0].get_ydata(), [0.012 * size**2 for size in SIZES])
-        np.testing.assert_allclose(points["real network"][0].get_ydata(), [0.01] * 5)
+        np.testing.assert_allclose(
+            points["straight-through"][0].get_ydata().astype(float), [0.012 * size**2 for size in SIZES]
+        )
+        np.testing.assert_allclose(points["real network"][0].get_ydata().astype(float), [0.01] * 5)
         (below,) = [line for line in axes.lines if line.get_marker() == "v"]
         np.testing.assert_allclose(below.get_ydata(), [0.001])  # the upper end of -0.001 ± 0.002
         assert [text.get_text() for text in axes.get_xticklabels()] == ["1/8", "1/4", "1/2", "1", "2", "4"]
