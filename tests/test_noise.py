@@ -241,7 +241,35 @@ def test_a_sum_over_layers_is_set_against_all_at_once():
     for kind in ("surrogate", "real"):
         alone = sum(cell(found, f"{kind}_1", layer) for layer in LAYERS)
         assert cell(found, f"interaction_{kind}") == pytest.approx(cell(found, f"{kind}_1") - alone)
-    assert cell(found, "interaction_surrogate", column="sem") < cell(found, "surrogate_1")
+
+
+class Multiplied(nn.Module):
+    """The square of the product of two convolutions that do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 1, 1, bias=False)
+        for conv in (self.left, self.right):
+            nn.init.ones_(conv.weight)
+
+    def forward(self, x):
+        return (self.left(x) * self.right(x)).square().flatten(1)
+
+
+def test_what_noise_in_two_layers_does_beyond_the_sum():
+    """E (x + d)^2 (x + e)^2 = (x^2 + v)(x^2 + w): v x^2 + w x^2 by noise in one each, and v w more by both at once."""
+    model = quantize(Multiplied(), QuantSpec(32, 2, edge_bits=2))
+    x, y = torch.randn(50, 1, 8, 8), torch.zeros(50)
+    calibrate(model, x, "minmax")
+    found = noise_response(model.double().eval(), (x.double(), y), loss=lambda z, _: z.mean(), sizes=[1.0], n_draws=16)
+    v, w = (float(q.step_size.detach()) ** 2 / 12 for q in (model.left.input_quantizer, model.right.input_quantizer))
+    squares = float(model.left.input_quantizer(x.double()).detach().square().mean())
+    for kind in ("surrogate", "real"):
+        for layer, variance in (("left", v), ("right", w)):
+            sem = cell(found, f"{kind}_1", layer, "sem")
+            assert abs(cell(found, f"{kind}_1", layer) - variance * squares) < 4 * sem
+        beyond, sem = (cell(found, f"interaction_{kind}", column=column) for column in ("value", "sem"))
+        assert abs(beyond - v * w) < 4 * sem < v * w
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,8 +276,9 @@ class _Measurement:
         seed: int,
     ) -> None:
         self.subject, self.sites, self.sizes, self.method = subject, sites, sizes, method
+        self.n_draws = n_draws
         generator = torch.Generator().manual_seed(seed)
-        self.seeds = torch.randint(2**31, (subject.n_data, n_draws + 1), generator=generator)
+        self.seeds = torch.randint(2**31, (subject.n_data, n_draws + N_PROBES), generator=generator)
         self.labels = label_uniforms(torch.empty(subject.n_data), N_LABELS, generator)
 
     def run(self) -> _Found:
@@ -302,15 +303,12 @@ class _Measurement:
         x, y, places = batch
         view = self.subject.view
         clean = _Clean(view, self.sites, x)
-        noise = [self._noise(clean, places, k, x) for k in range(self.seeds.shape[1] - 1)]
+        noise = [self._noise(clean, places, k, x) for k in range(self.n_draws)]
         found = self._derivatives(clean, x, y, places, noise)
         with torch.no_grad(), fused_quantizers(view):
-            for kind in KINDS:
-                if kind == "surrogate":
-                    with clean.held():
-                        found |= self._losses(kind, x, y, noise)
-                else:
-                    found |= self._losses(kind, x, y, noise)
+            found |= self._losses("real", x, y, noise)
+            with clean.held():
+                found |= self._losses("surrogate", x, y, noise)
         return found
 
     def _losses(self, kind: str, x: Tensor, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
@@ -329,88 +327,85 @@ class _Measurement:
         return {f"joint {kind}": torch.stack(joint, 1), f"alone {kind}": torch.stack(alone)}
 
     def _noise(self, clean: _Clean, places: Tensor, draw: int, x: Tensor) -> Features:
-        """Noise of size 1 for every site; a sample's own stream, so that micro-batches do not matter."""
-        uniform = _streams(self.seeds[places, draw], sum(math.prod(shape) for shape in clean.shapes.values())) - 0.5
-        return self._by_site(clean, uniform.to(x), scaled=True)
+        """Noise of size 1 for every site."""
+        steps = {name: quantizer.step_size.detach() for name, (_, quantizer) in self.sites.items()}
+        uniform = self._by_site(clean, places, draw, x)
+        return {name: (u - 0.5) * steps[name] for name, u in uniform.items()}
 
-    def _by_site(self, clean: _Clean, flat: Tensor, scaled: bool) -> Features:
-        """(B, all features) cut into the sites', in units of 1 or of their steps."""
-        shapes = clean.shapes
-        parts = flat.split([math.prod(shape) for shape in shapes.values()], 1)
-        named = {name: part.unflatten(1, shapes[name]) for name, part in zip(shapes, parts, strict=True)}
-        zeros = flat.new_zeros(len(flat), 1)  # of a layer that did not run
-        return {
-            name: named[name] * (quantizer.step_size.detach() if scaled else 1) if name in named else zeros
-            for name, (_, quantizer) in self.sites.items()
-        }
+    def _by_site(self, clean: _Clean, places: Tensor, stream: int, like: Tensor) -> Features:
+        """Uniform numbers in [0, 1) by site, each sample's from its own stream: micro-batches do not matter."""
+        sizes = [math.prod(shape) for shape in clean.shapes.values()]
+        flat = _streams(self.seeds[places, stream], sum(sizes)).to(like).split(sizes, 1)
+        named = {name: part.unflatten(1, clean.shapes[name]) for name, part in zip(clean.shapes, flat, strict=True)}
+        return {name: named.get(name, like.new_zeros(len(places), 1)) for name in self.sites}  # 0: it did not run
 
     def _derivatives(
         self, clean: _Clean, x: Tensor, y: Tensor, places: Tensor, noise: list[Features]
     ) -> dict[str, Tensor]:
+        """`traces`; and where they are exact, `seconds` and `linear`."""
         view, by_sample = self.subject.view, self.method != "hutchinson"
         deltas = {name: torch.zeros_like(move).requires_grad_() for name, move in noise[0].items()}
-        with torch.enable_grad(), _added(self.sites, deltas):
-            if by_sample:
-                with fused_quantizers(view):
-                    outputs = view(x)
-            else:
-                outputs = view(x)
+        with torch.enable_grad(), _added(self.sites, deltas), fused_quantizers(view) if by_sample else nullcontext():
+            outputs = view(x)
         if not by_sample:
             return {"traces": self._hutchinson(clean, outputs, y, places, deltas)}
-        exact = self.method == "exact"
         z = outputs.detach()
-        factor = cross_entropy_factor(z) if exact else sampled_factor(z, self.labels[places].to(z.device), True)
-        squares = [
-            torch.stack([_squared(g) for g in self._backward(outputs, deltas, column).values()]) for column in factor
-        ]
-        if not exact:
-            return {"traces": torch.stack(squares)}
-        moves = torch.stack([self._slopes(outputs, deltas, c, noise) for c in range(z.shape[1])], -1)  # (K, L, B, C)
-        moves = torch.cat([moves, moves.sum(1, keepdim=True)], 1)
-        z, p = z.cpu().double(), z.cpu().double().softmax(1)
-        seconds = ((p * moves.square()).sum(-1) - (p * moves).sum(-1).square()) / 2
-        here = self.subject.sample_losses(z, y)
-        linear = [
-            torch.stack(
-                [
-                    sum(self.subject.sample_losses(z + sign * size * joint, y) for sign in (1, -1)) / 2 - here
-                    for joint in moves[:, -1]
-                ]
+        if self.method == "exact":
+            factor = cross_entropy_factor(z)
+        else:
+            factor = sampled_factor(z, self.labels[places].to(z.device), balanced=True)
+        traces = torch.stack(
+            [torch.stack([_squared(g) for g in self._backward(outputs, deltas, column)]) for column in factor]
+        )
+        if self.method == "sampled":
+            return {"traces": traces}
+        return {"traces": traces.sum(0, keepdim=True), **self._to_first_order(outputs, deltas, y, noise)}
+
+    def _backward(self, outputs: Tensor, deltas: Features, cotangent: Tensor) -> tuple[Tensor, ...]:
+        variables = list(deltas.values())
+        return torch.autograd.grad(outputs, variables, cotangent, retain_graph=True, materialize_grads=True)
+
+    def _to_first_order(self, outputs: Tensor, deltas: Features, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
+        """What the noise does to logits that are linear in it: `seconds` and `linear`, see `_Found`."""
+        slopes = []  # of each logit, (K, L, B): its change by each layer's noise
+        for c in range(outputs.shape[1]):
+            one = torch.zeros_like(outputs)
+            one[:, c] = 1
+            gradients = self._backward(outputs, deltas, one)
+            slopes.append(
+                torch.stack(
+                    [
+                        torch.stack([_dot(*pair) for pair in zip(gradients, moves.values(), strict=True)])
+                        for moves in noise
+                    ]
+                )
             )
+        moves = torch.stack(slopes, -1)  # (K, L, B, C)
+        joint = moves.sum(1)
+        moves = torch.cat([moves, joint[:, None]], 1)
+        z = outputs.detach().cpu().double()
+        p = z.softmax(1)
+        seconds = ((p * moves.square()).sum(-1) - (p * moves).sum(-1).square()) / 2
+        losses = self.subject.sample_losses
+        linear = [
+            torch.stack([(losses(z + size * move, y) + losses(z - size * move, y)) / 2 for move in joint])
             for size in self.sizes
         ]
-        return {
-            "traces": torch.stack(squares).sum(0, keepdim=True),
-            "seconds": seconds,
-            "linear": torch.stack(linear),
-        }
-
-    def _backward(self, outputs: Tensor, deltas: Features, cotangent: Tensor) -> Features:
-        found = torch.autograd.grad(
-            outputs, list(deltas.values()), cotangent, retain_graph=True, materialize_grads=True
-        )
-        return dict(zip(deltas, found, strict=True))
-
-    def _slopes(self, outputs: Tensor, deltas: Features, c: int, noise: list[Features]) -> Tensor:
-        """(K, L, B): the change of logit c, linear in the noise, by each layer's."""
-        one = torch.zeros_like(outputs)
-        one[:, c] = 1
-        gradients = self._backward(outputs, deltas, one)
-        return torch.stack([torch.stack([_dot(g, moves[name]) for name, g in gradients.items()]) for moves in noise])
+        return {"seconds": seconds, "linear": torch.stack(linear) - losses(z, y)}
 
     def _hutchinson(self, clean: _Clean, outputs: Tensor, y: Tensor, places: Tensor, deltas: Features) -> Tensor:
         """(N_PROBES, L, B): samples do not mix, so one product gives each of them its own estimate."""
-        total = self.subject.loss(outputs, y) * len(y)
         variables = list(deltas.values())
+        total = self.subject.loss(outputs, y) * len(y)
         first = torch.autograd.grad(total, variables, create_graph=True, materialize_grads=True)
-        size = sum(math.prod(shape) for shape in clean.shapes.values())
-        signs = _streams(self.seeds[places, -1], N_PROBES * size).round().mul_(2).sub_(1).unflatten(1, (N_PROBES, -1))
         draws = []
         for k in range(N_PROBES):
-            probe = self._by_site(clean, signs[:, k].to(outputs), scaled=False)
-            slope = torch.stack([(g * v).sum() for g, v in zip(first, probe.values(), strict=True)]).sum()
-            products = torch.autograd.grad(slope, variables, retain_graph=True, materialize_grads=True)
-            draws.append(torch.stack([_dot(h, v) for h, v in zip(products, probe.values(), strict=True)]))
+            signs = [2 * u.round() - 1 for u in self._by_site(clean, places, self.n_draws + k, outputs).values()]
+            slope = torch.stack([(g * v).sum() for g, v in zip(first, signs, strict=True)]).sum()
+            products = [torch.zeros_like(v) for v in signs]
+            if slope.requires_grad:  # otherwise the loss is linear
+                products = list(torch.autograd.grad(slope, variables, retain_graph=True, materialize_grads=True))
+            draws.append(torch.stack([_dot(h, v) for h, v in zip(products, signs, strict=True)]))
         return torch.stack(draws)
 
 
