@@ -236,8 +236,9 @@ def test_numbers_do_not_depend_on_the_micro_batches_and_are_repeated_by_the_seed
 
 
 def test_a_sum_over_layers_is_set_against_all_at_once():
+    """Without control variates, as this loss has none, it is the plain difference."""
     model, x, y = network(n=24)
-    found = noise_response(model, (x, y), sizes=[1.0], n_draws=8)
+    found = noise_response(model, (x, y), loss=lambda z, y: F.cross_entropy(z, y), sizes=[1.0], n_draws=2)
     for kind in ("surrogate", "real"):
         alone = sum(cell(found, f"{kind}_1", layer) for layer in LAYERS)
         assert cell(found, f"interaction_{kind}") == pytest.approx(cell(found, f"{kind}_1") - alone)
@@ -259,9 +260,9 @@ class Multiplied(nn.Module):
 def test_what_noise_in_two_layers_does_beyond_the_sum():
     """E (x + d)^2 (x + e)^2 = (x^2 + v)(x^2 + w): v x^2 + w x^2 by noise in one each, and v w more by both at once."""
     model = quantize(Multiplied(), QuantSpec(32, 2, edge_bits=2))
-    x, y = torch.randn(50, 1, 8, 8), torch.zeros(50)
+    x, y = torch.randn(1500, 1, 8, 8), torch.zeros(1500)
     calibrate(model, x, "minmax")
-    found = noise_response(model.double().eval(), (x.double(), y), loss=lambda z, _: z.mean(), sizes=[1.0], n_draws=16)
+    found = noise_response(model.double().eval(), (x.double(), y), loss=lambda z, _: z.mean(), sizes=[1.0], n_draws=2)
     v, w = (float(q.step_size.detach()) ** 2 / 12 for q in (model.left.input_quantizer, model.right.input_quantizer))
     squares = float(model.left.input_quantizer(x.double()).detach().square().mean())
     for kind in ("surrogate", "real"):
@@ -307,12 +308,12 @@ def test_a_ratio_and_its_error():
 
 
 def test_stated_intervals_cover_from_end_to_end():
-    model, x, y = network(n=16)
-    truth = noise_response(model, (x, y), sizes=[1.0], n_draws=200, seed=1000)
-    quantities = ("surrogate_1", "real_1", "odd_1", "interaction_real")
+    model, x, y = network(n=48)
+    truth = noise_response(model, (x, y), sizes=[1.0], n_draws=100, seed=1000)
+    quantities = ("surrogate_1", "real_1", "odd_1")
     z = {quantity: [] for quantity in quantities}
     for seed in range(25):
-        found = noise_response(model, (x, y), sizes=[1.0], seed=seed)
+        found = noise_response(model, (x, y), sizes=[1.0], n_draws=4, seed=seed)
         for quantity in quantities:
             expected = 0.0 if quantity == "odd_1" else cell(truth, quantity)
             z[quantity].append((cell(found, quantity) - expected) / cell(found, quantity, column="sem"))
@@ -421,7 +422,19 @@ def test_fractions():
 
 def test_command(tiny_runs, tmp_path):
     runs = shutil.copytree(tiny_runs, tmp_path / "runs")
-    call = ["noise", "--ckpt-dir", str(runs), "--n-data", "24", "--sizes", "0.5,1", "--model", "tests.nets:tiny"]
+    call = [
+        "noise",
+        "--ckpt-dir",
+        str(runs),
+        "--n-data",
+        "24",
+        "--sizes",
+        "0.5,1",
+        "--n-draws",
+        "2",
+        "--model",
+        "tests.nets:tiny",
+    ]
     call += ["--device", "cpu", "--figures", str(tmp_path / "figures")]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.stderr

@@ -39,7 +39,7 @@ def noise(
     sizes: Annotated[str, typer.Option(help="Widths of the noise in steps, with commas; 1 is added.")] = (
         "0.125,0.25,0.5,1,2,4"
     ),
-    n_draws: Annotated[int, typer.Option(help="Pairs of opposite noise for each image.")] = 2,
+    n_draws: Annotated[int, typer.Option(help="Pairs of opposite noise for each image.")] = 8,
     n_data: NData = 1024,
     epochs: Epochs = "last",
     seed: Seed = 0,
@@ -59,7 +59,7 @@ def noise(
 
       fpq-analyze noise --ckpt-dir checkpoints/
 
-      fpq-analyze noise --ckpt-dir checkpoints/fpq --sizes 0.01,0.1,1 --n-draws 8
+      fpq-analyze noise --ckpt-dir checkpoints/fpq --sizes 0.01,0.1,1 --n-draws 32
     """
     from fpq_analysis.probes import NoiseResponse
 
