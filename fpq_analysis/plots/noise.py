@@ -81,9 +81,9 @@ def _draw(axes: Axes, panel: pd.DataFrame, tint: str) -> None:
             axes.plot(down["size"] * shift, ends, "v", color=shade, markerfacecolor=fill, markersize=4)
     values = panel.loc[panel["value"] > 0, "value"]
     if len(values):
-        axes.set_ylim(values.min() / 3, values.max() * 6)
+        axes.set_ylim(values.min() / 3, values.max() * 30)  # room for the legend
     axes.axvline(OWN, color="0.7", linewidth=0.8, zorder=0)
-    axes.annotate("FPQ's", (OWN, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
+    axes.annotate("FPQ's", (OWN, 0.02), xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points",
                   fontsize=7, color="0.4")  # fmt: skip
     axes.xaxis.set_major_locator(FixedLocator(sorted(panel["size"].unique())))
     axes.xaxis.set_minor_locator(NullLocator())
