@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -20,7 +21,11 @@ def point():
     model = quantize(teacher, QuantSpec.parse("W4A4"))
     x, y = torch.randn(12, 1, 8, 8), torch.randint(10, (12,))
     calibrate(model, x, "mse")
-    return Point(model.eval(), (x, y), seed=3, teacher=teacher)
+    previous = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in previous.parameters():
+            p.mul_(1.02)
+    return Point(model.eval(), (x, y), seed=3, teacher=teacher, previous=previous.eval())
 
 
 @pytest.mark.parametrize("probe", [kind() for kind in PROBES.values()], ids=list(PROBES))

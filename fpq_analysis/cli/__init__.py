@@ -13,6 +13,8 @@ from fpq_analysis.cli import gradnorm
 from fpq_analysis.cli import variance
 from fpq_analysis.cli import features
 from fpq_analysis.cli import drift
+from fpq_analysis.cli import noise
+from fpq_analysis.cli import oscillation
 from fpq_analysis.cli import landscape
 from fpq_analysis.cli import compare
 from fpq_analysis.cli import figures
@@ -39,6 +41,8 @@ __all__ = [
     "inspect",
     "landscape",
     "main",
+    "noise",
+    "oscillation",
     "report",
     "tables",
     "train",

@@ -10,6 +10,8 @@ from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.figures import FIGURES, Drawing
 from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
+from fpq_analysis.plots.noise import noise_caption, noise_figure
+from fpq_analysis.plots.oscillation import oscillation_caption, oscillation_figure
 from fpq_analysis.plots.style import save, style
 from fpq_analysis.plots.training import training_caption, training_figure
 
@@ -35,6 +37,10 @@ __all__ = [
     "figure5",
     "landscape_caption",
     "landscape_figure",
+    "noise_caption",
+    "noise_figure",
+    "oscillation_caption",
+    "oscillation_figure",
     "save",
     "style",
     "surface_figure",

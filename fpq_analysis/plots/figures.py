@@ -18,6 +18,8 @@ from fpq_analysis.plots.figure3 import caption3, figure3
 from fpq_analysis.plots.figure4 import caption4, figure4
 from fpq_analysis.plots.figure5 import caption5, figure5
 from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
+from fpq_analysis.plots.noise import noise_caption, noise_figure
+from fpq_analysis.plots.oscillation import oscillation_caption, oscillation_figure
 from fpq_analysis.plots.style import save
 
 
@@ -67,4 +69,8 @@ FIGURES = {
     "surface": Drawing("Surface", "surface", "landscape", surface_figure, landscape_caption, "landscape"),
     "drift": Drawing("Drift", "drift", "drift", drift_figure, drift_caption, "drift"),
     "drift_layers": Drawing("Drift by layer", "drift_layers", "drift", drift_layer_figure, drift_caption, "drift"),
+    "noise": Drawing("Noise", "noise", "noise", noise_figure, noise_caption, "noise", last=True),
+    "oscillation": Drawing(
+        "Oscillation", "oscillation", "oscillation", oscillation_figure, oscillation_caption, "oscillation"
+    ),
 }

@@ -5,6 +5,8 @@ from fpq_analysis.probes.drift import Drift, FeatureDrift, feature_drift
 from fpq_analysis.probes.eigs import EigenEstimate, HessianEigs, hessian_eigs
 from fpq_analysis.probes.features import Features, FeatureStatistics, feature_statistics
 from fpq_analysis.probes.gradnorm import GradNorm, gradient_norms
+from fpq_analysis.probes.noise import NoiseResponse, noise_response
+from fpq_analysis.probes.oscillation import Oscillation, oscillation
 from fpq_analysis.probes.point import Point, Probe
 from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
@@ -12,7 +14,18 @@ from fpq_analysis.probes.variance import OutputVariance, output_variance
 
 PROBES = {
     probe.name: probe
-    for probe in (HessianTrace, HessianEigs, HessianDensity, Sharpness, GradNorm, OutputVariance, Features, Drift)
+    for probe in (
+        HessianTrace,
+        HessianEigs,
+        HessianDensity,
+        Sharpness,
+        GradNorm,
+        OutputVariance,
+        Features,
+        Drift,
+        NoiseResponse,
+        Oscillation,
+    )
 }
 
 __all__ = [
@@ -26,6 +39,8 @@ __all__ = [
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
+    "NoiseResponse",
+    "Oscillation",
     "OutputVariance",
     "Point",
     "Probe",
@@ -36,6 +51,8 @@ __all__ = [
     "gradient_norms",
     "hessian_eigs",
     "hessian_trace",
+    "noise_response",
+    "oscillation",
     "output_variance",
     "sharpness",
     "spectral_density",

@@ -36,7 +36,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from fpq_analysis.curvature import NotExactError, SampleTraces, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
@@ -211,16 +210,10 @@ class _Losses:
         view = self.subject.view
         with fused_quantizers(view), full_precision():
             parts = each(
-                self.batches, lambda batch: self._samples(functional_call(view, values, (batch[0],)), batch[1])
+                self.batches,
+                lambda batch: self.subject.sample_losses(functional_call(view, values, (batch[0],)), batch[1]),
             )
             return torch.cat(list(parts))
-
-    def _samples(self, outputs: Tensor, y: Tensor) -> Tensor:
-        if self.subject.cross_entropy:
-            return F.cross_entropy(outputs.cpu().double(), y.cpu(), reduction="none")
-        # The mean over a batch of one is that sample's loss.
-        pairs = zip(outputs.split(1), y.split(1), strict=True)
-        return torch.stack([self.subject.loss(*pair) for pair in pairs]).cpu().double()
 
 
 def _row(layer: str, quantity: str, estimator: str, n_products: int, **numbers: Any) -> dict[str, Any]:

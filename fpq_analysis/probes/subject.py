@@ -53,6 +53,14 @@ class Subject:
         """Number of samples."""
         return sum(len(x) for x, _ in self.data)
 
+    def sample_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Each sample's loss: (B,) float64 on the CPU."""
+        if self.cross_entropy:
+            return F.cross_entropy(outputs.cpu().double(), y.cpu(), reduction="none")
+        # The mean over a batch of one is that sample's loss.
+        pairs = zip(outputs.split(1), y.split(1), strict=True)
+        return torch.stack([self.loss(*pair) for pair in pairs]).cpu().double()
+
     def operator(self, kind: str = "hessian", seed: int = 0) -> CurvatureOperator:
         """`hessian`, `gauss-newton`, or `fisher` (with one label a sample, drawn by `seed`).
 

@@ -10,6 +10,7 @@ from fpq_analysis.quantizers.apply import (
     quantizers,
     step_sizes,
     weight_codes,
+    weight_quantizers,
 )
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.lsq import LSQ
@@ -45,4 +46,5 @@ __all__ = [
     "variables",
     "view",
     "weight_codes",
+    "weight_quantizers",
 ]

@@ -139,11 +139,16 @@ def clipped_fraction(model: nn.Module) -> float:
     return clipped / total if total else 0.0
 
 
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[Quantizer, nn.Parameter]]:
+    """Layer name to quantizer and trained weight, for every quantized weight."""
+    modules = dict(model.named_modules())
+    return {name: (q, latent_weight(modules[name])) for name, q, is_weight in quantizers(model) if is_weight}
+
+
 @torch.no_grad()
 def weight_codes(model: nn.Module) -> dict[str, Tensor]:
     """Layer name to the whole numbers its weight is stored as, for every quantized weight."""
-    modules = dict(model.named_modules())
-    return {name: q.codes(latent_weight(modules[name])) for name, q, is_weight in quantizers(model) if is_weight}
+    return {name: quantizer.codes(weight) for name, (quantizer, weight) in weight_quantizers(model).items()}
 
 
 def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:

@@ -54,6 +54,14 @@ class Quantizer(nn.Module):
         """Boolean mask, shape of x: which values fall outside the grid's range (and so get no gradient)."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def position(self, x: Tensor) -> Tensor:
+        """Where `x` lies among the codes, in steps and before rounding: x/s + z, or as the subclass says.
+
+        In range, `codes` is this rounded; a rounding threshold lies halfway between any two neighbouring codes.
+        """
+        return x / self.step_size + self.zero_point
+
     def scales(self) -> list[nn.Parameter]:
         """The learned parameters that must stay positive."""
         return []

@@ -56,6 +56,11 @@ class LSQPlus(LSQ):
         return super().clipped(x - self.offset)
 
     @torch.no_grad()
+    def position(self, x: Tensor) -> Tensor:
+        """(x - b) / s."""
+        return super().position(x - self.offset)
+
+    @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The whole number k each value of `x` is stored as, int32, shape of x."""
         return ((self(x) - self.offset) / self.step_size).round().int()

@@ -94,10 +94,18 @@ class DoReFa(Quantizer):
         self.register_buffer("zero_point", torch.tensor(self.levels / 2))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Squash to [0, 1], round straight through, stretch."""
+        """Squash to [0, levels], round straight through, stretch."""
+        return (round_straight_through(self._squash(x)) - self.zero_point) * self.step_size
+
+    def _squash(self, x: Tensor) -> Tensor:
         squashed = torch.tanh(x)
         t = squashed / (2 * squashed.abs().max().clamp(min=MIN_STEP)) + 0.5  # a layer of zeros has no maximum
-        return (round_straight_through(self.levels * t) - self.zero_point) * self.step_size
+        return self.levels * t
+
+    @torch.no_grad()
+    def position(self, x: Tensor) -> Tensor:
+        """Levels times t: a step is that of the squashed weight, behind the tanh."""
+        return self._squash(x)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, how: str) -> None:

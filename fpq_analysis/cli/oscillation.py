@@ -1,0 +1,82 @@
+"""`fpq-analyze oscillation`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fpq_analysis.cli.app import (
+    CkptDir,
+    DataRoot,
+    Device,
+    DryRun,
+    Epochs,
+    Figures,
+    Json,
+    Model,
+    Overwrite,
+    app,
+    guarded,
+    new_table,
+    print_table,
+)
+from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@app.command()
+@guarded
+def oscillation(
+    ckpt_dir: CkptDir = Path("checkpoints"),
+    eps: Annotated[float, typer.Option(help="What counts as near a threshold, in steps.")] = 0.1,
+    epochs: Epochs = "all",
+    data_root: DataRoot = None,
+    model: Model = None,
+    figures: Figures = Path("figures"),
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Weights near a rounding threshold, and weights on another level than at the checkpoint before.
+
+    Every quantized weight is counted; no image is looked at.
+
+    [bold]Example[/bold]
+
+      fpq-analyze oscillation --ckpt-dir checkpoints/
+    """
+    from fpq_analysis.probes import Oscillation
+
+    # The images play no part; two are the fewest that a measurement takes.
+    settings = Settings(ckpt_dir, 2, 0, data_root, model, figures, device, overwrite, dry_run, json, epochs)
+    measure_and_show([Oscillation(eps)], settings, {"oscillation": print_shares})
+
+
+def print_shares(frame: pd.DataFrame) -> None:
+    """Whole-network shares, some epochs of every run."""
+    rows = some_epochs(frame[frame["layer"] == "all"])
+    if rows.empty:
+        return
+    heads = {
+        "near": "Near",
+        "flipped": "Flipped",
+        "flipped_step": "by the step",
+        "flipped_near": "of them near",
+    }
+    table = new_table({"Run": "left", "Epoch": "right", **dict.fromkeys(heads.values(), "right")})
+    for run, group in rows.groupby("run", sort=False):
+        for epoch, one in group.groupby("epoch"):
+            values = one.drop_duplicates("quantity", keep="last").set_index("quantity")["value"]
+            cells = [f"{100 * values[quantity]:.2f} %" if values[quantity] >= 0 else "" for quantity in heads]
+            table.add_row(str(run), str(epoch), *cells)
+        table.add_section()
+    print_table(table)
+    eps = frame.loc[frame["quantity"] == "eps", "value"].iloc[-1]
+    print(f"Near: less than {eps:g} steps from a rounding threshold ({200 * eps:g} % if spread evenly).")
+    print("Flipped: another whole number than at the checkpoint before.")
+    print("By the step: it would not be another, had its step size stayed.")

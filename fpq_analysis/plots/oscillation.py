@@ -1,0 +1,81 @@
+"""Oscillating weights against the epoch."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
+
+PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
+
+
+def shares(records: pd.DataFrame) -> pd.DataFrame:
+    """The whole-network shares that are drawn."""
+    rows = records[(records["layer"] == "all") & records["quantity"].isin(list(PANELS))]
+    return rows[rows["value"].notna()]
+
+
+def oscillation_figure(records: pd.DataFrame) -> Figure:
+    """Share of the weights near a threshold, and of those that flipped, against the epoch; a line a run.
+
+    A row of two panels for each network and data set.  The grey line is the share near a threshold if weights lay
+    anywhere in their step with equal chance.
+
+    Args:
+        records: of the probe `oscillation`; columns as in `records.COLUMNS`.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    rows = shares(records)
+    if rows.empty:
+        raise ValueError("no oscillation among the records")
+    eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
+    subjects = list(rows.groupby(["model", "dataset"], sort=True))
+    with style():
+        figure = Figure(figsize=(7.6, 2.9 * len(subjects)), layout="constrained")
+        for index, ((model, dataset), subject) in enumerate(subjects):
+            methods = sorted(subject["method"].unique())
+            for place, (quantity, title) in enumerate(PANELS.items()):
+                axes = figure.add_subplot(len(subjects), 2, 2 * index + place + 1)
+                for run, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
+                    line = line.sort_values("epoch")
+                    method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
+                    alike = subject[(subject["method"] == method) & (subject["bits"] == bits)]
+                    axes.plot(
+                        line["epoch"],
+                        line["value"],
+                        color=colour(method, methods),
+                        linestyle=LINES.get(bits, "-"),
+                        marker=MARKERS.get(bits, "o"),
+                        label=label(method, bits) + (f" ({run})" if alike["run"].nunique() > 1 else ""),
+                    )
+                if quantity == "near":
+                    axes.axhline(2 * eps, color="0.6", linewidth=0.8, label="if spread evenly")
+                axes.set_ylim(bottom=0)
+                axes.set_title(title if len(subjects) == 1 else f"{title}: {model}, {dataset}")
+                axes.set_xlabel("Epoch")
+                axes.set_ylabel("Share of the weights")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            handles = figure.axes[2 * index].get_legend_handles_labels()
+            axes.legend(*handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def oscillation_caption(records: pd.DataFrame) -> str:
+    """What a reader must know beside the figure."""
+    rows = shares(records)
+    eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
+
+    def several(column: str) -> str:
+        return ", ".join(str(value) for value in sorted(rows[column].unique()))
+
+    return (
+        f"Left: share of the quantized weights less than {eps:g} steps from a rounding threshold. Right: share whose "
+        "whole number differs from that at the checkpoint before, whether the weight moved or its step size. All "
+        "quantized weights are counted, so that there is no error; one training run a line. "
+        f"Data: {several('dataset')}; network: {several('model')}; training seed {several('train_seed')}."
+    )
