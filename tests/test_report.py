@@ -229,6 +229,10 @@ def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path, monkeypa
     assert "fpq-analyze hessian --top-k 5 --ckpt-dir 'my runs'" in found.text["code"]
 
 
+def test_help_has_an_example():
+    assert "fpq-analyze report --ckpt-dir" in call("report", "--help").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -250,7 +250,7 @@ def number_tables(study: Study) -> list[Table]:
     found = []
     for probe in study.probes:
         frame = study.records(probe)
-        if probe == "hessian_trace" or frame.empty:
+        if probe == "hessian_trace":
             continue
         rows = frame[(frame["layer"] == "all") & frame["value"].notna()]
         rows = rows[~rows["quantity"].str.fullmatch(NOT_RESULTS)]
