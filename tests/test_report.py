@@ -229,6 +229,10 @@ def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path, monkeypa
     assert "fpq-analyze hessian --top-k 5 --ckpt-dir 'my runs'" in found.text["code"]
 
 
+def test_help_has_an_example():
+    assert "fpq-analyze report --ckpt-dir" in call("report", "--help").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -316,7 +320,7 @@ def test_probes_the_report_does_not_know(runs, tmp_path):
     assert found.tables["Own measure"][1] == [["fp", None], ["2", 2.0], ["12,345.6\u00a0±\u00a00.98", 12345.6]]
     assert "own_measure" in found.column("Records", "Seed")
     assert {"Eigenvalues", "Density"} <= {name for name, _ in report.missing}
-    assert "The measurement 'own_measure' was taken at 1 checkpoint" in found.text["p"]
+    assert "We measured what the probe 'own_measure' is about at 1 checkpoint, on 32" in found.text["p"]
 
 
 def test_a_single_run_is_named(runs, tmp_path):

@@ -18,8 +18,9 @@ def report(
 ) -> None:
     """One HTML page about all runs: findings, tables, figures, methods, provenance.
 
-    From what is on disk; nothing is measured. What has no records yet is named, with the command that measures it. The
-    page is one file without scripts that loads nothing, so it can be mailed, archived or printed.
+    From what is on disk; nothing is measured. What has no records is named, with the command that measures it.
+
+    The page is one file that loads nothing and runs no script, to mail, archive or print.
 
     [bold]Example[/bold]
 

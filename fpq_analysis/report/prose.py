@@ -60,6 +60,16 @@ RECIPES = {
     "noise-features": "noise-features adds to LSQ uniform noise one step wide at the input of every convolution",
     "noise-weights": "noise-weights adds to LSQ uniform noise one step wide to every convolution's weights",
 }
+# What other probes measure, after "We measured".
+SUBJECTS = {
+    "gradnorm": "the norm of the gradient of the loss",
+    "output_variance": "the variance of the outputs under Gaussian noise in the images",
+    "features": "the activations of one layer, by channel",
+    "drift": "the drift of the features of all convolutions from those of the float network",
+    "noise": "the increase of the loss under uniform noise in the features",
+    "oscillation": "the shares of the weights that lie near a rounding threshold and that changed their level",
+    "landscape": "the loss on a plane through weight space",
+}
 CALIBRATIONS = {"mse": "a search for the least squared error", "minmax": "the range of the values"}
 
 
@@ -204,8 +214,6 @@ def _density(frame: pd.DataFrame) -> str:
 
 
 def _sharpness(frame: pd.DataFrame) -> str:
-    if frame.empty:
-        return ""
     return (
         f"Sharpness measures that do not change when layers are rescaled were measured on {_sample(frame)}, as changes "
         f"of the loss under moves relative to {_variables(frame)}."
@@ -213,13 +221,14 @@ def _sharpness(frame: pd.DataFrame) -> str:
 
 
 def _other(frame: pd.DataFrame) -> str:
-    if frame.empty:
-        return ""
-    probe, n = frame["probe"].iloc[0], frame["checkpoint"].nunique()
-    return f"The measurement '{probe}' was taken at {n} checkpoint{'s' if n > 1 else ''}, on {_sample(frame)}."
+    probe, n = str(frame["probe"].iloc[0]), frame["checkpoint"].nunique()
+    what = SUBJECTS.get(probe, f"what the probe '{probe}' is about")
+    whole = frame[frame["n_data"] == frame["n_data"].max()]  # parts may be of fewer images
+    where = f", on {_sample(whole)}" if whole["n_data"].any() else ""
+    return f"We measured {what} at {n} checkpoint{'s' if n > 1 else ''}{where}."
 
 
-# By probe, in the order of the text.  A probe without one is named, with its images and seed.
+# By probe, in the order of the text; of others it is said what they measure, with images and seed.
 SENTENCES: dict[str, Callable[[pd.DataFrame], str]] = {
     "hessian_trace": _trace,
     "hessian_eigs": _eigenvalues,

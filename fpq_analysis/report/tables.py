@@ -25,7 +25,7 @@ NOT_RESULTS = r"(nodes|weights|residual)_\d+|clipped_fraction"
 TITLES = {
     "hessian_eigs": "Eigenvalues",
     "hessian_density": "Moments of the spectral density",
-    "sharpness": "Sharpness",
+    "gradnorm": "Gradient norm",
 }
 HEADS = {"squares": "sum of squares"}
 
@@ -250,7 +250,7 @@ def number_tables(study: Study) -> list[Table]:
     found = []
     for probe in study.probes:
         frame = study.records(probe)
-        if probe == "hessian_trace" or frame.empty:
+        if probe == "hessian_trace":
             continue
         rows = frame[(frame["layer"] == "all") & frame["value"].notna()]
         rows = rows[~rows["quantity"].str.fullmatch(NOT_RESULTS)]
@@ -284,8 +284,8 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
                 text = shown(value, digits_beside(value, half)) + (f" ± {shown(half, 2)}" if half > 0 else "")
                 row.append(num(value, text=text))
             cells.append(row)
-    n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()))
-    notes = [f"At each run's last measured epoch, on {n} training images."]
+    n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()) if x)
+    notes = ["At each run's last measured epoch" + (f", on {n} training images." if n else ".")]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
     return Table(TITLES.get(probe, probe.replace("_", " ").capitalize()), heads, cells, notes)
