@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from fpq_analysis.figures import draw_figures
+from fpq_analysis.landscapes import Recipe, measure_landscapes
 from fpq_analysis.measurement import measure
-from fpq_analysis.probes import HessianTrace
+from fpq_analysis.probes import Features, GradNorm, HessianTrace, OutputVariance
+from fpq_analysis.report import write_report
 from fpq_analysis.training import TrainConfig, train
 
 BITS = ("W4A4", "W2A4")
 METHODS = ("lsq", "fpq")
+LANDSCAPE = Recipe(points=15)
 
 
 def configs(out: Path) -> dict[str, TrainConfig]:
@@ -27,10 +31,31 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     return runs
 
 
-def run_demo(out: str | Path, *, device: str = "auto", log: Callable[[str], None] = print) -> pd.DataFrame:
-    """Train what is missing below `out`, measure the trace of every checkpoint, and return the records."""
+def run_demo(
+    out: str | Path,
+    figures: str | Path = "figures",
+    report: str | Path = "report.html",
+    *,
+    device: str = "auto",
+    log: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Train what is missing below `out`, measure, draw the figures, and write the report.
+
+    Returns:
+        The records of the Hessian trace.
+    """
     out = Path(out)
     for name, config in configs(out).items():
         train(config, out / name, device=device, resume=True, log=log)
-    log("Measuring the Hessian trace of every checkpoint ...")
-    return measure(out, HessianTrace(), device=device)
+    log("Measuring ...")
+    traces = measure(out, HessianTrace(), device=device)
+    measure(out, OutputVariance(), epochs="last", device=device)
+    measure(out, Features(), epochs="last", device=device)
+    for bits in BITS:  # the figure is of these runs
+        measure(out / f"lsq-{bits.lower()}", GradNorm(n_draws=2), device=device)
+    for method in METHODS:
+        measure_landscapes(out / f"{method}-w2a4", LANDSCAPE, n_data=256, device=device)
+    draw_figures(out, out=figures, measure=False, log=log)
+    write_report(out, report)
+    log(f"Report: {report}")
+    return traces
