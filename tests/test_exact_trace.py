@@ -327,6 +327,25 @@ def test_models_that_mix_samples_are_refused(mix):
             hessian_trace(Mixing(), (torch.randn(8, 6), torch.randint(3, (8,))), method=method)
 
 
+def test_rounding_that_depends_on_the_size_of_the_batch_is_no_mixing():
+    class Rounding(nn.Module):
+        """A level that the last digit decides, which is another in larger batches."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            level = (0.5 + x[:, :1].abs() + 1e-7 * (len(x) > 1)).floor() - 0.5
+            return self.linear(x) * (1 + level)
+
+    x = torch.randn(8, 6)
+    x[:, 0] = 0.5 - 5e-8
+    model = Rounding()
+    assert float((model(x)[:1] - model(x[:1])).abs().max()) > 0.1
+    assert hessian_trace(model, (x, torch.randint(3, (8,)))).value > 0
+
+
 @pytest.mark.parametrize("y", [torch.full((8,), -100), torch.full((8,), 3), torch.rand(8, 3), torch.rand(8)])
 def test_targets_that_are_no_classes_are_refused(y):
     with pytest.raises(UserError, match="whole-number targets"):
