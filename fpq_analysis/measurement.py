@@ -35,6 +35,11 @@ class Source(Protocol):
     def read_checkpoint(self, path: str | Path) -> Checkpoint: ...
 
 
+def source_of(ckpt_dir: str | os.PathLike[str]) -> Source:
+    """How checkpoints in this folder are read."""
+    return ckpt_dir if isinstance(ckpt_dir, ForeignRuns) else checkpoint
+
+
 @dataclass(frozen=True)
 class Job:
     """One measurement of one checkpoint; `others` are the files of further networks the probe needs, by need."""
@@ -91,7 +96,7 @@ def plan(
         raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
     root = Path(ckpt_dir)
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
-    source: Source = ckpt_dir if isinstance(ckpt_dir, ForeignRuns) else checkpoint
+    source = source_of(ckpt_dir)
     todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
     for run in source.find_runs(root):
         finished = set() if overwrite else records.done(run, probe.name)

@@ -25,7 +25,7 @@ COLUMNS = {
     "dataset": "data it was trained and measured on",
     "data": "fingerprint of these data: equal only if every image is",
     "bits": "WxAy, or FP",
-    "train_seed": "seed of the training run; read as text, unknown where a checkpoint of another program has none",
+    "train_seed": "seed of the training run; with checkpoints of other programs text, as theirs is `unknown`",
     "epoch": "finished epochs; 0 is before training",
     "checkpoint": "SHA-256 of the file",
     "probe": "which measurement",
@@ -107,11 +107,10 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
     for run in runs:
         wanted = done(run, probe) if keys is None else done(run, probe) & keys
         name = run_name(root, run)
-        rows += [
-            {**row, "run": name, "train_seed": _seed(row)}
-            for row in read_jsonl(_file(run, probe))
-            if row.get("key") in wanted
-        ]
+        rows += [{**row, "run": name} for row in read_jsonl(_file(run, probe)) if row.get("key") in wanted]
+    if any(row.get("train_seed") is None for row in rows):
+        # Text then for all: captions sort and print seeds, and a column of numbers would turn 0 into 0.0.
+        rows = [{**row, "train_seed": _text(row.get("train_seed"))} for row in rows]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in NUMBERS:
         frame[column] = frame[column].astype(float)
@@ -119,9 +118,8 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
 
 
-def _seed(row: dict[str, Any]) -> str:
-    # As text: figures name and sort seeds, and a table of numbers would turn 0 into 0.0 beside one that is missing.
-    return "unknown" if row.get("train_seed") is None else str(row["train_seed"])
+def _text(seed: int | str | None) -> str:
+    return "unknown" if seed is None else str(seed)
 
 
 def load(root: str | Path, probe: str) -> pd.DataFrame:

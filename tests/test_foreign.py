@@ -482,6 +482,22 @@ def test_commands(own, tmp_path):
     assert [json.loads(row)["value"] for row in rows] == [0, 0]
 
 
+@pytest.mark.parametrize("where", ["--ckpt-dir", "--through"])
+def test_landscape(own, tmp_path, where):
+    (own / "epoch_2.pth").rename(own / "epoch_10.pth")  # behind epoch 9 in order, not by name
+    save(own / "epoch_9.pth", seed=9)
+    folders = ["--ckpt-dir", own, "--plane", "pca"] if where == "--ckpt-dir" else ["--ckpt-dir", own]
+    if where == "--through":
+        folders += ["--through", own / "epoch_1.pth", "--through", own]
+    result = call("landscape", *folders, *OPTIONS, "--dim", 1, "--points", 3, "--figures", tmp_path, "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    grid = {row["epoch"] for row in rows if row["quantity"].startswith("rise")}
+    assert grid == {10 if where == "--ckpt-dir" else 1}
+    assert {row["epoch"] for row in rows} == ({1, 9, 10} if where == "--ckpt-dir" else {1, 10})
+    assert {row["train_seed"] for row in rows} == {"unknown"}
+    assert (own / "records" / "landscape.jsonl").exists()
+
+
 def test_doctor_and_inspect(own):
     result = call("doctor", own / "epoch_2.pth", *OPTIONS)
     assert "0 faults" in result.stderr

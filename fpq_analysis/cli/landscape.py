@@ -24,6 +24,7 @@ from fpq_analysis.cli.app import (
     new_table,
     print_json,
     print_table,
+    reads_foreign,
     say,
 )
 from fpq_analysis.cli.measuring import _print_forecast, draw
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def landscape(
     ckpt_dir: CkptDir = Path("checkpoints"),
     plane: Annotated[

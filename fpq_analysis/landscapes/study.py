@@ -8,6 +8,7 @@ gathers these.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +20,12 @@ import torch
 from torch import nn
 
 from fpq_analysis import records
-from fpq_analysis.checkpoint import Checkpoint, checkpoints, file_hash, find_runs, read_checkpoint
+from fpq_analysis.checkpoint import Checkpoint, file_hash
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.landscapes.recipe import Recipe
 from fpq_analysis.landscapes.survey import Cell, Survey, check_others, quantity
-from fpq_analysis.measurement import FORECAST_IMAGES, _peak_memory, _Sampler, describe
+from fpq_analysis.measurement import FORECAST_IMAGES, Source, _network, _peak_memory, _Sampler, describe, source_of
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
 
@@ -61,18 +62,20 @@ class Plan:
 
     Attributes:
         root: folder from which runs are named.
+        source: how checkpoints are read.
         settings: hash of all that does not depend on the checkpoints.
         faults: what cannot be measured, with the reason.
     """
 
     root: Path
+    source: Source
     settings: str
     jobs: list[Job]
     faults: list[tuple[Path, UserError]]
 
 
 def plan(
-    ckpt_dir: str | Path,
+    ckpt_dir: str | os.PathLike[str],
     recipe: Recipe,
     *,
     through: Sequence[str | Path] = (),
@@ -95,20 +98,22 @@ def plan(
             "through (--through A --through B); other planes have none."
         )
     settings = {**asdict(recipe), "version": recipe.version, "n_data": n_data, "seed": seed}
+    source = source_of(ckpt_dir)
     if through:
-        ends = [_one(Path(path), epoch) for path in through]
+        ends = [_one(Path(path), epoch, source) for path in through]
         root, groups = ends[0].parent.parent, [(ends[0], tuple(ends[1:]))]
         faults: list[tuple[Path, UserError]] = []
     else:
         root = Path(ckpt_dir)
-        groups, faults = _groups(root, recipe, epoch)
-    todo = Plan(root, records.settings_key(recipe.name, settings), [], faults)
+        groups, faults = _groups(root, recipe, epoch, source)
+    todo = Plan(root, source, records.settings_key(recipe.name, settings), [], faults)
     cells = list(itertools.product(range(recipe.points), repeat=recipe.dim))[shard[0] - 1 :: shard[1]]
     for path, others in groups:
         try:
             check_others(recipe, len(others))
-            content = read_checkpoint(path)
-            about = {**settings, "data": content.data["fingerprint"], "others": [file_hash(other) for other in others]}
+            content = source.read_checkpoint(path)
+            about = {**settings, "data": content.data["fingerprint"], **content.said}
+            about["others"] = [file_hash(other) for other in others]
             key = records.measurement_key(content.sha256, recipe.name, about)
             done = set() if overwrite else set(_rows(root, path.parent, recipe, key)["quantity"])
         except UserError as fault:
@@ -119,11 +124,11 @@ def plan(
     return todo
 
 
-def _one(path: Path, epoch: int | None) -> Path:
+def _one(path: Path, epoch: int | None, source: Source) -> Path:
     """A checkpoint file, or the one of a run."""
     if path.is_file():
         return path
-    found = checkpoints(path) if path.is_dir() else {}
+    found = source.checkpoints(path) if path.is_dir() else {}
     if not found:
         raise UserError(f"'{path}' is neither a checkpoint nor a run that holds some.")
     return _at(path, found, epoch)
@@ -136,24 +141,24 @@ def _at(run: Path, found: dict[int, Path], epoch: int | None) -> Path:
 
 
 def _groups(
-    root: Path, recipe: Recipe, epoch: int | None
+    root: Path, recipe: Recipe, epoch: int | None, source: Source
 ) -> tuple[list[tuple[Path, tuple[Path, ...]]], list[tuple[Path, UserError]]]:
     """Centre and other checkpoints of every run's landscape."""
     groups, faults = [], []
-    for run in find_runs(root):
-        found = checkpoints(run)
+    for run in source.find_runs(root):
+        found = source.checkpoints(run)
         try:
             centre = _at(run, found, epoch)
         except UserError as fault:
             faults.append((run, fault))
             continue
-        before = tuple(path for path in found.values() if path.name < centre.name) if recipe.plane == "pca" else ()
-        groups.append((centre, before))
+        files = list(found.values())
+        groups.append((centre, tuple(files[: files.index(centre)]) if recipe.plane == "pca" else ()))
     return groups, faults
 
 
 def measure_landscapes(
-    ckpt_dir: str | Path,
+    ckpt_dir: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
     through: Sequence[str | Path] = (),
@@ -248,8 +253,8 @@ def _do(
         _gather(todo.root, job, recipe, before)
     if not job.cells:
         return
-    content = read_checkpoint(job.path)
-    survey = _survey(job, content, recipe, sample, seed=seed, model=model)
+    content = todo.source.read_checkpoint(job.path)
+    survey = _survey(job, content, todo.source, recipe, sample, seed=seed, model=model)
     common = {
         **describe(content),
         "checkpoint": content.sha256,
@@ -280,21 +285,31 @@ def _do(
             records.append(job.run, file, waiting)
 
 
-def _survey(job: Job, content: Checkpoint, recipe: Recipe, sample: _Sampler, *, seed: int, model: str | None) -> Survey:
-    others = _Networks(job.others, content, model)
-    abouts = [{**describe(one), "checkpoint": one.sha256} for one in map(read_checkpoint, job.others)]
+def _survey(
+    job: Job,
+    content: Checkpoint,
+    source: Source,
+    recipe: Recipe,
+    sample: _Sampler,
+    *,
+    seed: int,
+    model: str | None,
+) -> Survey:
+    others = _Networks(job.others, content, source, model)
+    abouts = [{**describe(one), "checkpoint": one.sha256} for one in map(source.read_checkpoint, job.others)]
     centre = {**describe(content), "checkpoint": content.sha256}
     abouts = [*abouts, centre] if recipe.plane == "pca" else [centre, *abouts]
-    net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = _network(content, model, sample)
     return Survey(net, sample(content), recipe, others=others, abouts=abouts, seed=seed)
 
 
 class _Networks(Sequence[nn.Module]):
     """The networks of checkpoints, each built when it is asked for: a trajectory of them may not fit into memory."""
 
-    def __init__(self, paths: Sequence[Path], centre: Checkpoint, model: str | None) -> None:
+    def __init__(self, paths: Sequence[Path], centre: Checkpoint, source: Source, model: str | None) -> None:
         self.paths = paths
         self.centre = centre
+        self.source = source
         self.model = model
 
     def __len__(self) -> int:
@@ -308,8 +323,8 @@ class _Networks(Sequence[nn.Module]):
 
     def __getitem__(self, index: int | slice) -> nn.Module | Sequence[nn.Module]:
         if isinstance(index, slice):
-            return _Networks(self.paths[index], self.centre, self.model)
-        content = read_checkpoint(self.paths[index])
+            return _Networks(self.paths[index], self.centre, self.source, self.model)
+        content = self.source.read_checkpoint(self.paths[index])
         if content.data["fingerprint"] != self.centre.data["fingerprint"]:
             raise UserError(
                 f"'{self.paths[index]}' was trained on other data than the first checkpoint, and a landscape is that "
@@ -379,9 +394,9 @@ def forecast(
     for job in todo.jobs:
         if not job.cells:
             continue
-        content = read_checkpoint(job.path)
+        content = todo.source.read_checkpoint(job.path)
         start = time.perf_counter()
-        survey = _survey(job, content, recipe, sample, seed=seed, model=model)
+        survey = _survey(job, content, todo.source, recipe, sample, seed=seed, model=model)
         placed = time.perf_counter()
         for cell in survey.cells[:2]:
             survey.measure_cell(cell)
