@@ -52,7 +52,7 @@ def run_demo(
     measure(out, OutputVariance(), epochs="last", device=device)
     measure(out, Features(), epochs="last", device=device)
     for bits in BITS:  # the figure is of these runs
-        measure(out / f"lsq-{bits.lower()}", GradNorm(n_draws=2), device=device)
+        measure(out / f"lsq-{bits.lower()}", GradNorm(), device=device)
     for method in METHODS:
         measure_landscapes(out / f"{method}-w2a4", LANDSCAPE, n_data=256, device=device)
     draw_figures(out, out=figures, measure=False, log=log)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def gradnorm(
     ckpt_dir: CkptDir = Path("checkpoints"),
     definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",
-    draws: Annotated[int, typer.Option(help="Draws of the noise.")] = 8,
+    draws: Annotated[int, typer.Option(help="Draws of the noise.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Of the minibatches.")] = 256,
     n_data: NData = 1024,
     epochs: Epochs = "all",
@@ -58,7 +58,7 @@ def gradnorm(
 
       fpq-analyze gradnorm --ckpt-dir checkpoints/
 
-      fpq-analyze gradnorm --ckpt-dir checkpoints/lsq-w4a4 --n-data 4096 --draws 2
+      fpq-analyze gradnorm --ckpt-dir checkpoints/lsq-w4a4 --n-data 4096
     """
     from fpq_analysis.probes import GradNorm
 

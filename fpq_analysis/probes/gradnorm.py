@@ -39,7 +39,7 @@ from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition, fused_quantizers
 
-N_DRAWS = 8
+N_DRAWS = 4
 BATCH_SIZE = 256  # of the paper's training
 
 # Micro-batches of one minibatch: inputs, targets, and which samples of the data they are.
