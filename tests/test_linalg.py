@@ -20,7 +20,7 @@ from fpq_analysis.linalg import (
     xnystrace,
     xtrace,
 )
-from fpq_analysis.linalg.matrix import orthonormalize
+from fpq_analysis.linalg.matrix import inner, norms, orthonormalize
 
 
 def dice(seed: int = 0) -> torch.Generator:
@@ -31,6 +31,63 @@ def rotated(eigenvalues: torch.Tensor, seed: int = 0) -> torch.Tensor:
     q, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=dice(seed), dtype=torch.float64))
     a = (q * eigenvalues.double()) @ q.T
     return (a + a.T) / 2
+
+
+class Mirrored:
+    """H D H for a diagonal D and a reflection H: large, of known spectrum, with products in float32 and as noisy."""
+
+    def __init__(self, eigenvalues: torch.Tensor, noise: float = 3e-7) -> None:
+        self.d = eigenvalues.double()
+        self.size = len(eigenvalues)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.noise, self.generator, self.n_products = noise, dice(7), 0
+        u = torch.randn(self.size, generator=self.generator, dtype=torch.float64)
+        self.u = u / u.norm()
+
+    def exact(self, v: torch.Tensor) -> torch.Tensor:
+        """In float64."""
+        return self._mirror(self.d[:, None] * self._mirror(v.double()))
+
+    def matmat(self, v: torch.Tensor) -> torch.Tensor:
+        self.n_products += v.shape[1]
+        y = self.exact(v)
+        error = torch.randn(y.shape, generator=self.generator) / self.size**0.5
+        return (y + self.noise * y.norm(dim=0) * error).float()
+
+    def _mirror(self, v: torch.Tensor) -> torch.Tensor:
+        return v - 2 * self.u[:, None] * (self.u @ v)
+
+
+ROWS = 100_000
+
+
+def outliers() -> torch.Tensor:
+    """Six eigenvalues that stand out from a bulk between -1 and 1."""
+    bulk = 2 * torch.rand(ROWS - 6, generator=dice(3)) - 1
+    return torch.cat([torch.tensor([39.0, 16.0, 12.0, 11.0, -30.0, -8.0]), bulk])
+
+
+# --- Sums in float32 ---
+
+
+def test_sums_over_many_rows_keep_the_accuracy_of_float32():
+    """BLAS and `Tensor.norm` add up one by one: they are off by 2e-4 here."""
+    v = torch.randn(1_000_003, 3, generator=dice())
+    exact = v.double().T @ v.double()
+    scale = float(exact.diagonal().mean())
+    torch.testing.assert_close(inner(v, v), exact, rtol=0, atol=2e-7 * scale)
+    torch.testing.assert_close(inner(v[:, 1:2], v[:, 2:]), exact[1:2, 2:], rtol=0, atol=2e-7 * scale)
+    torch.testing.assert_close(norms(v), exact.diagonal().sqrt(), rtol=1e-7, atol=0)
+
+
+def test_a_vector_almost_inside_the_basis_comes_out_orthogonal():
+    """All but a millionth is taken away, as of the residuals at the end of an eigenvalue problem."""
+    v = torch.randn(ROWS, 6, generator=dice())
+    basis, _ = orthonormalize(v[:, :5])
+    inside = basis @ torch.randn(5, 1, generator=dice(1))
+    new, _ = orthonormalize(inside + 1e-5 * v[:, 5:] / norms(v[:, 5:]).to(v), basis)
+    whole = torch.cat([basis, new], 1).double()
+    torch.testing.assert_close(whole.T @ whole, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 # --- Eigenvalues ---
@@ -67,6 +124,32 @@ def test_a_small_basis_restarts_and_finds_the_same():
     torch.testing.assert_close(found.values, torch.tensor([10, 9.5, 9]).double(), rtol=1e-10, atol=0)
     assert found.n_products > 8
     assert found.converged.all()
+
+
+@pytest.mark.parametrize("max_basis", [None, 10])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_a_tight_tolerance_is_reached_in_float32(which, max_basis):
+    """With bases that were orthonormal to 1e-4 alone, the residuals stood still at 1e-3 and then grew to 10."""
+    matrix = Mirrored(outliers())
+    k, truth = {"LA": (3, [39, 16, 12]), "SA": (2, [-30, -8]), "LM": (3, [39, -30, 16])}[which]
+    found = eigenpairs(matrix, k, which=which, tol=1e-5, generator=dice(), max_products=60, max_basis=max_basis)
+    assert found.converged.all()
+    assert found.n_products == matrix.n_products
+    # A Ritz value is as good as the square of its residual, but for the rounding of products.
+    torch.testing.assert_close(found.values, torch.tensor(truth).double(), rtol=0, atol=40 * 1e-6)
+    vectors = found.vectors.double()
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(k).double(), rtol=0, atol=1e-6)
+    rounding = 50 * torch.finfo(torch.float32).eps * 39
+    true_residuals = (matrix.exact(vectors) - vectors * found.values).norm(dim=0)
+    torch.testing.assert_close(found.residuals, true_residuals, rtol=1e-3, atol=rounding / 4)
+    assert (true_residuals <= torch.clamp(1e-5 * found.values.abs(), min=rounding)).all()
+
+
+def test_further_products_in_float32_do_no_harm():
+    """A tolerance out of reach costs some more products, and pairs as good as they can be come back."""
+    found = eigenpairs(Mirrored(outliers()), 2, tol=1e-12, generator=dice(), max_products=40)
+    torch.testing.assert_close(found.values, torch.tensor([39.0, 16.0]).double(), rtol=1e-6, atol=0)
+    assert found.converged.all()  # within rounding
 
 
 def test_too_few_products_say_so():
@@ -158,6 +241,17 @@ def test_one_run_to_the_end_is_the_spectral_measure_of_its_vector():
     torch.testing.assert_close(nodes, torch.tensor([1.0, 2.0, 4.0, 8.0]).double())
     _, vectors = torch.linalg.eigh(a)
     torch.testing.assert_close(weights, (vectors.T @ torch.ones(4).double() / 2).square())
+
+
+def test_lanczos_in_float32_is_as_good_as_in_float64():
+    """The basis is orthonormal, and the largest node the largest eigenvalue, to the accuracy of float32."""
+    lanczos = Lanczos(Mirrored(outliers()), generator=dice())
+    lanczos.extend(25)
+    q = lanczos.q.double()
+    torch.testing.assert_close(q.T @ q, torch.eye(25).double(), rtol=0, atol=1e-6)
+    nodes, weights = lanczos.quadrature()
+    assert float(nodes[-1]) == pytest.approx(39, rel=1e-6)
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-10)
 
 
 def test_the_smoothed_density_integrates_to_one_and_sees_the_outlier():

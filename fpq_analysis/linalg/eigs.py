@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.linalg.matrix import Matrix, check_symmetric, orthonormalize, random_normal, wide
+from fpq_analysis.linalg.matrix import Matrix, check_symmetric, inner, norms, orthonormalize, random_normal
 
 WHICH = ("LA", "SA", "LM")
 # V and W together may take so many bytes.
@@ -35,8 +35,9 @@ class Eigenpairs:
     Attributes:
         values: (k,) float64.
         vectors: (n, k), orthonormal.
-        residuals: (k,) float64, |A v - value v|: an eigenvalue lies within it around each value.
-        converged: (k,) bool, whether the residual is within the tolerance.
+        residuals: (k,) float64, |A v - value v|: an eigenvalue lies within it around each value.  From the products
+            that the basis was made of, and so true to their rounding.
+        converged: (k,) bool, whether the residual is within the tolerance, or within rounding.
         n_products: products with single vectors.
         start: (n,), for a warm start at a matrix nearby.
     """
@@ -64,7 +65,8 @@ def eigenpairs(
 
     Args:
         matrix: (n, n).
-        tol: a pair has converged when its residual is within `tol` times |value|, or within rounding.
+        tol: a pair has converged when its residual is within `tol` times |value|, or within rounding: 50 units in
+            the last place of the largest Ritz value.
         generator: of the random vector to start from.
         start: (n,), `start` of a matrix nearby; some of the random vector is mixed in, so that no eigenvector that is
             new is shut out.
@@ -81,20 +83,23 @@ def eigenpairs(
     roomiest = MAX_BASIS_BYTES // (2 * n * matrix.dtype.itemsize) if max_basis is None else max_basis
     most = min(n, max(roomiest, k + GUARDS + 2))
     v = w = torch.empty(n, 0, dtype=matrix.dtype, device=matrix.device)
+    projected = torch.zeros(0, 0, dtype=torch.float64)
     new = random_normal(matrix, 1, generator)
     if start is not None:
-        new = start[:, None].to(new) + FRESH * new / new.norm()
+        new = start[:, None].to(new) + FRESH * new / float(norms(new))
     used = trial = 0
     while True:
-        new, _ = orthonormalize(new[:, : most - v.shape[1]], v)
+        new, _ = orthonormalize(new, v)
         if new.shape[1]:
-            v, w = torch.cat([v, new], 1), torch.cat([w, matrix.matmat(new)], 1)
-            used += new.shape[1]
-        pairs, spare, residuals, rounding = _ritz(v, w, k, which, tol, used)
+            seen = matrix.matmat(new)
+            v, w = torch.cat([v, new], 1), torch.cat([w, seen], 1)
+            projected = torch.cat([torch.cat([projected, inner(new, w[:, :-1])]), inner(v, seen)], 1)
+            check_symmetric(projected, v.dtype)
+            used += 1
+        pairs, spare, residuals, closed = _ritz(v, w, projected, k, which, tol, used)
         unconverged = (~pairs.converged).nonzero().flatten().tolist()
         found = len(pairs.values) == k and not unconverged
-        invariant = found and float(pairs.residuals.max()) <= rounding
-        if (found and (not invariant or trial == TRIAL)) or used >= max_products or v.shape[1] == n:
+        if (found and (not closed or trial == TRIAL)) or used >= max_products or v.shape[1] == n:
             return pairs
         # An invariant subspace may lack what its start did not contain, as further copies of an eigenvalue: a fresh
         # random vector is tried for some steps.
@@ -102,28 +107,30 @@ def eigenpairs(
         trial = trial + 1 if found else 0
         if v.shape[1] >= most:
             v, w = v @ spare, w @ spare
+            projected = inner(v, w)
         if not new.shape[1] or not orthonormalize(new, v)[0].shape[1]:
             new = random_normal(matrix, 1, generator)
 
 
-def _ritz(v: Tensor, w: Tensor, k: int, which: str, tol: float, used: int) -> tuple[Eigenpairs, Tensor, Tensor, float]:
-    """The wanted Ritz pairs, coordinates of those a restart keeps, the wanted ones' residual vectors, and rounding."""
-    projected = wide(v.T @ w)
-    check_symmetric(projected, v.dtype)
+def _ritz(
+    v: Tensor, w: Tensor, projected: Tensor, k: int, which: str, tol: float, used: int
+) -> tuple[Eigenpairs, Tensor, Tensor, bool]:
+    """The wanted Ritz pairs; and of those a restart keeps: coordinates, residual vectors, whether all are exact."""
     values, coordinates = torch.linalg.eigh((projected + projected.T) / 2)
-    order = _order(values, which)
-    values, coordinates = values[order], coordinates[:, order].to(v)
-    kept = coordinates[:, : k + GUARDS]
-    vectors = v @ kept
+    largest = float(values.abs().max())
+    kept = _order(values, which)[: k + GUARDS]
+    values, coordinates = values[kept], coordinates[:, kept].to(v)
+    vectors = v @ coordinates
+    residuals = w @ coordinates - vectors * values.to(v)
+    sizes = norms(residuals)
+    floor = 50 * torch.finfo(v.dtype).eps * largest
     k = min(k, len(values))
-    residuals = w @ kept[:, :k] - vectors[:, :k] * values[:k].to(v)
-    sizes = wide(residuals.norm(dim=0))
-    floor = 50 * torch.finfo(v.dtype).eps * float(values.abs().max())
-    converged = sizes <= torch.clamp(tol * values[:k].abs(), min=floor)
+    converged = sizes[:k] <= torch.clamp(tol * values[:k].abs(), min=floor)
     # The smaller of the wanted ones converge last, and get more weight.
-    start = vectors[:, :k] @ (1 / values[:k].abs().clamp(min=1e-3 * float(values.abs().max()) or 1.0)).to(v)
-    start = start / start.norm()
-    return Eigenpairs(values[:k], vectors[:, :k], sizes, converged, used, start), kept, residuals, floor
+    start = vectors[:, :k] @ (1 / values[:k].abs().clamp(min=1e-3 * largest or 1.0)).to(v)
+    start = start / float(norms(start[:, None]))
+    pairs = Eigenpairs(values[:k], vectors[:, :k], sizes[:k], converged, used, start)
+    return pairs, coordinates, residuals, bool((sizes <= floor).all())
 
 
 def _order(values: Tensor, which: str) -> Tensor:

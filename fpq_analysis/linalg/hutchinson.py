@@ -26,7 +26,7 @@ from fpq_analysis.linalg.estimate import (
     block_sums,
     more_draws,
 )
-from fpq_analysis.linalg.matrix import Matrix, random_signs
+from fpq_analysis.linalg.matrix import Matrix, inner, random_signs
 
 AT_ONCE = 8  # probes in one product: they share the gradient's graph, and take memory
 FIRST_RANK = 16
@@ -143,7 +143,7 @@ def _products(matrix: Matrix, v: Tensor) -> Tensor:
 def _projected(v: Tensor, av: Tensor, subspace: Subspace | None, blocks: list[slice]) -> Tensor:
     """Samples (M v)_b . (A M v)_b, (k, blocks): unbiased for the blocks of A M, and in sum for M A M."""
     if subspace is not None:
-        inside = subspace.q.T @ v
+        inside = inner(subspace.q, v).to(v)
         v, av = v - subspace.q @ inside, av - subspace.z @ inside
     return block_sums(v * av, blocks)
 

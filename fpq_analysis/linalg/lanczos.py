@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpq_analysis.linalg.matrix import Matrix, random_normal, wide
+from fpq_analysis.linalg.matrix import Matrix, inner, norms, random_normal, wide
 
 
 class Lanczos:
@@ -34,7 +34,7 @@ class Lanczos:
         self.q = self.z = start.new_empty(matrix.size, 0)
         self.alpha: list[float] = []
         self.beta: list[float] = []
-        self.next = start / start.norm()
+        self.next = start / float(norms(start))
         self.ended = False
 
     def extend(self, steps: int) -> None:
@@ -47,17 +47,17 @@ class Lanczos:
             if self.ended:
                 break
             q[:, m] = self.next
-            z[:, m] = self.matrix.matmat(q[:, m : m + 1])[:, 0]
-            w = z[:, m].clone()
-            self.alpha.append(float(q[:, m] @ w))
+            w = self.matrix.matmat(q[:, m : m + 1])
+            z[:, m] = w[:, 0]
+            self.alpha.append(float(inner(q[:, m : m + 1], w)))
             for _ in range(2):
-                w -= q[:, : m + 1] @ (q[:, : m + 1].T @ w)
-            norm = float(w.norm())
+                w = w - q[:, : m + 1] @ inner(q[:, : m + 1], w).to(w)
+            norm = float(norms(w))
             self.beta.append(norm)
             scale = max(map(abs, (*self.alpha, *self.beta)))
             self.ended = not norm > 100 * torch.finfo(w.dtype).eps * scale
             if not self.ended:
-                self.next = w / norm
+                self.next = w[:, 0] / norm
         self.q, self.z = q[:, : len(self.alpha)], z[:, : len(self.alpha)]
 
     @property

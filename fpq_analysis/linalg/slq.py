@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fpq_analysis.linalg.lanczos import Lanczos
-from fpq_analysis.linalg.matrix import Matrix, check_symmetric, wide
+from fpq_analysis.linalg.matrix import Matrix, check_symmetric, inner
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def spectral_measure(matrix: Matrix, *, generator: torch.Generator, runs: int = 
         lanczos = Lanczos(matrix, generator=generator)
         lanczos.extend(steps)
         products += len(lanczos.alpha)
-        check_symmetric(wide(lanczos.q.T @ lanczos.z), matrix.dtype)
+        check_symmetric(inner(lanczos.q, lanczos.z), matrix.dtype)
         x, w = lanczos.quadrature()
         # A run that found an invariant subspace early has fewer nodes: fill up with weightless ones.
         nodes.append(np.pad(x.numpy(), (0, steps - len(x)), mode="edge"))

@@ -32,7 +32,7 @@ from fpq_analysis.linalg.estimate import (
     reached,
 )
 from fpq_analysis.linalg.hutchinson import AT_ONCE
-from fpq_analysis.linalg.matrix import Matrix, orthonormalize, random_normal, random_signs, wide
+from fpq_analysis.linalg.matrix import Matrix, inner, norms, orthonormalize, random_normal, random_signs, wide
 
 TINY = 1e-300
 
@@ -60,7 +60,7 @@ def xtrace(
     while True:
         new = random_normal(matrix, max(2, total // 2) - omega.shape[1], generator)
         # Kept at length sqrt(n), as random signs have it.
-        omega = torch.cat([omega, new * (math.sqrt(matrix.size) / new.norm(dim=0))], 1)
+        omega = torch.cat([omega, new * (math.sqrt(matrix.size) / norms(new)).to(new)], 1)
         seen = _products(matrix, omega[:, y.shape[1] :])
         y = torch.cat([y, seen], 1)
         fresh, r_new = orthonormalize(seen, q)
@@ -78,17 +78,15 @@ def _xtrace(
 ) -> Estimate:
     n, k = omega.shape
     s = _lost_directions(wide(r))
-    small = _Small(
-        n, s, wide(q.T @ omega), wide(q.T @ y), wide(q.T @ z), wide(omega.square().sum(0)), wide((omega * y).sum(0))
-    )
+    small = _Small(n, s, inner(q, omega), inner(q, y), inner(q, z), norms(omega).square(), wide((omega * y).sum(0)))
     without = torch.stack([small.estimates(without=j) for j in range(k)])
 
     inside = small.inside(without=None).to(q)
     v, av = omega - q @ inside, y - z @ inside
-    draws = block_sums(v * av, blocks) * small.stretch(wide(v.square().sum(0)), None)[:, None]
+    draws = block_sums(v * av, blocks) * small.stretch(norms(v).square(), None)[:, None]
     for index, block in enumerate(blocks):
-        inner = wide(q[block].T @ z[block])
-        draws[:, index] += inner.trace() - (s * (inner @ s)).sum(0)
+        known = inner(q[block], z[block])
+        draws[:, index] += known.trace() - (s * (known @ s)).sum(0)
     return _leave_one_out(draws, without, k + q.shape[1], q.shape[1], tol)
 
 
@@ -186,9 +184,9 @@ def _xnystrace(omega: Tensor, y: Tensor, blocks: list[slice], tol: float | None)
     # A small multiple of the identity keeps H well conditioned, also where A has fewer dimensions than there are test
     # vectors.  The estimate is then that of A + shift I, without bias, and the shift is taken off at the end.
     n, k = y.shape
-    shift = torch.finfo(y.dtype).eps ** 0.5 * float(y.norm()) / math.sqrt(k)
+    shift = torch.finfo(y.dtype).eps ** 0.5 * float(norms(y).norm()) / math.sqrt(k)
     y = y + shift * omega
-    h, w = wide(omega.T @ y), wide(y.T @ y)
+    h, w = inner(omega, y), inner(y, y)
     h = (h + h.T) / 2
     without = torch.zeros(k, k, dtype=torch.float64)
     for j in range(k):
