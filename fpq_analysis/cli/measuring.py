@@ -68,7 +68,7 @@ def measure_and_show(
         frame = measurement.carry_out(todo, probe, on_fault=faults.__setitem__, **where)
         found.setdefault(probe.name, []).append(frame)
     if settings.dry_run:
-        _print_forecast(pd.concat(forecasts, ignore_index=True))
+        print_forecast(pd.concat(forecasts, ignore_index=True))
         return
 
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
@@ -139,7 +139,8 @@ def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
     print_table(table)
 
 
-def _print_forecast(frame: pd.DataFrame) -> None:
+def print_forecast(frame: pd.DataFrame) -> None:
+    """What `--dry-run` shows: a row a run, with time and memory."""
     table = new_table({name: "left" if name == "run" else "right" for name in frame.columns})
     for row in frame.itertuples(index=False):
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
