@@ -48,6 +48,7 @@ def measure_and_show(
     import pandas as pd
 
     from fpq_analysis import measurement
+    from fpq_analysis.probes.point import NEEDS
 
     sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed}
     where = {**sample, "device": settings.device, "data_root": settings.data_root, "model": settings.model}
@@ -61,6 +62,8 @@ def measure_and_show(
         bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
         say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")
         checkpoints = len(todo.jobs) + len(todo.done) + len(todo.faults)
+        if not checkpoints and probe.needs:
+            say(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
         if settings.dry_run:
             what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
             forecasts.append(measurement.forecast(todo, probe, **where).assign(measurement=what))
