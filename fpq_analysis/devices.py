@@ -1,6 +1,8 @@
-"""Which device to compute on."""
+"""Which device to compute on, and how much of its memory was taken."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -25,3 +27,18 @@ def pick_device(name: str) -> torch.device:
             f"The device '{name}' is not available here. Use --device auto, cpu, cuda, cuda:N or mps."
         ) from error
     return device
+
+
+def peak_memory() -> int:
+    """The most memory that this process has taken so far, in MB: of CUDA if it was used, else of the machine.
+
+    0 where the system does not say (Windows).
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() // 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)

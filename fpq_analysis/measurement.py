@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from torch import nn
 from fpq_analysis import checkpoint, records
 from fpq_analysis.checkpoint import Checkpoint, file_hash, find_teacher
 from fpq_analysis.data import Dataset, load_run_data, training_sample
-from fpq_analysis.devices import pick_device
+from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
 from fpq_analysis.probes import Point, Probe
@@ -208,7 +207,7 @@ def carry_out(
     report = on_fault or _raise
     for path, fault in todo.faults:
         report(path, fault)
-    sample = _Sampler(n_data, seed, data_root, pick_device(device))
+    sample = Sampler(n_data, seed, data_root, pick_device(device))
     keys = set(todo.done)
     memory: dict[Path, dict[str, Any]] = {}
     with Progress(len(todo.jobs), probe.name) as progress:
@@ -239,12 +238,12 @@ def forecast(
         A row a run: run, checkpoints to do, seconds for all of them, and peak memory of this process so far in MB.
     """
     few = FORECAST_IMAGES if n_data is None else min(n_data, FORECAST_IMAGES)
-    samples = [_Sampler(n, seed, data_root, pick_device(device)) for n in (few, few, 2 * few)]  # the first warms up
+    samples = [Sampler(n, seed, data_root, pick_device(device)) for n in (few, few, 2 * few)]  # the first warms up
     rows = []
     for run in sorted({job.run for job in todo.jobs}):
         jobs = [job for job in todo.jobs if job.run == run]
         content = todo.source.read_checkpoint(jobs[0].path)
-        net = _network(content, model, samples[0])
+        net = build_network(content, model, samples[0])
         others = _networks(jobs[0], todo.source, model, samples[0])
         times = []
         for sample in samples:
@@ -255,25 +254,14 @@ def forecast(
         slope = max(0.0, (times[2] - times[1]) / few)
         n = n_data or content.data["n_train"]
         seconds = (times[1] + slope * (n - few)) * len(jobs)
-        rows.append((records.run_name(todo.root, run), len(jobs), seconds, _peak_memory()))
+        rows.append((records.run_name(todo.root, run), len(jobs), seconds, peak_memory()))
     return pd.DataFrame(rows, columns=["run", "to do", "seconds", "peak MB"])
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated() // 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure_one(
     job: Job,
     probe: Probe,
-    sample: _Sampler,
+    sample: Sampler,
     todo: Plan,
     *,
     seed: int,
@@ -283,7 +271,7 @@ def measure_one(
     """Load, measure, record one checkpoint."""
     start = time.perf_counter()
     content = todo.source.read_checkpoint(job.path)
-    net = _network(content, model, sample)
+    net = build_network(content, model, sample)
     others = _networks(job, todo.source, model, sample)
     rows = probe(Point(net, sample(content), seed=seed, memory=memory, **others))
     common = {
@@ -298,15 +286,23 @@ def measure_one(
     records.append(job.run, probe.name, [{**row, **common} for row in rows])
 
 
-def _network(content: Checkpoint, model: str | None, sample: _Sampler) -> nn.Module:
+def build_network(content: Checkpoint, model: str | None, sample: Sampler) -> nn.Module:
+    """The network of a checkpoint, on the device of the images that it is measured on.
+
+    Args:
+        model: see `Checkpoint.build`.
+
+    Raises:
+        UserError: see `Checkpoint.build`, or if another program's network does not take these images.
+    """
     net = content.build(model).to(sample.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if isinstance(content, ForeignCheckpoint):
         content.check_runs(net, sample(content)[0])
     return net
 
 
-def _networks(job: Job, source: Source, model: str | None, sample: _Sampler) -> dict[str, Any]:
-    return {need: _network(source.read_checkpoint(path), model, sample) for need, path in job.others.items()}
+def _networks(job: Job, source: Source, model: str | None, sample: Sampler) -> dict[str, Any]:
+    return {need: build_network(source.read_checkpoint(path), model, sample) for need, path in job.others.items()}
 
 
 def describe(content: Checkpoint) -> dict[str, Any]:
@@ -327,8 +323,15 @@ def _raise(path: Path, fault: UserError) -> None:
     raise fault
 
 
-class _Sampler:
-    """The images to measure on; a data set that several runs share is read once."""
+class Sampler:
+    """The images to measure on; a data set that several runs share is read once.
+
+    Args:
+        n_data: how many; None for all training images.
+        seed: of the draw.
+        data_root: where the data set lies, if not where it was when the run was trained.
+        device: where the images are to be.
+    """
 
     def __init__(self, n_data: int | None, seed: int, data_root: str | None, device: torch.device) -> None:
         self.n_data = n_data
@@ -338,6 +341,11 @@ class _Sampler:
         self._cache: dict[tuple[Any, ...], tuple[Dataset, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def __call__(self, content: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels for this checkpoint.
+
+        Raises:
+            UserError: if the data are missing, or are not those it was trained on.
+        """
         config = content.run
         root = self.data_root or config["data_root"]
         key = (config["data"], root, config["image_size"], str(config.get("feed")))

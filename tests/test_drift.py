@@ -366,5 +366,5 @@ def test_the_command(tiny_runs, tmp_path):
     assert start.groupby("quantity")["value"].nunique().eq(1).all()  # both start from the same network
     arguments[2] = str(runs / "fp")
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
-    assert "nothing to compare" in result.output
+    assert "the float network the run started from" in result.output
     assert result.exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -13,12 +14,24 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from fpq_analysis import ForeignRuns, QuantSpec, UserError, calibrate, hessian_trace, measure, quantize, records
+from fpq_analysis import (
+    ForeignRuns,
+    QuantSpec,
+    Recipe,
+    UserError,
+    calibrate,
+    hessian_trace,
+    measure,
+    measure_landscapes,
+    quantize,
+    records,
+)
 from fpq_analysis.cli import app
 from fpq_analysis.comparison import by_epoch
 from fpq_analysis.data import load_dataset, parse_normalization, training_sample
 from fpq_analysis.foreign import ForeignCheckpoint, find_state, foreign_epochs, left_out
 from fpq_analysis.inspection import inspect_checkpoint, inspect_run
+from fpq_analysis.landscapes import study
 from fpq_analysis.measurement import plan
 from fpq_analysis.models import build_model
 from fpq_analysis.plots import figure5
@@ -425,6 +438,46 @@ def test_a_quantized_network_of_ones_own(tmp_path):
         state_of(path, quant=QuantSpec.parse("W4A4"))
 
 
+def test_landscapes(tmp_path):
+    """Centre, trajectory in the order of the epochs, and ends are the losses of the networks in the files."""
+    run = tmp_path / "own"
+    x, y = training_sample(load_dataset("digits"), 16, 0)
+    losses = {}
+    for epoch in (2, 9, 10):  # 10 is the last, though not by name
+        path = save(run / f"epoch_{epoch}.pth", seed=epoch)
+        net = tiny().eval()
+        net.load_state_dict(torch.load(path))
+        losses[epoch] = F.cross_entropy(net(x), y).item()
+    runs = ForeignRuns(tmp_path, NET, "digits")
+
+    def values(frame, kind):
+        return frame.loc[frame["quantity"].str.startswith(kind), "value"].tolist()
+
+    frame = measure_landscapes(runs, Recipe(points=3), **FAST)
+    assert set(frame["epoch"]) == {10}
+    assert values(frame, "loss_2_2") == pytest.approx([losses[10]], rel=1e-6)
+    frame = measure_landscapes(runs, Recipe("pca", points=4), **FAST)
+    points = frame[frame["quantity"].str.startswith("point_")]
+    assert points["epoch"].tolist() == [2, 9, 10]
+    assert points["value"].tolist() == pytest.approx(list(losses.values()), rel=1e-6)
+    ends = [run / "epoch_2.pth", run]
+    frame = measure_landscapes(runs, Recipe("checkpoints", dim=1, points=4), through=ends, **FAST)
+    assert values(frame, "point_") == pytest.approx([losses[2], losses[10]], rel=1e-6)
+    # Drawn once; with images fed otherwise it is another landscape.
+    assert not study.plan(runs, Recipe(points=3), n_data=16).jobs[0].cells
+    other = ForeignRuns(tmp_path, NET, "digits", normalize="none")
+    assert len(study.plan(other, Recipe(points=3), n_data=16).jobs[0].cells) == 9
+    save(run / "epoch_10.pt")
+    with pytest.raises(UserError, match="both of epoch 10"):
+        measure_landscapes(runs, Recipe(points=3), **FAST)
+    with pytest.raises(UserError, match="fails on an image of 'digits'"):
+        measure_landscapes(ForeignRuns(save(tmp_path / "b" / "1.pt").parent, fails_by_size, "digits"), **FAST)
+
+
+def fails_by_size():
+    return Fails("size")
+
+
 def test_torchvisions_blocks_are_measured_exactly():
     """In-place ReLU behind BatchNorm, and `out += identity`, against the dense Hessian."""
     from torchvision.models.resnet import BasicBlock
@@ -496,6 +549,56 @@ def test_landscape(own, tmp_path, where):
     assert {row["epoch"] for row in rows} == ({1, 9, 10} if where == "--ckpt-dir" else {1, 10})
     assert {row["train_seed"] for row in rows} == {"unknown"}
     assert (own / "records" / "landscape.jsonl").exists()
+
+
+def test_landscapes_by_command(tmp_path, monkeypatch):
+    """Of a network of torchvision with BatchNorm in branches."""
+    from torchvision.models import shufflenet_v2_x0_5
+
+    run = tmp_path / "shuffle"
+    for epoch in (1, 2, 3):
+        torch.manual_seed(epoch)
+        save(run / f"checkpoint_{epoch}.pth.tar", {"state_dict": shufflenet_v2_x0_5(num_classes=10).state_dict()})
+    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: None)
+    network = "torchvision.models:shufflenet_v2_x0_5"
+    common = ["--model", network, "--data", "digits", "--image-size", 16, "--n-data", 8, "--device", "cpu"]
+    here = ["--ckpt-dir", tmp_path, "--points", 5]
+    ends = ["--through", run / "checkpoint_1.pth.tar", "--through", run, "--points", 4]
+    for arguments, how in (
+        ([*here, "--dim", 1], "filter-normalised"),
+        ([*here, "--plane", "pca", "--dim", 1], "PCA of 3 checkpoints"),
+        (ends, "line from checkpoint 1"),
+    ):
+        text = words(call("landscape", *arguments, *common).stdout)
+        assert f"network: {network}" in text
+        assert how in text
+
+
+@pytest.mark.parametrize("command", ["noise", "oscillation"])
+def test_measurements_of_quantized_networks(tmp_path, command):
+    batch = training_sample(load_dataset("digits"), 16, 0)
+    for epoch in (1, 2):
+        torch.manual_seed(epoch)
+        net = quantize(tiny(), QuantSpec.parse("W4A4"))
+        calibrate(net, batch[0], "mse")
+        save(tmp_path / "own" / f"epoch_{epoch}.pt", net.state_dict())
+    options = ["--model", NET, "--data", "digits", "--bits", "W4A4", "--device", "cpu"]
+    size = ["--n-data", 8, "--n-draws", 2, "--sizes", "1"] if command == "noise" else []
+    result = call(command, "--ckpt-dir", tmp_path, *options, *size, "--figures", tmp_path / "figures")
+    assert "0 done, 1 to do" in result.stderr  # the last epoch; the one with another before it
+    assert "own" in result.stdout
+
+
+def test_every_measuring_command_reads_them():
+    options = [set(inspect.signature(command.callback).parameters) for command in app.registered_commands]
+    measuring = [names for names in options if {"ckpt_dir", "model"} <= names]
+    assert len(measuring) >= 9
+    assert all({"data", "image_size", "normalize", "bits"} <= names for names in measuring)
+
+
+def test_measurements_of_quantized_networks_say_so(own):
+    result = call("noise", "--ckpt-dir", own, *OPTIONS)
+    assert "what noise needs: the network is quantized" in words(result.stderr)
 
 
 def test_doctor_and_inspect(own):

@@ -35,6 +35,7 @@ from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.cli import app
 from fpq_analysis.landscapes import directions, study
 from fpq_analysis.landscapes.survey import Survey
+from fpq_analysis.measurement import Sampler
 from fpq_analysis.plots import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.landscape import levels, terrains
 from fpq_analysis.plots.landscape_html import surface_html
@@ -551,7 +552,7 @@ def test_planes_through_runs(runs):
     assert set(frame["run"]) == {"lsq-w4a4"}
     points = frame[frame["quantity"].str.startswith("point_")]
     assert points["method"].tolist() == ["lsq", "fpq"]
-    sample = study._Sampler(24, 0, None, torch.device("cpu"))
+    sample = Sampler(24, 0, None, torch.device("cpu"))
     for row, end in zip(points.to_dict("records"), ends, strict=True):
         net = load(end / "epoch_0002.pt", "tests.nets:tiny")
         content = read_checkpoint(end / "epoch_0002.pt")

@@ -31,7 +31,7 @@ ROOMS = {
     "records": set(),
     "comparison": set(),
     "measurement": {"checkpoint", "data", "devices", "foreign", "probes", "progress", "records"},
-    "landscapes": {"checkpoint", "curvature", "devices", "measurement", "models", "probes", "progress"}
+    "landscapes": {"checkpoint", "curvature", "devices", "foreign", "measurement", "models", "probes", "progress"}
     | {"quantizers", "records"},
     "plots": {"records"},
     "figures": {"measurement", "plots", "probes", "records"},

@@ -62,7 +62,6 @@ def drift(
 def print_drift(frame: pd.DataFrame) -> None:
     """The network's drift, a row a checkpoint; of long runs the first, the last and some between."""
     if frame.empty:
-        print("No quantized run with the float run it started from, so there is nothing to compare.")
         return
     heads = {"mean_shift": "Mean shift", "decorrelation": "1 - correlation", "wasserstein": "Wasserstein"}
     print_quantities(frame, heads)

@@ -27,7 +27,7 @@ from fpq_analysis.cli.app import (
     reads_foreign,
     say,
 )
-from fpq_analysis.cli.measuring import _print_forecast, draw
+from fpq_analysis.cli.measuring import draw, print_forecast
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def landscape(
     bad = f", {len(todo.faults)} cannot be drawn" if todo.faults else ""
     say(f"{recipe.name}: {total - left} points done, {left} to do{bad}")
     if dry_run:
-        _print_forecast(study.forecast(todo, recipe, **where))
+        print_forecast(study.forecast(todo, recipe, **where))
         return
     faults: dict[Path, UserError] = {}
     frame = study.carry_out(todo, recipe, shard=part, on_fault=faults.__setitem__, **where)

@@ -48,6 +48,7 @@ def measure_and_show(
     import pandas as pd
 
     from fpq_analysis import measurement
+    from fpq_analysis.probes.point import NEEDS
 
     sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed}
     where = {**sample, "device": settings.device, "data_root": settings.data_root, "model": settings.model}
@@ -61,6 +62,8 @@ def measure_and_show(
         bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
         say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")
         checkpoints = len(todo.jobs) + len(todo.done) + len(todo.faults)
+        if not checkpoints and probe.needs:
+            say(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
         if settings.dry_run:
             what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
             forecasts.append(measurement.forecast(todo, probe, **where).assign(measurement=what))
@@ -68,7 +71,7 @@ def measure_and_show(
         frame = measurement.carry_out(todo, probe, on_fault=faults.__setitem__, **where)
         found.setdefault(probe.name, []).append(frame)
     if settings.dry_run:
-        _print_forecast(pd.concat(forecasts, ignore_index=True))
+        print_forecast(pd.concat(forecasts, ignore_index=True))
         return
 
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
@@ -139,7 +142,8 @@ def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
     print_table(table)
 
 
-def _print_forecast(frame: pd.DataFrame) -> None:
+def print_forecast(frame: pd.DataFrame) -> None:
+    """What `--dry-run` shows: a row a run, with time and memory."""
     table = new_table({name: "left" if name == "run" else "right" for name in frame.columns})
     for row in frame.itertuples(index=False):
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))

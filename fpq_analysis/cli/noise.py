@@ -24,6 +24,7 @@ from fpq_analysis.cli.app import (
     guarded,
     new_table,
     print_table,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show
 from fpq_analysis.errors import UserError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def noise(
     ckpt_dir: CkptDir = Path("checkpoints"),
     sizes: Annotated[str, typer.Option(help="Widths of the noise in steps, with commas; 1 is added.")] = (

@@ -21,6 +21,7 @@ from fpq_analysis.cli.app import (
     guarded,
     new_table,
     print_table,
+    reads_foreign,
 )
 from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @guarded
+@reads_foreign("ckpt_dir")
 def oscillation(
     ckpt_dir: CkptDir = Path("checkpoints"),
     eps: Annotated[float, typer.Option(help="What counts as near a threshold, in steps.")] = 0.1,

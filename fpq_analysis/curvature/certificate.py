@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.exact import NotExactError, _frozen, _Recorder, find_layers
+from fpq_analysis.curvature.exact import NotExactError, Recorder, find_layers, frozen
 
 # Images whose gradients are compared; the fewest for second derivatives, of which every layer gets an equal number; and
 # how often a layer without effect on its own gets others.
@@ -76,7 +76,7 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
             for image in spread(batches, GRADIENT_IMAGES).split(1):
                 _check_first_derivatives(model, image, parameters, layers, generator)
             unchecked = set(layers)
-            with _frozen(model):
+            with frozen(model):
                 for turn in range(TURNS):
                     if unchecked:
                         left = {name: layer for name, layer in layers.items() if name in unchecked}
@@ -105,7 +105,7 @@ def _check_first_derivatives(
     layers: dict[str, nn.Module],
     generator: torch.Generator,
 ) -> None:
-    with _frozen(model), _Recorder(layers, parameters, {}, 1) as recorder:
+    with frozen(model), Recorder(layers, parameters, {}, 1) as recorder:
         logits = recorder.run(model, image)
         r = torch.randn(logits.shape, generator=generator).to(logits)
         formula = recorder.squared_norms(logits, r.unsqueeze(0))

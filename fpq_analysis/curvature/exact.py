@@ -128,16 +128,14 @@ def per_sample_traces(
         UserError: if there is not enough memory for a single sample.
     """
     layers = find_layers(model, parameters)
-    n_classes = 0
+    passes = n_labels or 0
 
     def measure(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        nonlocal n_classes
+        nonlocal passes
         x = batch[0]
-        with full_precision(), torch.enable_grad(), _frozen(model):
-            if not n_classes:
-                with torch.no_grad():
-                    n_classes = _check_logits(model(x[:1]), 1).shape[1]
-            with _Recorder(layers, parameters, derivatives or {}, n_labels or n_classes - 1) as recorder:
+        with full_precision(), torch.enable_grad(), frozen(model):
+            passes = passes or exact_passes(model, x)
+            with Recorder(layers, parameters, derivatives or {}, passes) as recorder:
                 logits = recorder.run(model, x)
             with torch.no_grad():
                 z = logits.detach()
@@ -152,6 +150,16 @@ def per_sample_traces(
         assert generator is not None
         inputs = [(x, label_uniforms(x, n_labels, generator)) for (x,) in inputs]
     yield from each(inputs, measure)
+
+
+@torch.no_grad()
+def exact_passes(model: nn.Module, inputs: Tensor) -> int:
+    """Backward passes of the exact sum: one for each class but one.
+
+    Raises:
+        NotExactError: if the model does not give logits.
+    """
+    return _check_logits(model(inputs[:1]), 1).shape[1] - 1
 
 
 def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn.Module]:
@@ -191,7 +199,7 @@ def _check_logits(logits: Tensor, n: int) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter wants a gradient, so that backward passes reach activations only."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -203,7 +211,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-class _Recorder:
+class Recorder:
     """Keeps what each layer saw in a forward pass, and turns gradients at its output into squared norms.
 
     What is kept is a fresh tensor made at once (patches, or their Gram matrix), and gradients are caught by tensor
@@ -222,7 +230,7 @@ class _Recorder:
         self.seen: dict[str, _Seen] = {}
         self.handles: list[Any] = []
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> Recorder:
         for name, layer in self.layers.items():
             self.handles.append(layer.register_forward_hook(self._hook(name)))
         return self

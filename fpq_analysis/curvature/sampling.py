@@ -15,14 +15,14 @@ follows from the error that is wanted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.exact import per_sample_traces
+from fpq_analysis.curvature.exact import exact_passes, per_sample_traces
 
 # Cost of what comes before the labels (forward pass, patches, their products), in labels: measured on ResNet-20.
 FORWARD_COST = 1.5
@@ -71,11 +71,8 @@ def exact_traces(
     model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor], derivatives: dict[str, Tensor] | None = None
 ) -> SampleTraces:
     """Of all samples, by the sum over classes; arguments as for `per_sample_traces`."""
-    parts = [
-        _mean_over_labels(part, None) for part in per_sample_traces(model, batches, parameters, derivatives=derivatives)
-    ]
-    traces, variance = _joined(parts)
-    return SampleTraces(traces, variance, len(traces[ALL]), _n_classes(model, batches) - 1)
+    parts = per_sample_traces(model, batches, parameters, derivatives=derivatives)
+    return collected(parts, exact_passes(model, batches[0][0]))
 
 
 def sampled_traces(
@@ -95,24 +92,34 @@ def sampled_traces(
         tol: wanted standard error for all of `batches`, relative to the trace.
     """
 
+    def by_sample(part: list[Batch], labels: int) -> Iterator[dict[str, Tensor]]:
+        return per_sample_traces(model, part, parameters, n_labels=labels, generator=generator, derivatives=derivatives)
+
     def draw(part: list[Batch], labels: int, one_label: dict[str, float] | None = None) -> list[_Part]:
-        found = per_sample_traces(
-            model, part, parameters, n_labels=labels, generator=generator, derivatives=derivatives
-        )
-        return [_mean_over_labels(traces, one_label) for traces in found]
+        return [_mean_over_labels(traces, one_label) for traces in by_sample(part, labels)]
 
     if tol is None:
-        traces, variance = _joined(draw(batches, n_labels))
-        return SampleTraces(traces, variance, len(traces[ALL]), n_labels)
-    found = _to_tolerance(draw, batches, generator, tol, _n_classes(model, batches))
+        return collected(by_sample(batches, n_labels), n_labels)
+    found = _to_tolerance(draw, batches, generator, tol, exact_passes(model, batches[0][0]))
     return found or exact_traces(model, batches, parameters, derivatives)
+
+
+def collected(parts: Iterable[dict[str, Tensor]], n_passes: int) -> SampleTraces:
+    """The traces of all samples, from what `per_sample_traces` yields.
+
+    Args:
+        parts: (draws, B) by parameter, for one micro-batch after the other.
+        n_passes: backward passes they took.
+    """
+    traces, variance = _joined([_mean_over_labels(part, None) for part in parts])
+    return SampleTraces(traces, variance, len(traces[ALL]), n_passes)
 
 
 _Part = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def _to_tolerance(
-    draw: Callable[..., list[_Part]], batches: list[Batch], generator: torch.Generator, tol: float, n_classes: int
+    draw: Callable[..., list[_Part]], batches: list[Batch], generator: torch.Generator, tol: float, exact_passes: int
 ) -> SampleTraces | None:
     """None where the sum over classes for every sample is cheaper than what the tolerance would take."""
     population = sum(len(x) for x, _ in batches)
@@ -134,7 +141,7 @@ def _to_tolerance(
     labels = max(1, round(math.sqrt(FORWARD_COST * one_label[ALL] / between)) if between else 1)
     if wanted > 0:
         labels = max(labels, math.ceil(1.2 * one_label[ALL] / (population * wanted)))
-    while labels < n_classes - 1:
+    while labels < exact_passes:
         traces, variance = _joined(parts)
         found = SampleTraces(traces, variance, population, max(1, round(passes / len(traces[ALL]))))
         if found.sem() <= tol * abs(found.value()) or not math.isfinite(found.value()):
@@ -154,11 +161,6 @@ def _to_tolerance(
 def layer_of(parameter: str) -> str:
     """Name of the module that owns a parameter; empty for the model itself."""
     return parameter.rpartition(".")[0]
-
-
-@torch.no_grad()
-def _n_classes(model: nn.Module, batches: list[Batch]) -> int:
-    return int(model(batches[0][0][:1]).shape[1])
 
 
 def _mean_over_labels(part: dict[str, Tensor], one_label: dict[str, float] | None) -> _Part:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -21,11 +21,11 @@ from torch import nn
 
 from fpq_analysis import records
 from fpq_analysis.checkpoint import Checkpoint, file_hash
-from fpq_analysis.devices import pick_device
+from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.landscapes.recipe import Recipe
 from fpq_analysis.landscapes.survey import Cell, Survey, check_others, quantity
-from fpq_analysis.measurement import FORECAST_IMAGES, Source, _network, _peak_memory, _Sampler, describe, source_of
+from fpq_analysis.measurement import FORECAST_IMAGES, Fault, Sampler, Source, build_network, describe, source_of
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
 
@@ -35,7 +35,6 @@ FLUSH = 2.0
 SAME = 1e-2
 
 Shard = tuple[int, int]
-Fault = Callable[[Path, UserError], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Plan:
 
     Attributes:
         root: folder from which runs are named.
-        source: how checkpoints are read.
+        source: how the files in it are read.
         settings: hash of all that does not depend on the checkpoints.
         faults: what cannot be measured, with the reason.
     """
@@ -100,12 +99,12 @@ def plan(
     settings = {**asdict(recipe), "version": recipe.version, "n_data": n_data, "seed": seed}
     source = source_of(ckpt_dir)
     if through:
-        ends = [_one(Path(path), epoch, source) for path in through]
+        ends = [_one(source, Path(path), epoch) for path in through]
         root, groups = ends[0].parent.parent, [(ends[0], tuple(ends[1:]))]
         faults: list[tuple[Path, UserError]] = []
     else:
         root = Path(ckpt_dir)
-        groups, faults = _groups(root, recipe, epoch, source)
+        groups, faults = _groups(source, root, recipe, epoch)
     todo = Plan(root, source, records.settings_key(recipe.name, settings), [], faults)
     cells = list(itertools.product(range(recipe.points), repeat=recipe.dim))[shard[0] - 1 :: shard[1]]
     for path, others in groups:
@@ -124,36 +123,39 @@ def plan(
     return todo
 
 
-def _one(path: Path, epoch: int | None, source: Source) -> Path:
+def _one(source: Source, path: Path, epoch: int | None) -> Path:
     """A checkpoint file, or the one of a run."""
     if path.is_file():
         return path
     found = source.checkpoints(path) if path.is_dir() else {}
     if not found:
         raise UserError(f"'{path}' is neither a checkpoint nor a run that holds some.")
-    return _at(path, found, epoch)
+    return found[_at(path, found, epoch)]
 
 
-def _at(run: Path, found: dict[int, Path], epoch: int | None) -> Path:
+def _at(run: Path, found: dict[int, Path], epoch: int | None) -> int:
+    """The epoch asked for, or the last."""
     if epoch is not None and epoch not in found:
         raise UserError(f"'{run}' has no checkpoint of epoch {epoch}; it has {min(found)} to {max(found)}.")
-    return found[max(found) if epoch is None else epoch]
+    return max(found) if epoch is None else epoch
 
 
 def _groups(
-    root: Path, recipe: Recipe, epoch: int | None, source: Source
+    source: Source, root: Path, recipe: Recipe, epoch: int | None
 ) -> tuple[list[tuple[Path, tuple[Path, ...]]], list[tuple[Path, UserError]]]:
     """Centre and other checkpoints of every run's landscape."""
     groups, faults = [], []
     for run in source.find_runs(root):
-        found = source.checkpoints(run)
         try:
+            found = source.checkpoints(run)
+            if not found:  # a folder of exports, say
+                continue
             centre = _at(run, found, epoch)
         except UserError as fault:
             faults.append((run, fault))
             continue
-        files = list(found.values())
-        groups.append((centre, tuple(files[: files.index(centre)]) if recipe.plane == "pca" else ()))
+        before = tuple(path for number, path in found.items() if number < centre) if recipe.plane == "pca" else ()
+        groups.append((found[centre], before))
     return groups, faults
 
 
@@ -177,9 +179,10 @@ def measure_landscapes(
     architecture they also get the same random directions, before normalisation.
 
     Args:
+        ckpt_dir: a run, or a folder of runs; for another program's checkpoints a `ForeignRuns`.
         recipe: how to draw it; None for the default.
         through: for planes of checkpoints, two or three files or runs (their last checkpoint), the centre first;
-            `ckpt_dir` then has no part.
+            `ckpt_dir` then has no part, but that a `ForeignRuns` says how they are read.
         epoch: another checkpoint than the last.
         shard: (i, n), every n-th point beginning with the i-th; call without it afterwards to gather the shards.
         data_root: where the data set lies, if not where it was when the run was trained.
@@ -225,7 +228,7 @@ def carry_out(
 
     for path, fault in todo.faults:
         report(path, fault)
-    sample = _Sampler(n_data, seed, data_root, pick_device(device))
+    sample = Sampler(n_data, seed, data_root, pick_device(device))
     with Progress(sum(len(job.cells) for job in todo.jobs), recipe.name) as progress:
         for job in todo.jobs:
             try:
@@ -240,7 +243,7 @@ def _do(
     job: Job,
     todo: Plan,
     recipe: Recipe,
-    sample: _Sampler,
+    sample: Sampler,
     *,
     seed: int,
     shard: Shard,
@@ -254,7 +257,7 @@ def _do(
     if not job.cells:
         return
     content = todo.source.read_checkpoint(job.path)
-    survey = _survey(job, content, todo.source, recipe, sample, seed=seed, model=model)
+    survey = _survey(job, todo.source, content, recipe, sample, seed=seed, model=model)
     common = {
         **describe(content),
         "checkpoint": content.sha256,
@@ -286,30 +289,23 @@ def _do(
 
 
 def _survey(
-    job: Job,
-    content: Checkpoint,
-    source: Source,
-    recipe: Recipe,
-    sample: _Sampler,
-    *,
-    seed: int,
-    model: str | None,
+    job: Job, source: Source, content: Checkpoint, recipe: Recipe, sample: Sampler, *, seed: int, model: str | None
 ) -> Survey:
-    others = _Networks(job.others, content, source, model)
+    others = _Networks(source, job.others, content, model)
     abouts = [{**describe(one), "checkpoint": one.sha256} for one in map(source.read_checkpoint, job.others)]
     centre = {**describe(content), "checkpoint": content.sha256}
     abouts = [*abouts, centre] if recipe.plane == "pca" else [centre, *abouts]
-    net = _network(content, model, sample)
+    net = build_network(content, model, sample)
     return Survey(net, sample(content), recipe, others=others, abouts=abouts, seed=seed)
 
 
 class _Networks(Sequence[nn.Module]):
     """The networks of checkpoints, each built when it is asked for: a trajectory of them may not fit into memory."""
 
-    def __init__(self, paths: Sequence[Path], centre: Checkpoint, source: Source, model: str | None) -> None:
+    def __init__(self, source: Source, paths: Sequence[Path], centre: Checkpoint, model: str | None) -> None:
+        self.source = source
         self.paths = paths
         self.centre = centre
-        self.source = source
         self.model = model
 
     def __len__(self) -> int:
@@ -323,7 +319,7 @@ class _Networks(Sequence[nn.Module]):
 
     def __getitem__(self, index: int | slice) -> nn.Module | Sequence[nn.Module]:
         if isinstance(index, slice):
-            return _Networks(self.paths[index], self.centre, self.source, self.model)
+            return _Networks(self.source, self.paths[index], self.centre, self.model)
         content = self.source.read_checkpoint(self.paths[index])
         if content.data["fingerprint"] != self.centre.data["fingerprint"]:
             raise UserError(
@@ -389,14 +385,14 @@ def forecast(
         A row a landscape: run, grid points to do, seconds for all of them, peak memory so far in MB.
     """
     few = FORECAST_IMAGES if n_data is None else min(n_data, FORECAST_IMAGES)
-    sample = _Sampler(few, seed, data_root, pick_device(device))
+    sample = Sampler(few, seed, data_root, pick_device(device))
     rows = []
     for job in todo.jobs:
         if not job.cells:
             continue
         content = todo.source.read_checkpoint(job.path)
         start = time.perf_counter()
-        survey = _survey(job, content, todo.source, recipe, sample, seed=seed, model=model)
+        survey = _survey(job, todo.source, content, recipe, sample, seed=seed, model=model)
         placed = time.perf_counter()
         for cell in survey.cells[:2]:
             survey.measure_cell(cell)
@@ -404,5 +400,5 @@ def forecast(
         n = n_data or content.data["n_train"]
         passes = len(job.cells) + 2 * len(survey.points)
         seconds = (placed - start + once * passes) * n / few
-        rows.append((records.run_name(todo.root, job.run), len(job.cells), seconds, _peak_memory()))
+        rows.append((records.run_name(todo.root, job.run), len(job.cells), seconds, peak_memory()))
     return pd.DataFrame(rows, columns=["run", "to do", "seconds", "peak MB"])

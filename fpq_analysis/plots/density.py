@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots.style import colour, panels, style
+from fpq_analysis.plots.style import colour, listed, panels, style
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
@@ -91,10 +93,7 @@ def standing_alone(nodes: np.ndarray, gap: float) -> np.ndarray:
 
 def density_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(records[column].unique()))
-
+    several = partial(listed, records)
     runs = records["quantity"].str.startswith("nodes_").groupby(records["key"]).sum().max()
     return (
         "Spectral density of the Hessian of the mean cross-entropy (definition: "

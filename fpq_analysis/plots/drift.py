@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
+from fpq_analysis.plots.style import epoch_axis, listed, log_if_wide, look, run_label, style
 
 # Quantity to the label of its axis.
 QUANTITIES = {
@@ -69,28 +68,20 @@ def _figure(rows: pd.DataFrame, along: str) -> Figure:
 def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
     methods = sorted(rows["method"].unique())
     lines = []
-    for run, line in rows.groupby("run", sort=False):
+    for _, line in rows.groupby("run", sort=False):
         last = line[line["epoch"] == line["epoch"].max()]["value"].mean()
-        lines.append((last, str(run), line))
-    for _, run, line in sorted(lines, key=lambda one: -one[0]):  # the legend in the order of the lines
+        lines.append((last, line))
+    for _, line in sorted(lines, key=lambda one: -one[0]):  # the legend in the order of the lines
         first = line.iloc[0]
-        method, bits = str(first["method"]), str(first["bits"])
-        twins = rows[(rows["method"] == method) & (rows["bits"] == bits)]
-        mark: dict[str, Any] = {
-            "color": colour(method, methods),
-            "linestyle": LINES.get(bits, "-"),
-            "marker": MARKERS.get(bits, "o"),
-            "label": label(method, bits) + (f" ({run})" if twins["run"].nunique() > 1 else ""),
-        }
+        mark = look(first["method"], first["bits"], methods)
         if along == "epoch":
             line = line.sort_values("epoch")
         x = line["epoch"].to_numpy() if along == "epoch" else np.arange(1, len(line) + 1)
-        axes.plot(x, line["value"], **mark)
+        axes.plot(x, line["value"], label=run_label(first, rows), **mark)
         low, high = line["value"] - line["ci95"].fillna(0), line["value"] + line["ci95"].fillna(0)
         axes.fill_between(x, low, high, color=mark["color"], alpha=0.15, linewidth=0)
     if along == "epoch":
-        axes.set_xlabel("Epoch (0: before training)")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        epoch_axis(axes, 5)
     else:
         names = list(dict.fromkeys(rows["layer"]))
         axes.set_xlabel("Convolution")
@@ -98,12 +89,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
         axes.set_xticks(range(1, len(names) + 1, step))
         axes.set_xticklabels([_short(name) for name in names[::step]], rotation=90, fontsize=6)
         axes.grid(axis="x", visible=False)
-    if rows["value"].min() > 0 and rows["value"].max() > 10 * rows["value"].min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    else:
+    if not log_if_wide(axes, rows["value"].min(), rows["value"].max()):
         axes.set_ylim(bottom=0)
 
 
@@ -115,10 +101,7 @@ def _short(name: str) -> str:
 def drift_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figures: definitions, data, seeds, what the band is."""
     rows = drift_rows(records)
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     part = rows[(rows["quantity"] == "wasserstein") & (rows["estimator"] != "all values")]
     how = f" (from {', '.join(sorted(part['estimator'].unique()))})" if len(part) else ""
     return (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from fpq_analysis.plots.style import LINES, MARKERS, colour, panels, style
+from fpq_analysis.plots.style import epoch_axis, listed, look, panels, style
 
 
 def eigenvalues(records: pd.DataFrame) -> pd.DataFrame:
@@ -40,15 +41,12 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
                 axes.plot(
                     line["epoch"],
                     line["value"],
-                    color=colour(first["method"], methods),
-                    linestyle=LINES.get(first["bits"], "-"),
-                    marker=MARKERS.get(first["bits"], "o"),
+                    **look(first["method"], first["bits"], methods),
                     alpha=1 - 0.7 * (rank - 1) / max(1, most - 1),
                     label=f"{rank}",
                 )
             axes.axhline(0, color="0.6", linewidth=0.6)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel("Epoch (0: before training)")
+            epoch_axis(axes)
             axes.set_ylabel(f"{most} extreme eigenvalues" if most > 1 else "Extreme eigenvalue")
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -58,10 +56,7 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
 def eigenvalue_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     rows = eigenvalues(records)
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     return (
         f"Extreme eigenvalues of the Hessian of the mean cross-entropy against the epoch (definition: "
         f"{several('definition')}; {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training "

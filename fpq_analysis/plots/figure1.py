@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
-from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
+from fpq_analysis.plots.style import colour, label, legend_by_ends, listed, look, style
 
 SD = 0.1  # of the bars, where it was measured
 HATCHES = {"W2A4": "////", "W2A2": "xxxx"}
@@ -112,18 +113,14 @@ def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
     starts = []
     for method, bits, rows in groups(panel):
         table = over_seeds(rows)
-        tint, mark = colour(method, methods), MARKERS.get(bits, "o")
-        text = label(method, bits)
         drawn = axes.errorbar(
             table.index,
             table["value"],
             table["error"],
-            color=tint,
-            linestyle=LINES.get(bits, "-"),
-            marker=mark,
+            **look(method, bits, methods),
             capsize=2,
             elinewidth=1.0,
-            label=text,
+            label=label(method, bits),
         )
         starts.append(table["value"].iloc[0])
         ends.append((table["value"].iloc[-1], drawn))
@@ -141,18 +138,13 @@ def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("Sd of the noise in the image")
-    # The legend in the order of the lines' right ends, so that it can be read without matching colours.
-    handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_by_ends(axes, ends)
 
 
 def caption1(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure: what varies, under which noise, data, seeds, what the bars are."""
     rows = variances(records)
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     seeds = rows.groupby(["model", "dataset", "method", "bits"])["run"].nunique()
     bars = "95 % interval over the images, draws of the noise included, of one training run each"
     if (seeds > 1).any():

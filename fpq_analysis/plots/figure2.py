@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from fpq_analysis.plots.style import label, style
+from fpq_analysis.plots.style import epoch_axis, listed, log_if_wide, run_label, style
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
 # Okabe and Ito's colours that stand for no method here.
@@ -70,10 +70,8 @@ def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             yield f"{model}, {dataset}, {bits}", panel
         return
     rows = _with_noise(rows)
-    for (run, definition), panel in rows.groupby(["run", "definition"], sort=True):
-        first = panel.iloc[0]
-        alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
-        title = label(first["method"], first["bits"]) + (f" ({run})" if alike["run"].nunique() > 1 else "")
+    for (_, definition), panel in rows.groupby(["run", "definition"], sort=True):
+        title = run_label(panel.iloc[0], rows)
         yield title + (f", {definition}" if rows["definition"].nunique() > 1 else ""), panel
 
 
@@ -99,16 +97,11 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
             low, high = line["value"] - error, line["value"] + error
             axes.fill_between(line["epoch"], low, high, color=look["color"], alpha=0.18, linewidth=0)
     low, high = panel["value"].min(), panel["value"].max()
-    if low > 0 and high > 10 * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if log_if_wide(axes, low, high):
         axes.set_ylim(0.5 * low, 2 * high)
     else:
         axes.set_ylim(0, 1.4 * high)  # by the values: an interval from few minibatches may go far beyond
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("Epoch (0: before training)")
+    epoch_axis(axes)
     axes.legend()
 
 
@@ -117,10 +110,7 @@ def caption2(records: pd.DataFrame) -> str:
     rows = norms(records)
     trained = trained_in_noise(rows)
     drawn = _with_noise(rows) if trained.empty else trained
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(drawn[column].unique()))
-
+    several = partial(listed, drawn)
     draws = int(drawn["n_products"].max())
     runs = "each run in the noise it was trained with" if len(trained) else "runs trained without noise"
     return (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.plots.figure3 import bits_of, layer_rows
-from fpq_analysis.plots.style import colour, label, style
+from fpq_analysis.plots.style import colour, label, listed, style
 
 METHODS = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
 LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
@@ -130,10 +132,7 @@ def _image_title(band: pd.DataFrame, image: int) -> str:
 def caption4(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure: layer, images, runs, what the curves leave out."""
     rows = densities(records)
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     n_data = rows.loc[rows["quantity"] == "density_images", "n_data"].max()
     runs = ", ".join(f"{one.run} at epoch {one.epoch}" for one in rows.drop_duplicates("run").itertuples(index=False))
     return (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
+from fpq_analysis.plots.style import colour, epoch_axis, label, legend_by_ends, listed, log_if_wide, look, style
 
 # What the rows of one line have in common.
 LINE = ["run", "method", "bits", "definition", "estimator"]
@@ -67,26 +66,20 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
             axes.axhspan(value - spread, value + spread, color=tint, alpha=0.12, linewidth=0)
             drawn_values.append(value)
         else:
-            mark: dict[str, Any] = {"linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o"), "color": tint}
-            (drawn,) = axes.plot(line["epoch"], line["value"], label=text, **mark)
-            low, high = line["value"] - error, line["value"] + error
-            axes.fill_between(line["epoch"], low, high, color=tint, alpha=0.15, linewidth=0)
+            (drawn,) = axes.plot(line["epoch"], line["value"], label=text, **look(method, bits, methods))
+            axes.fill_between(
+                line["epoch"], line["value"] - error, line["value"] + error, color=tint, alpha=0.15, linewidth=0
+            )
             drawn_values += list(line["value"])
         ends.append((line["value"].iloc[-1], drawn))
-    axes.set_xlabel("Epoch (0: before training)")
+    epoch_axis(axes)
     axes.set_ylabel("Trace of the Hessian")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if min(drawn_values) > 0 and max(drawn_values) > 10 * min(drawn_values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_ylim(0.5 * min(drawn_values), 2 * max(drawn_values))
+    low, high = min(drawn_values), max(drawn_values)
+    if log_if_wide(axes, low, high, "{x:,.0f}"):
+        axes.set_ylim(0.5 * low, 2 * high)
     else:
-        axes.set_ylim(bottom=min(0.0, 1.1 * min(drawn_values)))
-    # The legend in the order of the lines' right ends, so that it can be read without matching colours.
-    handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set_ylim(bottom=min(0.0, 1.1 * low))
+    legend_by_ends(axes, ends)
 
 
 def _legend(line: pd.DataFrame, panel: pd.DataFrame) -> str:
@@ -103,10 +96,7 @@ def _legend(line: pd.DataFrame, panel: pd.DataFrame) -> str:
 def caption5(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure: definition, method, data, seeds, sample size."""
     rows = totals(records)
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     return (
         f"Trace of the Hessian of the mean cross-entropy against the epoch (definition: {several('definition')}; "
         f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training images without "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fpq_analysis.plots.style import colour, panels, style
+from fpq_analysis.plots.style import colour, listed, panels, style
 
 # Kind of number: its name in the legend, its marker, filled or not, and where beside its size it stands.
 KINDS = {"real": ("real network", "o", True, 1.05), "surrogate": ("straight-through", "s", False, 0.95)}
@@ -101,10 +103,7 @@ def fraction(size: float) -> str:
 def noise_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     rows = responses(records)
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     how = ", ".join(sorted(rows.loc[rows["kind"] == "predicted", "estimator"].unique()))
     return (
         "Increase of the mean cross-entropy when uniform noise, of the width given in quantization steps, is added at "

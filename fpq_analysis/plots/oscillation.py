@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fpq_analysis.plots.style import LINES, MARKERS, colour, label, style
+from fpq_analysis.plots.style import listed, look, run_label, style
 
 PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
 
@@ -40,18 +42,11 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
             methods = sorted(subject["method"].unique())
             for place, (quantity, title) in enumerate(PANELS.items()):
                 axes = figure.add_subplot(len(subjects), 2, 2 * index + place + 1)
-                for run, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
+                for _, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
                     line = line.sort_values("epoch")
-                    method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
-                    alike = subject[(subject["method"] == method) & (subject["bits"] == bits)]
-                    axes.plot(
-                        line["epoch"],
-                        line["value"],
-                        color=colour(method, methods),
-                        linestyle=LINES.get(bits, "-"),
-                        marker=MARKERS.get(bits, "o"),
-                        label=label(method, bits) + (f" ({run})" if alike["run"].nunique() > 1 else ""),
-                    )
+                    first = line.iloc[0]
+                    mark = look(first["method"], first["bits"], methods)
+                    axes.plot(line["epoch"], line["value"], label=run_label(first, subject), **mark)
                 if quantity == "near":
                     axes.axhline(2 * eps, color="0.6", linewidth=0.8, label="if spread evenly")
                 axes.set_ylim(bottom=0)
@@ -69,10 +64,7 @@ def oscillation_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     rows = shares(records)
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
-
-    def several(column: str) -> str:
-        return ", ".join(str(value) for value in sorted(rows[column].unique()))
-
+    several = partial(listed, rows)
     return (
         f"Left: share of the quantized weights less than {eps:g} steps from a rounding threshold. Right: share whose "
         "whole number differs from that at the checkpoint before, whether the weight moved or its step size. All "

@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 # Okabe and Ito's palette, which survives the common forms of colour blindness and grey print; the hues are those the
 # paper names where it names any (FP blue, LSQ red, FPQ green).
@@ -59,6 +60,59 @@ def label(method: str, bits: str) -> str:
     return name if bits == "FP" else f"{name} {bits}"
 
 
+def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
+    """What a legend or title calls the run of a row: method and bits, and its name where another run has the same.
+
+    Args:
+        rows: of all the runs that it stands among.
+    """
+    alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
+    return label(first["method"], first["bits"]) + (f" ({first['run']})" if alike["run"].nunique() > 1 else "")
+
+
+def look(method: str, bits: str, methods: list[str]) -> dict[str, Any]:
+    """How the line of a run is drawn: colour by method, line and marker by bit width."""
+    tint = colour(method, methods)
+    return {"color": tint, "linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o")}
+
+
+def listed(rows: pd.DataFrame, column: str) -> str:
+    """The different values of a column, sorted, with commas between: for captions."""
+    return ", ".join(str(value) for value in sorted(rows[column].unique()))
+
+
+def epoch_axis(axes: Axes, ticks: int = 10) -> None:
+    """Label the x axis as one of epochs, with whole numbers, `ticks` at most."""
+    axes.set_xlabel("Epoch (0: before training)")
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+
+
+def log_if_wide(axes: Axes, low: float, high: float, numbers: str = "{x:g}") -> bool:
+    """Make the y axis logarithmic, with plain numbers, if values span more than a factor of ten; return whether.
+
+    Args:
+        low, high: the least and the largest value.
+        numbers: format of the tick labels, of `x`.
+    """
+    wide = low > 0 and high > 10 * low
+    if wide:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter(numbers))
+    return wide
+
+
+def legend_by_ends(axes: Axes, ends: list[tuple[float, Any]]) -> None:
+    """A legend on the right in the order of the lines' right ends, so that it can be read without matching colours.
+
+    Args:
+        ends: the last value of each line, and its artist.
+    """
+    handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
 def panels(rows: pd.DataFrame, size: tuple[float, float], shared: bool) -> Iterator[tuple[Axes, pd.DataFrame]]:
     """A new figure with a titled panel for each run, definition and estimator, at most three in a row.
 
@@ -75,12 +129,10 @@ def panels(rows: pd.DataFrame, size: tuple[float, float], shared: bool) -> Itera
     down = -(-len(groups) // across)
     figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
     first_axes = None
-    for index, ((run, definition, _), panel) in enumerate(groups):
+    for index, ((_, definition, _), panel) in enumerate(groups):
         axes = figure.add_subplot(down, across, index + 1, sharey=first_axes if shared else None)
         first_axes = first_axes or axes
-        first = panel.iloc[0]
-        alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
-        title = label(first["method"], first["bits"]) + (f" ({run})" if alike["run"].nunique() > 1 else "")
+        title = run_label(panel.iloc[0], rows)
         axes.set_title(title + (f", {definition}" if rows["definition"].nunique() > 1 else ""))
         yield axes, panel
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from fpq_analysis.plots.style import LINES, MARKERS, colour, style
+from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, listed, look, style
 
 
 def training_figure(rows: pd.DataFrame) -> Figure:
@@ -53,26 +50,21 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
             axes.axhspan(last["min"], last["max"], color=tint, alpha=0.12, linewidth=0)
         else:
             text = variant if bits == "FP" else f"{variant} {bits}"
-            mark: dict[str, Any] = {"linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o"), "color": tint}
-            (drawn,) = axes.plot(accuracy.index, accuracy["mean"], label=text, **mark)
+            (drawn,) = axes.plot(accuracy.index, accuracy["mean"], label=text, **look(method, bits, methods))
             axes.fill_between(accuracy.index, accuracy["min"], accuracy["max"], color=tint, alpha=0.15, linewidth=0)
         ends.append((last["mean"], drawn))
-    axes.set_xlabel("Epoch (0: before training)")
+    epoch_axis(axes)
     axes.set_ylabel("Test accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # The legend in the order of the lines' right ends, as in Figure 5.
-    handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_by_ends(axes, ends)
 
 
 def training_caption(rows: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     seeds = rows.groupby(["model", "dataset", "variant", "bits"])["run"].nunique()
-    about = {column: ", ".join(sorted(map(str, rows[column].unique()))) for column in ("model", "dataset")}
     runs = "each line is one training run"
     if seeds.max() > 1:
         runs = f"mean over up to {seeds.max()} training runs, bands from the lowest to the highest of them"
     return (
-        f"Test accuracy against the epoch, on the whole test set; {runs}. Data: {about['dataset']}; network: "
-        f"{about['model']}."
+        f"Test accuracy against the epoch, on the whole test set; {runs}. Data: "
+        f"{listed(rows, 'dataset')}; network: {listed(rows, 'model')}."
     )

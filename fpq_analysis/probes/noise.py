@@ -43,14 +43,14 @@ from torch import Tensor, nn
 from fpq_analysis.curvature import NotExactError
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.certificate import FEWEST, TURNS, spread
-from fpq_analysis.curvature.exact import cross_entropy_factor, label_uniforms, sampled_factor
+from fpq_analysis.curvature.exact import cross_entropy_factor, exact_passes, label_uniforms, sampled_factor
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import N_LABELS, ROOT, _exact_or_sampled, half_interval
+from fpq_analysis.probes.trace import N_LABELS, ROOT, exact_or_sampled, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, fused_quantizers, quantizers
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -437,13 +437,12 @@ def _choose(subject: Subject, sites: dict[str, tuple[nn.Module, Quantizer]]) -> 
         if not subject.cross_entropy:
             raise NotExactError("the loss is not the cross-entropy")
         check_piecewise_linear(subject.view, subject.data, sites)
-        method, _ = _exact_or_sampled(subject, None)
+        method, _ = exact_or_sampled(subject, None)
     except NotExactError:
         return "hutchinson", N_PROBES
     if method == "sampled":
         return method, N_LABELS
-    with torch.no_grad():
-        return method, subject.view(subject.data[0][0][:1]).shape[1] - 1
+    return method, exact_passes(subject.view, subject.data[0][0])
 
 
 def check_piecewise_linear(

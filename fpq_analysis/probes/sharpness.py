@@ -37,16 +37,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fpq_analysis.curvature import NotExactError, SampleTraces, certify, per_sample_traces
+from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.operator import CurvatureOperator, Loss
-from fpq_analysis.curvature.sampling import ALL, _joined, _mean_over_labels, _n_classes, layer_of
+from fpq_analysis.curvature.sampling import ALL, collected, layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, _exact_or_sampled
+from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, exact_or_sampled
 from fpq_analysis.quantizers import Quantizer, check_definition, fused_quantizers, quantizers
 
 RHO = 0.05  # usual for CIFAR-10
@@ -261,17 +262,17 @@ def _scaled_traces(subject: Subject, seed: int) -> tuple[Rows, dict[str, Any]]:
 
 
 def _by_sample(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Rows, dict[str, Any]]:
-    method, _ = _exact_or_sampled(subject, None)
+    method, _ = exact_or_sampled(subject, None)
     n_labels = N_LABELS if method == "sampled" else None
     unchecked = certify(subject.view, subject.data, subject.parameters)
     generator = torch.Generator().manual_seed(seed)
+    passes = n_labels or exact_passes(subject.view, subject.data[0][0])
     with fused_quantizers(subject.view):
-        parts = list(
-            per_sample_traces(subject.view, subject.data, subject.parameters, n_labels=n_labels, generator=generator)
+        parts = per_sample_traces(
+            subject.view, subject.data, subject.parameters, n_labels=n_labels, generator=generator
         )
-    scaled = [{name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts]
-    passes = n_labels or _n_classes(subject.view, subject.data) - 1
-    found = SampleTraces(*_joined([_mean_over_labels(part, None) for part in scaled]), subject.n_data, passes)
+        scaled = ({name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts)
+        found = collected(scaled, passes)
     for layer in unchecked:
         if found.value(layer) != 0:
             raise NotExactError(f"'{layer}' had no effect on the images the certificate tried, but has on others")

@@ -163,7 +163,7 @@ def hessian_trace(
                 raise NotExactError("the loss is not the cross-entropy")
             if operator == "fisher":
                 raise NotExactError("the Fisher matrix has labels of its own")
-            chosen, why = (method, reason) if method != "auto" else _exact_or_sampled(subject, tol)
+            chosen, why = (method, reason) if method != "auto" else exact_or_sampled(subject, tol)
             baked = subject if definition != "latent" else prepare(model, batches, **where)
             traces = _by_sample(model, definition, baked, chosen, n_labels, tol, seed)
             estimate, method, reason = _from_samples(traces), chosen, why
@@ -207,7 +207,12 @@ def _check_settings(
 
 
 @torch.no_grad()
-def _exact_or_sampled(subject: Subject, tol: float | None) -> tuple[str, str]:
+def exact_or_sampled(subject: Subject, tol: float | None) -> tuple[str, str]:
+    """Which method by sample `auto` takes where the certificate holds, and why: `exact`, or `sampled`.
+
+    Args:
+        tol: wanted relative error, or None.
+    """
     logits = subject.view(subject.data[0][0][:1])
     n_classes = logits.shape[1] if logits.ndim == 2 else 0
     if tol is not None:
