@@ -18,6 +18,7 @@ from fpq_analysis import QuantSpec, UserError, calibrate, quantize
 from fpq_analysis.cli import app
 from fpq_analysis.doctor import COLUMNS, diagnose, forecast_measurements
 from tests.nets import FunctionalGelu, Tied, tiny
+from tests.words import words
 
 IMAGES, LABELS = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 10
 VECTORS, CLASSES = torch.randn(12, 6, generator=torch.Generator().manual_seed(2)), torch.arange(12) % 3
@@ -424,4 +425,4 @@ def test_command_on_nan_weights(tiny_runs, tmp_path):
 
 def test_command_misused(tmp_path):
     for path, said in ((tmp_path, "holds no checkpoint"), (tmp_path / "a.pt", "No checkpoint")):
-        assert said in " ".join(call(path, code=1).stderr.split())  # wrapped, by the length of the path
+        assert said in words(call(path, code=1).stderr)

@@ -19,6 +19,7 @@ from fpq_analysis.quantizers import LSQ, quantizers
 from fpq_analysis.training import METHODS
 from tests.nets import tiny
 from tests.test_cli import call
+from tests.words import words
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -174,9 +175,9 @@ def test_bad_input(tiny_runs, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="float network"):
             export(fp, to, out=tmp_path / "x", model=TINY)
     assert "did you mean 'onnx'" in call("export", fp, "--to", "onx", code=1).stderr
-    assert "No checkpoint" in call("export", tmp_path / "nothing.pt", code=1).stderr
+    assert "No checkpoint" in words(call("export", tmp_path / "nothing.pt", code=1).stderr)
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint" in call("export", tmp_path / "empty", code=1).stderr
+    assert "holds no checkpoint" in words(call("export", tmp_path / "empty", code=1).stderr)
 
     real = builtins.__import__
     monkeypatch.setattr(

@@ -38,6 +38,7 @@ from fpq_analysis.plots import figure5
 from fpq_analysis.probes import HessianTrace
 from tests.nets import dense_hessian, tiny
 from tests.test_files import Canary
+from tests.words import words
 
 NET = "tests.nets:tiny"
 FAST = {"n_data": 16, "device": "cpu"}
@@ -72,10 +73,6 @@ def call(*arguments, code=0):
     assert result.exit_code == code, result.output + repr(result.exception)
     assert "Traceback" not in result.output
     return result
-
-
-def words(text):
-    return " ".join(text.split())
 
 
 # ---- which file is which epoch
