@@ -91,8 +91,7 @@ def plan(
         UserError: if there is no checkpoint, `epochs` makes no sense, or `n_data` is too small for an error over the
             data.
     """
-    if n_data is not None and n_data < 2:
-        raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
+    check_n_data(n_data)
     root = Path(ckpt_dir)
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
     source = source_of(ckpt_dir)
@@ -117,6 +116,12 @@ def plan(
             else:
                 todo.jobs.append(Job(run, path, key, others))
     return todo
+
+
+def check_n_data(n_data: int | None) -> None:
+    """Raise `UserError` if so few images give no error over the data."""
+    if n_data is not None and n_data < 2:
+        raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
 
 
 def choose_epochs(found: dict[int, Path], epochs: str) -> dict[int, Path]:
@@ -204,7 +209,7 @@ def carry_out(
     Args:
         on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
     """
-    report = on_fault or _raise
+    report = on_fault or raise_fault
     for path, fault in todo.faults:
         report(path, fault)
     sample = Sampler(n_data, seed, data_root, pick_device(device))
@@ -319,7 +324,8 @@ def describe(content: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _raise(path: Path, fault: UserError) -> None:
+def raise_fault(path: Path, fault: UserError) -> None:
+    """What is done with a checkpoint that cannot be measured, unless said otherwise."""
     raise fault
 
 

@@ -25,7 +25,17 @@ from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.landscapes.recipe import Recipe
 from fpq_analysis.landscapes.survey import Cell, Survey, check_others, quantity
-from fpq_analysis.measurement import FORECAST_IMAGES, Fault, Sampler, Source, build_network, describe, source_of
+from fpq_analysis.measurement import (
+    FORECAST_IMAGES,
+    Fault,
+    Sampler,
+    Source,
+    build_network,
+    check_n_data,
+    describe,
+    raise_fault,
+    source_of,
+)
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
 
@@ -89,8 +99,7 @@ def plan(
     Raises:
         UserError: if there is no checkpoint, or `n_data` is too small for an error over the data.
     """
-    if n_data is not None and n_data < 2:
-        raise UserError(f"n_data is {n_data}; an error over the data needs at least 2 images.")
+    check_n_data(n_data)
     if (recipe.plane == "checkpoints") != bool(through):
         raise UserError(
             "A plane of checkpoints goes through those named: plane='checkpoints' with two or three of them in "
@@ -220,12 +229,7 @@ def carry_out(
     Args:
         on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
     """
-
-    def report(path: Path, fault: UserError) -> None:
-        if on_fault is None:
-            raise fault
-        on_fault(path, fault)
-
+    report = on_fault or raise_fault
     for path, fault in todo.faults:
         report(path, fault)
     sample = Sampler(n_data, seed, data_root, pick_device(device))

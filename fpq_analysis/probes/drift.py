@@ -35,7 +35,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.features import by_channel, wide
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.quantizers import fused_quantizers
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import CONVOLUTIONS
@@ -365,7 +365,7 @@ class Drift:
                 parts = by_layer[layer].loc[by_layer[layer]["mean_shift"].isna(), "channel"]
             else:
                 parts = by_layer[layer][quantity].dropna()
-            samples = None if parts is None else [float(f"{part:.7g}") for part in parts]
+            samples = None if parts is None else stored(parts)
             how = {"estimator": "all values", "n_data": found.n_data, "n_products": 0, "sem": 0.0}
             if quantity == "wasserstein" and found.subsampled(layer):
                 how |= {"estimator": f"up to {found.n_places} places an image", "n_data": found.n_kept, "sem": None}

@@ -30,7 +30,7 @@ from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.quantizers import Quantizer, fused_quantizers
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, QUANTIZABLE
@@ -393,7 +393,7 @@ class Features:
 def _row(quantity: str, value: float, parts: Any, n_data: int) -> dict[str, Any]:
     kind = quantity.removeprefix("quantized_")
     estimator = "quantiles" if kind in QUANTILES else "histogram" if kind.startswith("density_") else "all values"
-    samples = None if parts is None else [float(f"{part:.7g}") for part in parts]
+    samples = None if parts is None else stored(parts)
     return {
         "quantity": quantity,
         "value": float(value),

@@ -34,7 +34,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition, fused_quantizers
@@ -400,7 +400,7 @@ def _of_arm(
     for place, name in enumerate(names[:-1]):
         sem = _error(norms[:, place])
         yield row(name, "grad_norm", "all data", value=float(norms[:, place].mean()), sem=sem, sem_data=math.nan)
-    samples = [float(f"{p:.7g}") for p in projected.tolist()]
+    samples = stored(projected.tolist())
     errors = _errors(norms[:, -1], math.sqrt(variance / n), n)
     yield row("all", "grad_norm", "all data", value=value, samples=samples, **errors)
 

@@ -48,7 +48,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg.estimate import degrees_of_freedom
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, ROOT, exact_or_sampled, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, fused_quantizers, quantizers
@@ -606,7 +606,7 @@ def _named(kind: str, size: float = OWN) -> str:
 
 
 def _kept(draws: Tensor, kept: bool) -> dict[str, Any]:
-    return {"samples": [float(f"{value:.7g}") for value in draws.mean(0).tolist()]} if kept else {}
+    return {"samples": stored(draws.mean(0).tolist())} if kept else {}
 
 
 def _verdicts(kind: str, joint: list[Tensor], predicted: Tensor, sizes: list[float]) -> Rows:

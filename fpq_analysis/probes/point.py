@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 Rows = list[dict[str, Any]]
+
+
+def stored(samples: Iterable[Any]) -> list[float]:
+    """The `samples` of a row: numbers to seven digits, all that float32 has."""
+    return [float(f"{sample:.7g}") for sample in samples]
+
 
 # What a probe may need beside the checkpoint's own network; a checkpoint without it is passed over.
 NEEDS = {

@@ -45,7 +45,7 @@ from fpq_analysis.curvature.operator import CurvatureOperator, Loss
 from fpq_analysis.curvature.sampling import ALL, collected, layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, exact_or_sampled
 from fpq_analysis.quantizers import Quantizer, check_definition, fused_quantizers, quantizers
@@ -242,7 +242,7 @@ def _error_over(samples: Tensor) -> float:
 
 
 def _kept(samples: Tensor) -> dict[str, list[float]]:
-    return {"samples": [float(f"{value:.7g}") for value in samples.tolist()]}
+    return {"samples": stored(samples.tolist())}
 
 
 # --- The trace ---

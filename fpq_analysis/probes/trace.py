@@ -30,7 +30,7 @@ from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_of
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction, fused_quantizers, latent_derivatives
 
@@ -363,7 +363,7 @@ class HessianTrace:
         rows.append({"layer": "all", "quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common})
         total: dict[str, Any] = {"value": estimate.value, "sem": estimate.sem, "sem_data": estimate.sem_data}
         if estimate.per_sample is not None:
-            total["samples"] = [float(f"{value:.7g}") for value in estimate.per_sample]
+            total["samples"] = stored(estimate.per_sample)
         status = "ok" if estimate.converged else "tolerance not reached"
         rows.append({"layer": "all", "quantity": "trace", "ci95": estimate.ci95, "status": status, **total, **common})
         return rows

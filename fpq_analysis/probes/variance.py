@@ -28,7 +28,7 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
-from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import check_finite
 from fpq_analysis.probes.trace import half_interval
 from fpq_analysis.quantizers import fused_quantizers, view
@@ -184,5 +184,5 @@ def _row(quantity: str, numbers: Tensor) -> dict[str, Any]:
         "sem_data": sem_data,
         "ci95": half_interval(sem_data, n - 1),
         "n_data": n,
-        "samples": [float(f"{v:.7g}") for v in values.tolist()],
+        "samples": stored(values.tolist()),
     }
