@@ -24,7 +24,7 @@ from fpq_analysis.probes import GradNorm
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
 # %%
-records = measure(CKPT_DIR, GradNorm(n_draws=2))
+records = measure(CKPT_DIR, GradNorm())
 figure2(records)
 
 # %%
