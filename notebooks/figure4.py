@@ -1,0 +1,30 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Figure 4: the density of one layer's features, for three images
+#
+# Float, LSQ and FPQ on the same three images, drawn by the seed: does distillation of standardised features keep the
+# quantized network's features where the float network's are?
+
+# %%
+# %matplotlib inline
+from fpq_analysis import measure
+from fpq_analysis.plots import caption4, figure4
+from fpq_analysis.probes import Features
+
+CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
+
+# %%
+records = measure(CKPT_DIR, Features(), epochs="last")
+figure4(records)
+
+# %%
+print(caption4(records))
