@@ -1,17 +1,21 @@
-# make demo   the whole job on embedded data: train, measure, table, figure
-# make test   the test suite
-# make check  linter, formatter and type checker
+# make demo        the whole job on embedded data: train, measure, figures, report
+# make test        the test suite
+# make notebooks   the notebooks, on the demo's checkpoints
+# make check       linter, formatter and type checker
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test notebooks check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fpq-analyze demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+notebooks: $(VENV)/.installed-test
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

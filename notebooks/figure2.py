@@ -17,6 +17,10 @@
 
 # %%
 # %matplotlib inline
+from pathlib import Path
+
+import pandas as pd
+
 from fpq_analysis import measure
 from fpq_analysis.plots import caption2, figure2
 from fpq_analysis.probes import GradNorm
@@ -24,7 +28,9 @@ from fpq_analysis.probes import GradNorm
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
 # %%
-records = measure(CKPT_DIR, GradNorm())
+runs = [path.parent for path in sorted(Path(CKPT_DIR).rglob("run.json"))]
+drawn = [run for run in runs if "noise-" in run.name] or [run for run in runs if "lsq-" in run.name]
+records = pd.concat([measure(run, GradNorm()) for run in drawn], ignore_index=True)
 figure2(records)
 
 # %%
