@@ -42,7 +42,7 @@ from fpq_analysis.quantizers import view
 # A grid step that moves weights further than this, in quantization steps, passes over whole stairs of the staircase.
 ALIASED = 0.5
 ALIASED_STATUS = "aliased"
-# Of the eigenvectors; float32 may not reach a smaller residual than the usual one, and would go on for long.
+# Of the eigenvectors: a landscape is worth no more.
 MAX_PRODUCTS = 200
 # Forward passes hold no graph, so that a device can take more images at once than for gradients.
 DEVICE_BATCH = 256

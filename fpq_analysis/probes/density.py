@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import SpectralMeasure, spectral_measure
@@ -58,7 +58,8 @@ def spectral_density(
     )
     matrix = subject.operator(operator, seed)
     generator = torch.Generator().manual_seed(seed)
-    return spectral_measure(matrix, generator=generator, runs=runs, steps=steps)
+    with full_precision():  # the arithmetic between the products, too
+        return spectral_measure(matrix, generator=generator, runs=runs, steps=steps)
 
 
 def _check_settings(definition: str, operator: str, runs: int, steps: int) -> None:
@@ -84,7 +85,7 @@ class HessianDensity:
     steps: int = STEPS
 
     name = "hessian_density"
-    version = 1
+    version = 2
     needs = ()
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import eigenpairs
@@ -98,7 +98,8 @@ def hessian_eigs(
     if start is not None and len(start) != matrix.size:
         raise UserError(f"The warm start has {len(start):,} rows and the model {matrix.size:,} variables.")
     generator = torch.Generator().manual_seed(seed)
-    found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, max_products=max_products)
+    with full_precision():  # the arithmetic between the products, too
+        found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, max_products=max_products)
     vectors = None
     if eigenvectors:
         shapes = {name: p.shape for name, p in subject.parameters.items()}
@@ -146,7 +147,7 @@ class HessianEigs:
     tol: float = 1e-3
 
     name = "hessian_eigs"
-    version = 1
+    version = 2
     needs = ()
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from fpq_analysis.curvature import (
     exact_traces,
     sampled_traces,
 )
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.operator import CurvatureOperator, Loss
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_of
@@ -273,7 +273,8 @@ def _from_products(
         matrix = subject.operator(operator, seed)
         for name, place in matrix.slices.items():  # a layer's parameters stand side by side
             blocks[layer_of(name)] = slice(blocks.get(layer_of(name), place).start, place.stop)
-        found = _estimate(matrix, method, list(blocks.values()), n_products, tol, seed)
+        with full_precision():  # the arithmetic between the products, too
+            found = _estimate(matrix, method, list(blocks.values()), n_products, tol, seed)
     return {
         "value": found.value,
         "sem": found.sem,
