@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots.style import colour, epoch_axis, label, legend_by_ends, listed, log_if_wide, look, style
+from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, listed, log_if_wide, look, run_label, style
 
 # What the rows of one line have in common.
 LINE = ["run", "method", "bits", "definition", "estimator"]
@@ -40,8 +40,9 @@ def figure5(records: pd.DataFrame) -> Figure:
     panels = list(rows.groupby(["model", "dataset"], sort=True))
     lines = max(panel.groupby(LINE).ngroups for _, panel in panels)
     with style():
-        # As high as the legend needs.
-        figure = Figure(figsize=(5.2 * len(panels), max(3.2, 0.2 * lines)), layout="constrained")
+        # As high as the legend needs, and wider for its longer lines.
+        size = (5.2 if lines < 10 else 6.6) * len(panels), max(3.2, 0.2 * lines)
+        figure = Figure(figsize=size, layout="constrained")
         for index, ((model, dataset), panel) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), index + 1)
             _draw_panel(axes, panel)
@@ -85,12 +86,8 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
 def _legend(line: pd.DataFrame, panel: pd.DataFrame) -> str:
     """Method and bits, and as much more as tells this line from the panel's others."""
     first = line.iloc[0]
-    text = label(first["method"], first["bits"])
-    for column in ("definition", "estimator"):
-        if panel[column].nunique() > 1:
-            text += f", {first[column]}"
-    twins = panel[(panel["method"] == first["method"]) & (panel["bits"] == first["bits"])]
-    return f"{text} ({first['run']})" if twins["run"].nunique() > 1 else text
+    several = [str(first[column]) for column in ("definition", "estimator") if panel[column].nunique() > 1]
+    return ", ".join([run_label(first, panel), *several])
 
 
 def caption5(records: pd.DataFrame) -> str:

@@ -16,8 +16,17 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 
 # Okabe and Ito's palette, which survives the common forms of colour blindness and grey print; the hues are those the
 # paper names where it names any (FP blue, LSQ red, FPQ green).
-COLOURS = {"fp": "#0072B2", "lsq": "#D55E00", "fpq": "#009E73"}
-OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Noise arms and methods of other programs have what is left.
+COLOURS = {
+    "fp": "#0072B2",
+    "lsq": "#D55E00",
+    "fpq": "#009E73",
+    "lsq+": "#E69F00",
+    "pact": "#56B4E9",
+    "kd": "#CC79A7",
+    "sam": "#000000",
+}
+OTHER_COLOURS = ("#8C564B", "#7F7F7F", "#B5A300")
 LINES = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 MARKERS = {"FP": "o", "W4A4": "o", "W2A4": "s", "W2A2": "^", "W8A8": "D"}
 NAMES = {"fp": "FP", "lsq": "LSQ", "lsq+": "LSQ+", "pact": "PACT", "kd": "KD", "sam": "SAM", "fpq": "FPQ"}
@@ -61,13 +70,19 @@ def label(method: str, bits: str) -> str:
 
 
 def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
-    """What a legend or title calls the run of a row: method and bits, and its name where another run has the same.
+    """What a legend or title calls the run of a row: method and bits; where another has the same, its seed or name.
 
     Args:
         rows: of all the runs that it stands among.
     """
+    text = label(first["method"], first["bits"])
     alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
-    return label(first["method"], first["bits"]) + (f" ({first['run']})" if alike["run"].nunique() > 1 else "")
+    runs = alike["run"].nunique()
+    if runs < 2:
+        return text
+    return (
+        f"{text}, seed {first['train_seed']}" if alike["train_seed"].nunique() == runs else f"{text} ({first['run']})"
+    )
 
 
 def look(method: str, bits: str, methods: list[str]) -> dict[str, Any]:
