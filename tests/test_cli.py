@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from fpq_analysis import records
 from fpq_analysis.cli import app
+from fpq_analysis.cli.measuring import shorten_runs
 from fpq_analysis.probes import HessianTrace
 from tests.test_files import Canary
 
@@ -268,3 +270,16 @@ def test_a_tolerance_draws_as_few_images_as_it_takes(runs, tmp_path):
         assert row["n_data"] < 1442
         assert row["sem"] <= 0.1 * row["value"]
         assert row["sem"] <= row["sem_data"]
+
+
+def test_long_names_of_runs_lose_what_they_share(capsys):
+    names = ["resnet20-imagefolder-lsq-w4a4-s0", "resnet20-imagefolder-lsq-w2a4-s0", "resnet20-imagefolder-fp-s0"]
+    frame = pd.DataFrame({"run": names, "value": range(3)})
+    assert list(shorten_runs(frame)["run"]) == ["lsq-w4a4-s0", "lsq-w2a4-s0", "fp-s0"]
+    assert "resnet20-imagefolder-, which is left out" in capsys.readouterr().err
+    for same in (
+        frame[:1],
+        frame.assign(run=["fp", "lsq-w4a4", "lsq-w2a4"]),
+        frame.assign(run=["a" * 20, "b" * 20, "c"]),
+    ):
+        assert list(shorten_runs(same)["run"]) == list(same["run"])

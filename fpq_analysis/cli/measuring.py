@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fpq_analysis.probes import Probe
 
 
+LONGEST_NAME = 16  # of a run, that leaves a table of 80 columns room for its numbers
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options that all measuring commands share, see `app.py`."""
@@ -79,7 +82,7 @@ def measure_and_show(
         print_json(pd.concat(frames.values(), ignore_index=True))
     else:
         for name, frame in frames.items():
-            show[name](frame)
+            show[name](shorten_runs(frame))
     for name, frame in frames.items():
         draw(name, frame, settings.figures)
     for fault in dict.fromkeys(map(str, faults.values())):  # once, where it is the same for all
@@ -101,6 +104,19 @@ def draw(probe: str, frame: pd.DataFrame, folder: Path) -> None:
         if drawing.probe == probe:
             with contextlib.suppress(ValueError):
                 say(f"{drawing.title}: " + ", ".join(map(str, drawing.write(frame, folder))))
+
+
+def shorten_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same with run names without the beginning that all share, where they would be too long for a table."""
+    names = [str(name) for name in frame["run"].unique()]
+    if len(names) < 2 or max(map(len, names)) <= LONGEST_NAME:
+        return frame
+    first, last = min(names), max(names)  # what these two share, all share
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared = first[: max(first.rfind("-", 0, length), first.rfind("/", 0, length)) + 1]
+    if shared:
+        say(f"All runs begin with {shared}, which is left out below.")
+    return frame.assign(run=[str(run).removeprefix(shared) for run in frame["run"]])
 
 
 def some_epochs(frame: pd.DataFrame) -> pd.DataFrame:
