@@ -1,4 +1,4 @@
-"""Seconds that every probe takes on one checkpoint, at its default settings.
+"""Seconds that every probe, or some, takes on one checkpoint, at its default settings.
 
     python benchmarks/probes.py --ckpt RUN/epoch_0004.pt --n-data 512
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint file of a quantized run, not its first")
     parser.add_argument("--data-root", help="folder of the data, if not that of the training run")
     parser.add_argument("--n-data", type=int, default=512, help="images (512)")
+    parser.add_argument("--probes", nargs="+", choices=list(PROBES), default=list(PROBES), help="all, unless named")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (cpu)")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
@@ -59,9 +60,9 @@ def main() -> None:
     one = gradient()
     print(f"one gradient over {args.n_data} images: {one:.2f} s\n\n{'probe':<18}{'seconds':>9}{'gradients':>11}")
     seconds = {}
-    for name, probe in PROBES.items():
+    for name in args.probes:
         start = time.perf_counter()
-        probe()(Point(model, images, teacher=float_model, previous=previous))
+        PROBES[name]()(Point(model, images, teacher=float_model, previous=previous))
         seconds[name] = time.perf_counter() - start
         print(f"{name:<18}{seconds[name]:>9.1f}{seconds[name] / one:>11.1f}", flush=True)
     print(f"{'all':<18}{sum(seconds.values()):>9.1f}{sum(seconds.values()) / one:>11.1f}\n")
