@@ -66,24 +66,21 @@ def draw_figures(
         raise UserError(f"No folder '{root}'. Give a run, or a folder of runs; 'fpq-analyze train' makes one.")
     where = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
     drawn = []
+    frames: dict[tuple[str, bool], pd.DataFrame] = {}  # several figures may be of one measurement
     for name, drawing in FIGURES.items():
         if everything and name not in PAPER and records.load(root, drawing.probe).empty:
             continue
         if everything or name in names:
-            row = _draw(drawing, ckpt_dir, Path(out), where if measure else None, on_fault)
+            what = drawing.probe, drawing.last
+            if what not in frames:
+                frames[what] = _measured(drawing, ckpt_dir, where if measure else None, on_fault)
+            row = _draw(drawing, frames[what], Path(out))
             log(f"{drawing.title}: {row['path'] or row['note']}")
             drawn.append({"figure": name, "title": drawing.title, **row})
     return pd.DataFrame(drawn, columns=["figure", "title", "path", "note"])
 
 
-def _draw(
-    drawing: Drawing,
-    ckpt_dir: str | os.PathLike[str],
-    out: Path,
-    where: dict[str, Any] | None,
-    on_fault: Fault | None,
-) -> dict[str, Any]:
-    frame = _measured(drawing, ckpt_dir, where, on_fault)
+def _draw(drawing: Drawing, frame: pd.DataFrame, out: Path) -> dict[str, Any]:
     if frame.empty:
         return {"path": None, "note": f"not measured yet; 'fpq-analyze {drawing.command}' does"}
     try:
