@@ -28,7 +28,6 @@ from fpq_analysis.landscapes.study import FLUSH
 from fpq_analysis.landscapes.survey import DEVICE_BATCH, Survey
 from fpq_analysis.models import build_model
 from fpq_analysis.probes.subject import prepare
-from fpq_analysis.quantizers import fused_quantizers
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
 
     @torch.no_grad()
     def plain() -> None:
-        with fused_quantizers(subject.view), full_precision():
+        with full_precision():
             for _ in range(n_points):
                 for inputs, _ in subject.data:
                     subject.view(inputs)

@@ -23,7 +23,7 @@ from fpq_analysis.checkpoint import checkpoints, find_teacher, read_checkpoint
 from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.probes import PROBES, Point
-from fpq_analysis.quantizers import variables
+from fpq_analysis.probes.subject import prepare
 
 
 def main() -> None:
@@ -50,10 +50,12 @@ def main() -> None:
         load(path).to(device, memory_format=torch.channels_last) for path in (args.ckpt, before[-1], teacher)
     )
 
+    subject = prepare(model, images)
+
     def gradient() -> float:
         start = time.perf_counter()
-        for x, y in zip(images[0].split(32), images[1].split(32), strict=True):
-            torch.autograd.grad(F.cross_entropy(model(x), y), list(variables(model).values()))
+        for x, y in subject.data:
+            torch.autograd.grad(F.cross_entropy(subject.view(x), y), list(subject.parameters.values()))
         return time.perf_counter() - start
 
     gradient()

@@ -60,7 +60,7 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.models import build_model
-from fpq_analysis.quantizers import fused_quantizers, variables
+from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view
 
 TARGET = 0.01
@@ -121,11 +121,7 @@ class Problem:
 
     def view(self, layout: torch.memory_format = torch.channels_last) -> nn.Module:
         """A copy in which only the variables of the Hessian want gradients."""
-        model = take_view(self.model, "dequantized").to(memory_format=layout)
-        wanted = {id(p) for p in variables(model).values()}
-        for p in model.parameters():
-            p.requires_grad_(id(p) in wanted)
-        return model
+        return take_view(self.model, "dequantized").to(memory_format=layout)
 
     def batches(self, form: str, layout: torch.memory_format = torch.channels_last) -> list[Batch]:
         """The images in micro-batches, or as one batch."""
@@ -205,17 +201,15 @@ def measure_cost(problem: Problem, rounds: int) -> Cost:
     micro, whole = problem.batches(MICRO), problem.batches(WHOLE)
 
     def gradient(batches: list[Batch]) -> None:
-        with fused_quantizers(model):
-            for x, y in batches:
-                torch.autograd.grad(F.cross_entropy(model(x), y), list(names.values()), allow_unused=True)
+        for x, y in batches:
+            torch.autograd.grad(F.cross_entropy(model(x), y), list(names.values()), allow_unused=True)
 
     def fixed() -> None:
         copied = problem.view()
         certify(copied, micro, variables(copied))
 
     def label() -> None:
-        with fused_quantizers(model):
-            list(per_sample_traces(model, micro, names, n_labels=1, generator=generator))
+        list(per_sample_traces(model, micro, names, n_labels=1, generator=generator))
 
     tasks: dict[str, Task] = {
         MICRO: lambda: gradient(micro),

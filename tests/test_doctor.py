@@ -250,6 +250,14 @@ def test_functions_that_are_right(function):
     assert f"'{function.__name__}' in '1' (Apply)" in frame.loc["Functions", "finding"]
 
 
+def test_a_function_on_the_inputs_too():
+    """Its first call there has nothing to differentiate."""
+    model = nn.Sequential(Apply(Square), *around(Apply(Square))).eval()
+    assert "could not be checked" not in findings(model).loc["Functions", "finding"]
+    model = nn.Sequential(Apply(Forgetful), *around(Apply(Forgetful))).eval()
+    assert findings(model).loc["Functions", "status"] == "fault"
+
+
 def test_in_place_activation():
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 10)

@@ -16,6 +16,7 @@ from fpq_analysis.quantizers import (
     LSQ,
     clipped_fraction,
     fused_quantizers,
+    quantizer_parameters,
     quantizers,
     variables,
     view,
@@ -75,10 +76,23 @@ def test_fused_form_equals_the_plain_one_in_float32(memory_format):
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-4)
 
 
-def test_fused_form_refuses_a_second_derivative():
+def test_fused_form_has_the_second_derivative_of_the_plain_one():
+    """In the values, with values on the bounds of the range and outside of it."""
+    x = torch.linspace(-1, 2, 61, dtype=torch.float64).requires_grad_()
+    s, zero = torch.tensor(0.1, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    results = []
+    for function in (FusedFakeQuantize.apply, fake_quantize):
+        (first,) = torch.autograd.grad(function(x * x, s, zero, 15).pow(3).sum(), x, create_graph=True)
+        results.append((first, *torch.autograd.grad(first.sum(), x)))
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-14, atol=0)
+        assert 0 < int((plain != 0).sum()) < len(x)
+
+
+def test_fused_form_refuses_a_second_derivative_in_the_step_size():
     """torch's `once_differentiable` let this pass, with a second derivative of zero."""
     x = torch.randn(3, requires_grad=True)
-    out = FusedFakeQuantize.apply(x * x, torch.tensor(0.1), torch.tensor(2.0), 15)
+    out = FusedFakeQuantize.apply(x * x, torch.tensor(0.1, requires_grad=True), torch.tensor(2.0), 15)
     with pytest.raises(RuntimeError, match="once only"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
@@ -182,6 +196,9 @@ def test_views_share_nothing_with_the_model():
     assert torch.equal(plain(x), before)
     assert torch.equal(latent(x), before)
     assert torch.equal(bare[3].weight, model[3].parametrizations.weight.original)
+    # Step sizes are held, which lets quantizers take their fast form.
+    assert not any(p.requires_grad for copy in (plain, latent, bare) for p in quantizer_parameters(copy))
+    assert all(p.requires_grad for p in quantizer_parameters(model))
     assert set(variables(plain)) == set(variables(latent)) == set(variables(bare)) == set(variables(tiny()))
     with torch.no_grad():
         for copy in (plain, latent, bare):

@@ -78,7 +78,7 @@ def check_functions(patient: Patient) -> list[Verdict]:
 
 
 def _arguments(function: Any, run: Callable[[], Tensor]) -> tuple[Any, ...]:
-    """What the Function is first called with."""
+    """What the Function is first called with that wants a derivative: a network's input does not."""
     original = function.forward
     ctx = 1 if function.setup_context is torch.autograd.Function.setup_context else 0
     seen: list[tuple[Any, ...]] = []
@@ -90,7 +90,7 @@ def _arguments(function: Any, run: Callable[[], Tensor]) -> tuple[Any, ...]:
     # `forward` is looked up on the class at each call, whoever kept a reference to `apply`.
     with mock.patch.object(function, "forward", staticmethod(record)):
         run()
-    return seen[0]
+    return next(args for args in seen if any(isinstance(a, Tensor) and a.requires_grad for a in args))
 
 
 def _check(function: Any, arguments: tuple[Any, ...], random: Callable[[Tensor], Tensor]) -> tuple[str, str]:

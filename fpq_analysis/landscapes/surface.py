@@ -19,7 +19,6 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.landscapes.directions import Move
 from fpq_analysis.landscapes.opened import Opened
 from fpq_analysis.probes.subject import Subject
-from fpq_analysis.quantizers import fused_quantizers
 
 # Tensors in one piece of memory begin at multiples of so many scalars, as they would if they were alone.
 ALIGNMENT = 64
@@ -79,7 +78,7 @@ class Surface:
         for quantizer, name, weight in self.network.rounded:
             weight.copy_(quantizer(self.network.variables[name]))
         view = self.network.view
-        with fused_quantizers(view), full_precision():
+        with full_precision():
             if self.norms:
                 self._re_estimate()
             return torch.cat(list(each(self.batches, lambda batch: self._samples(view(batch[0]), batch[1]))))

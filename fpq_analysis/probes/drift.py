@@ -36,7 +36,6 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.features import by_channel, wide
 from fpq_analysis.probes.point import Point, Rows, stored
-from fpq_analysis.quantizers import fused_quantizers
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import CONVOLUTIONS
 
@@ -115,7 +114,7 @@ def feature_drift(
     n_blocks = min(BLOCKS, n)
     block = torch.empty(n, dtype=torch.long).index_copy_(0, order, torch.arange(n) % n_blocks)
 
-    with torch.no_grad(), full_precision(), fused_quantizers(pair.student):
+    with torch.no_grad(), full_precision():
         first = pair(data[0][:1])
         width = sum(s.shape[1] for s, _ in first.values())
         n_kept = min(n, max(1, KEPT_VALUES // width))

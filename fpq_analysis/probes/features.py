@@ -31,7 +31,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
-from fpq_analysis.quantizers import Quantizer, fused_quantizers
+from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, QUANTIZABLE
 
@@ -121,7 +121,7 @@ def feature_statistics(
         return site.values(view, batch[0]), batch[1]
 
     numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split([len(x) for x in data]), strict=True))
-    with torch.no_grad(), full_precision(), fused_quantizers(view):
+    with torch.no_grad(), full_precision():
         n_kept = min(n, max(1, KEPT_VALUES // site.values(view, data[0][:1]).numel()))
         kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:n_kept], True)
         for values, numbers in each(numbered, work):

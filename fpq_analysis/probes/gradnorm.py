@@ -37,7 +37,7 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
-from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition, fused_quantizers
+from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition
 
 N_DRAWS = 4
 BATCH_SIZE = 256  # of the paper's training
@@ -193,8 +193,11 @@ class _InFeatures(FeatureNoise):
     def add(self, x: Tensor, quantizer: Quantizer) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         size = x.numel() // len(self.generators)
-        uniform = torch.stack([torch.rand(size, generator=g) for g in self.generators]).view(x.shape) - 0.5
-        return x + uniform.to(x) * (self.size * quantizer.step_size.detach())
+        uniform = torch.empty(len(self.generators), size)
+        for row, generator in zip(uniform, self.generators, strict=True):
+            torch.rand(size, generator=generator, out=row)
+        noise = uniform.view(x.shape).sub_(0.5).to(x)
+        return x + noise.mul_(self.size * quantizer.step_size.detach())
 
 
 class _Offset(nn.Module):
@@ -338,7 +341,7 @@ class _Gradient:
                 if g is not None:
                     total += g
 
-        with fused_quantizers(subject.view), full_precision(), torch.enable_grad():
+        with full_precision(), torch.enable_grad():
             for _ in each(minibatch, add):
                 pass
         return sums

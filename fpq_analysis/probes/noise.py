@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, ROOT, exact_or_sampled, half_interval
-from fpq_analysis.quantizers import FeatureNoise, Quantizer, fused_quantizers, quantizers
+from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 OWN = 1.0  # the size of FPQ's noise; layers alone are measured at it
@@ -310,7 +310,7 @@ class _Measurement:
         clean = _Clean(view, self.sites, x)
         noise = [self._noise(clean, places, k, x) for k in range(self.n_draws)]
         found = self._derivatives(clean, x, y, places, noise)
-        with torch.no_grad(), fused_quantizers(view):
+        with torch.no_grad():
             found |= self._losses("real", x, y, noise)
             with clean.held():
                 found |= self._losses("surrogate", x, y, noise)
@@ -349,11 +349,10 @@ class _Measurement:
         self, clean: _Clean, x: Tensor, y: Tensor, places: Tensor, noise: list[Features]
     ) -> dict[str, Tensor]:
         """`traces`; and where they are exact, `seconds` and `linear`."""
-        view, by_sample = self.subject.view, self.method != "hutchinson"
         deltas = {name: torch.zeros_like(move).requires_grad_() for name, move in noise[0].items()}
-        with torch.enable_grad(), _added(self.sites, deltas), fused_quantizers(view) if by_sample else nullcontext():
-            outputs = view(x)
-        if not by_sample:
+        with torch.enable_grad(), _added(self.sites, deltas):
+            outputs = self.subject.view(x)
+        if self.method == "hutchinson":
             return {"traces": self._hutchinson(clean, outputs, y, places, deltas)}
         z = outputs.detach()
         if self.method == "exact":
@@ -417,7 +416,10 @@ class _Measurement:
 
 def _streams(seeds: Tensor, n: int) -> Tensor:
     """(B, n) float32 in [0, 1), each row by its own seed."""
-    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()])
+    uniform = torch.empty(len(seeds), n)
+    for row, seed in zip(uniform, seeds.tolist(), strict=True):
+        torch.rand(n, generator=torch.Generator().manual_seed(seed), out=row)
+    return uniform
 
 
 def _squared(g: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ from fpq_analysis.linalg import Lanczos, deflated_hutchinson
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, exact_or_sampled
-from fpq_analysis.quantizers import Quantizer, check_definition, fused_quantizers, quantizers
+from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
 
 RHO = 0.05  # usual for CIFAR-10
 RHO_ADAPTIVE = 0.5  # ten times as much, as is usual
@@ -201,7 +201,7 @@ class _Losses:
                 if part is not None:
                     total += part
 
-        with fused_quantizers(subject.view), full_precision(), torch.enable_grad():
+        with full_precision(), torch.enable_grad():
             for _ in each(self.batches, add):
                 pass
         return sums
@@ -209,7 +209,7 @@ class _Losses:
     @torch.no_grad()
     def _at(self, values: Weights) -> Tensor:
         view = self.subject.view
-        with fused_quantizers(view), full_precision():
+        with full_precision():
             parts = each(
                 self.batches,
                 lambda batch: self.subject.sample_losses(functional_call(view, values, (batch[0],)), batch[1]),
@@ -267,12 +267,9 @@ def _by_sample(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Ro
     unchecked = certify(subject.view, subject.data, subject.parameters)
     generator = torch.Generator().manual_seed(seed)
     passes = n_labels or exact_passes(subject.view, subject.data[0][0])
-    with fused_quantizers(subject.view):
-        parts = per_sample_traces(
-            subject.view, subject.data, subject.parameters, n_labels=n_labels, generator=generator
-        )
-        scaled = ({name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts)
-        found = collected(scaled, passes)
+    parts = per_sample_traces(subject.view, subject.data, subject.parameters, n_labels=n_labels, generator=generator)
+    scaled = ({name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts)
+    found = collected(scaled, passes)
     for layer in unchecked:
         if found.value(layer) != 0:
             raise NotExactError(f"'{layer}' had no effect on the images the certificate tried, but has on others")

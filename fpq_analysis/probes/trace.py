@@ -32,7 +32,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
-from fpq_analysis.quantizers import check_definition, clipped_fraction, fused_quantizers, latent_derivatives
+from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives
 
 BY_SAMPLE = ("exact", "sampled")
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
@@ -233,14 +233,13 @@ def _by_sample(
         derivatives = {name: d.to(where) for name, d in latent_derivatives(model).items()}
     named = subject.parameters
     unchecked = certify(subject.view, subject.data, named)
-    with fused_quantizers(subject.view):
-        if method == "exact":
-            traces = exact_traces(subject.view, subject.data, named, derivatives)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            traces = sampled_traces(
-                subject.view, subject.data, named, derivatives, generator=generator, n_labels=n_labels, tol=tol
-            )
+    if method == "exact":
+        traces = exact_traces(subject.view, subject.data, named, derivatives)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        traces = sampled_traces(
+            subject.view, subject.data, named, derivatives, generator=generator, n_labels=n_labels, tol=tol
+        )
     for layer in unchecked:
         if traces.value(layer) != 0:
             raise NotExactError(f"'{layer}' had no effect on the images the certificate tried, but has on others")

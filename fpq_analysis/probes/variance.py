@@ -31,7 +31,7 @@ from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import check_finite
 from fpq_analysis.probes.trace import half_interval
-from fpq_analysis.quantizers import fused_quantizers, view
+from fpq_analysis.quantizers import view
 
 SDS = (0.05, 0.1, 0.2, 0.5)
 N_DRAWS = 8
@@ -115,7 +115,7 @@ def _measure(
     # A seed an image, so that its noise depends on nothing but that.
     seeds = torch.randint(2**31, (sum(map(len, images)),), generator=torch.Generator().manual_seed(seed))
     work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split([len(x) for x in images]), strict=True))
-    with torch.no_grad(), fused_quantizers(net), full_precision():
+    with torch.no_grad(), full_precision():
         parts = list(each(work, lambda batch: _of_images(net, batch[0], batch[1], settings)))
     found = torch.cat(parts, 2)  # (sds and quantities, value and error, images)
     names = [(quantity, sd) for sd in settings.sds for quantity in QUANTITIES]

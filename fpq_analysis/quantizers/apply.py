@@ -110,7 +110,7 @@ def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def fused_quantizers(model: nn.Module) -> Iterator[None]:
-    """Inside, activations are quantized in the fast form that can be differentiated once only."""
+    """Inside, activations are quantized in the fast form, which can be differentiated in the step size once only."""
     inputs = [q for _, q, is_weight in quantizers(model) if not is_weight]
     try:
         for quantizer in inputs:

@@ -20,7 +20,8 @@ class Quantizer(nn.Module):
         elementwise: each output depends on the input at the same place only (what the latent Hessian's mask needs).
         levels: number of steps of the grid, 2^bits - 1.
         step_size, zero_point: s and z, of shape () or (rows, 1, ..., 1).
-        fused: use the once-differentiable fast form, where there is one (set by the trainer).
+        fused: use the fast form, where there is one, although it can be differentiated in the step size but once (set
+            by the trainer).  Where the step size is not differentiated, the fast form is used anyway.
         observing: None, or the calibration to run on the next input.
     """
 

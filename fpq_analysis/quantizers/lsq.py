@@ -30,7 +30,7 @@ class LSQ(Quantizer):
         s: Tensor = self.step_size
         if self.training:
             s = scale_gradient(s, self.gradient_scale(x))
-        if self.fused and s.ndim == 0:
+        if s.ndim == 0 and (self.fused or not (s.requires_grad and torch.is_grad_enabled())):
             return FusedFakeQuantize.apply(x, s, self.zero_point, self.levels)
         return fake_quantize(x, s, self.zero_point, self.levels)
 

@@ -9,6 +9,8 @@ of a surrogate.  Each definition is a copy of the model in which ordinary curvat
   of weights in range.  A method that clips more looks flatter; always read it with the clipped fraction.
 - `float`: the trained w with every quantizer taken off.
 
+Step sizes are among the variables of none, and held.
+
 For a model without quantizers the three are the same.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, latent_weight, quantizers
+from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, latent_weight, quantizer_parameters, quantizers
 
 DEFINITIONS = ("dequantized", "latent", "float")
 
@@ -34,6 +36,8 @@ def view(model: nn.Module, definition: str) -> nn.Module:
     """
     check_definition(definition)
     model = copy.deepcopy(model).eval()
+    for parameter in quantizer_parameters(model):
+        parameter.requires_grad_(False)
     if definition == "latent":
         return model
     layers = dict(model.named_modules())
