@@ -18,7 +18,8 @@ from fpq_analysis import QuantSpec, UserError, calibrate, noise_response, quanti
 from fpq_analysis.cli import app
 from fpq_analysis.plots import noise_caption, noise_figure
 from fpq_analysis.plots.noise import fraction
-from fpq_analysis.probes.noise import SIZES, _added, _Clean, _mean, _relative, _sites, _verdicts, controlled
+from fpq_analysis.probes.noise import SIZES, _mean, _relative, _verdicts, controlled
+from fpq_analysis.probes.noise_passes import _added, _Clean, _sites
 from fpq_analysis.quantizers import SCHEMES, FeatureNoise, view
 from tests.nets import Residual, tiny
 from tests.test_records_and_plots import row

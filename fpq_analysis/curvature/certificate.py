@@ -17,6 +17,7 @@ word, as in all of autograd (straight-through estimators are such functions, on 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -153,21 +154,89 @@ def _check_second_derivatives(
     finally:
         for handle in handles:
             handle.remove()
+    return _without_effect(logits, shift, owner, list(layers), "parameters", generator)
+
+
+def certify_features(
+    model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module], generator: torch.Generator
+) -> None:
+    """Return if the logits are piecewise linear in the input of every layer; raise otherwise.
+
+    As `certify` finds it out: images do not mix, so one double backward in a scalar for each does all.
+
+    Args:
+        model: in eval mode, and whose outputs for one image do not depend on the others.
+        batches: (inputs, targets) on the model's device; some images spread over them are used.
+        layers: by name; what is tried is their first argument.
+        generator: of the directions, on the CPU.
+
+    Raises:
+        NotExactError: with the layer, and how curved it is, or that it had no effect on any image tried.
+    """
+    left = list(layers)
+    try:
+        for turn in range(TURNS):
+            x = spread(batches, -(-FEWEST // len(left)) * len(left), turn)
+            with full_precision(), torch.enable_grad():
+                idle = _check_features(model, x, {name: layers[name] for name in left}, generator)
+            left = [name for name in left if name in idle]
+            if not left:
+                return
+    except RuntimeError as error:
+        raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error
+    raise NotExactError(f"'{left[0]}' had no effect on the images tried, so nothing is known of it")
+
+
+def _check_features(model: nn.Module, x: Tensor, layers: dict[str, nn.Module], generator: torch.Generator) -> set[str]:
+    """Layers take turns with the images of `x`; returns the names of those without effect on theirs."""
+    owner = torch.arange(len(x), device=x.device) % len(layers)
+    shift = torch.zeros(len(x), dtype=x.dtype, device=x.device, requires_grad=True)
+
+    def mover(index: int) -> Any:
+        def move(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            at = args[0]
+            along = torch.randn(at.shape[1:], generator=generator).to(at)
+            # As long as a feature itself, so that a change is relative to the size of its effect.
+            along *= at.detach().norm() / (along.norm() * math.sqrt(len(at)))
+            return (at + (shift * (owner == index)).view(-1, *[1] * (at.ndim - 1)) * along, *args[1:])
+
+        return move
+
+    handles = [layer.register_forward_pre_hook(mover(i)) for i, layer in enumerate(layers.values())]
+    try:
+        logits = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise NotExactError("the model's output is not one row of two or more logits for each input")
+    return _without_effect(logits, shift, owner, list(layers), "input", generator)
+
+
+def _without_effect(
+    logits: Tensor, shift: Tensor, owner: Tensor, names: list[str], where: str, generator: torch.Generator
+) -> set[str]:
+    """Which layers' scalars do not move their images' logits; raises for those that do so along a curve.
+
+    Args:
+        shift: (N,) the images' scalars, at zero.
+        owner: (N,) which of the named layers each moves.
+        where: what of the layer it moves.
+    """
     r = torch.randn(logits.shape, generator=generator).to(logits)
     (first,) = torch.autograd.grad((logits * r).sum(), shift, create_graph=True)
     second = torch.zeros_like(first)
     if first.requires_grad:
-        (found,) = torch.autograd.grad(first.sum(), shift, allow_unused=True)
-        second = second if found is None else found
+        (second,) = torch.autograd.grad(first.sum(), shift, materialize_grads=True)
     tolerance = 100 * torch.finfo(first.dtype).eps
-    unchecked = set()
-    for index, name in enumerate(layers):
+    idle = set()
+    for index, name in enumerate(names):
         slope, bend = (float(d.detach()[owner == index].abs().max()) for d in (first, second))
         if not bend <= tolerance * slope:
-            raise NotExactError(f"the outputs are curved in the parameters of '{name}' ({bend:.1e} beside {slope:.1e})")
+            raise NotExactError(f"the outputs are curved in the {where} of '{name}' ({bend:.1e} beside {slope:.1e})")
         if slope == 0:
-            unchecked.add(name)
-    return unchecked
+            idle.add(name)
+    return idle
 
 
 class _Bare(nn.Module):

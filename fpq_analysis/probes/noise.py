@@ -31,8 +31,7 @@ where the theory holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,32 +39,21 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.curvature import NotExactError
-from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.certificate import FEWEST, TURNS, spread
-from fpq_analysis.curvature.exact import cross_entropy_factor, exact_passes, label_uniforms, sampled_factor
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg.estimate import degrees_of_freedom
+from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import N_LABELS, ROOT, exact_or_sampled, half_interval
-from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
+from fpq_analysis.probes.trace import ROOT, half_interval
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-OWN = 1.0  # the size of FPQ's noise; layers alone are measured at it
 # Most of the increase is that of a few images.  From two draws of each (ResNet-20 on digits, 512 images) the error of
 # the whole came out between half of what it was and twice as much; from eight, within a factor of one and a half.
 N_DRAWS = 8
-ALONE = 2  # of these draws, for noise in one layer
-N_PROBES = 32
 WITHIN = 0.1
 UNIFORM = 1 / 24  # half the variance of U[-1/2, 1/2]
-KINDS = ("surrogate", "real")
-
-# By layer, a tensor (B, *features) at its input.
-Features = dict[str, Tensor]
 
 
 def noise_response(
@@ -151,365 +139,12 @@ class NoiseResponse:
         return _measure(prepare(point.model, point.batches, loss=point.loss), self, point.seed)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What all samples gave; L layers, S sizes, K draws, N samples, float64 on the CPU.
-
-    Attributes:
-        layers: names; steps: their s_l.
-        traces: (draws, L, N) estimates of Tr(H_l) of each sample's loss; one draw if exact.
-        seconds: (K, L + 1, N) each draw's second-order term at size 1, by noise in one layer and, last, in all; None
-            if the traces are not exact.
-        linear: (S, K, N) even parts of the change of loss at z + J d, or None.
-        joint: by kind, (2, S, K, N) even and odd parts, noise in all layers.
-        alone: by kind, (L, ALONE, N) even parts at size 1, noise in one layer.
-    """
-
-    layers: list[str]
-    steps: Tensor
-    traces: Tensor
-    seconds: Tensor | None
-    linear: Tensor | None
-    joint: dict[str, Tensor]
-    alone: dict[str, Tensor]
-
-
 def _measure(subject: Subject, settings: NoiseResponse, seed: int) -> Rows:
     sizes = sorted({*settings.sizes, OWN})
-    sites = _sites(subject.view)
-    subject.view.requires_grad_(False)  # a copy of our own; backward passes then reach features only
-    method, passes = _choose(subject, sites)
-    work = _Measurement(subject, sites, sizes, method, settings.n_draws, seed)
-    found = work.run()
+    found = respond(subject, sizes, settings.n_draws, seed)
     check_finite(float(found.joint["real"].sum()), "loss")
     check_finite(float(found.traces.sum()), "trace")
-    return _rows(found, sizes, method, passes)
-
-
-def _sites(view: nn.Module) -> dict[str, tuple[nn.Module, Quantizer]]:
-    """The convolutions that get noise, with their inputs' quantizers, by name."""
-    names = {module: name for name, module in view.named_modules()}
-    places = FeatureNoise(view, torch.Generator()).sites
-    if not places:
-        raise UserError(
-            "No convolution of the model has a quantized input, and noise is measured in its steps. Quantize the "
-            "inputs: quantize(model, QuantSpec.parse('W4A4'))."
-        )
-    return {names[layer]: (layer, quantizer) for layer, quantizer in places}
-
-
-# --- The network with noise ---
-
-
-@contextmanager
-def _added(sites: dict[str, tuple[nn.Module, Quantizer]], moves: Features, size: float = 1.0) -> Iterator[None]:
-    """Inside, size times the move is added to what these layers' quantizers give."""
-
-    def adder(move: Tensor) -> Any:
-        return lambda layer, args: (args[0] + size * move, *args[1:])
-
-    handles = [sites[name][0].register_forward_pre_hook(adder(move)) for name, move in moves.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Clean:
-    """What is needed to know of the pass without noise: shapes of the features, and each quantizer's straight line.
-
-    The straight-through derivative q'(x0) is one in range and zero where clipped, so q(x0) + q'(x0) (x - x0) keeps
-    the rounding residue in range, and the clipped value outside.
-    """
-
-    def __init__(self, view: nn.Module, sites: dict[str, tuple[nn.Module, Quantizer]], x: Tensor) -> None:
-        self.inputs = [quantizer for _, quantizer, is_weight in quantizers(view) if not is_weight]
-        self.shapes: dict[str, torch.Size] = {}
-        self.lines: dict[Quantizer, tuple[Tensor, Tensor]] = {}
-        names = {layer: name for name, (layer, _) in sites.items()}
-
-        def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if names[layer] in self.shapes:
-                raise UserError(
-                    f"The layer '{names[layer]}' runs more than once in a forward pass, and noise is measured for "
-                    "layers that run once. Give each call a layer of its own."
-                )
-            self.shapes[names[layer]] = args[0].shape[1:]
-
-        def fit(quantizer: Quantizer, args: tuple[Any, ...], output: Tensor) -> None:
-            before = args[0].detach().requires_grad_()
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(quantizer.forward(before).sum(), before)
-            self.lines[quantizer] = slope, output - slope * before.detach()
-
-        handles = [layer.register_forward_pre_hook(look) for layer in names]
-        handles += [quantizer.register_forward_hook(fit) for quantizer in self.inputs]
-        try:
-            with torch.no_grad():
-                self.outputs = view(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, every quantizer of an input is its straight line."""
-
-        def replace(quantizer: Quantizer, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            slope, offset = self.lines[quantizer]
-            return slope * args[0] + offset
-
-        handles = [quantizer.register_forward_hook(replace) for quantizer in self.inputs]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Measurement:
-    """Micro-batch by micro-batch: derivatives in feature space, and losses under noise."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        sites: dict[str, tuple[nn.Module, Quantizer]],
-        sizes: list[float],
-        method: str,
-        n_draws: int,
-        seed: int,
-    ) -> None:
-        self.subject, self.sites, self.sizes, self.method = subject, sites, sizes, method
-        self.n_draws = n_draws
-        generator = torch.Generator().manual_seed(seed)
-        self.seeds = torch.randint(2**31, (subject.n_data, n_draws + N_PROBES), generator=generator)
-        self.labels = label_uniforms(torch.empty(subject.n_data), N_LABELS, generator)
-
-    def run(self) -> _Found:
-        """Measure all samples."""
-        places = torch.arange(self.subject.n_data).split([len(x) for x, _ in self.subject.data])
-        batches = [(x, y, place) for (x, y), place in zip(self.subject.data, places, strict=True)]
-        with full_precision():
-            parts = list(each(batches, self._batch))  # type: ignore[arg-type]
-        joined = {key: torch.cat([part[key] for part in parts], -1) for key in parts[0]}
-        steps = torch.stack([quantizer.step_size.detach().cpu().double() for _, quantizer in self.sites.values()])
-        return _Found(
-            list(self.sites),
-            steps,
-            joined["traces"],
-            joined.get("seconds"),
-            joined.get("linear"),
-            {kind: joined[f"joint {kind}"] for kind in KINDS},
-            {kind: joined[f"alone {kind}"] for kind in KINDS},
-        )
-
-    def _batch(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        x, y, places = batch
-        view = self.subject.view
-        clean = _Clean(view, self.sites, x)
-        noise = [self._noise(clean, places, k, x) for k in range(self.n_draws)]
-        found = self._derivatives(clean, x, y, places, noise)
-        with torch.no_grad():
-            found |= self._losses("real", x, y, noise)
-            with clean.held():
-                found |= self._losses("surrogate", x, y, noise)
-        return found
-
-    def _losses(self, kind: str, x: Tensor, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
-        here = self.subject.sample_losses(self.subject.view(x), y)
-
-        def change(moves: Features, size: float) -> Tensor:
-            """(2, B): even and odd part."""
-            losses = []
-            for signed in (size, -size):
-                with _added(self.sites, moves, signed):
-                    losses.append(self.subject.sample_losses(self.subject.view(x), y))
-            return torch.stack([(losses[0] + losses[1]) / 2 - here, (losses[0] - losses[1]) / 2])
-
-        joint = [torch.stack([change(moves, size) for moves in noise], 1) for size in self.sizes]
-        few = noise[:ALONE]
-        alone = [torch.stack([change({name: moves[name]}, OWN)[0] for moves in few]) for name in self.sites]
-        return {f"joint {kind}": torch.stack(joint, 1), f"alone {kind}": torch.stack(alone)}
-
-    def _noise(self, clean: _Clean, places: Tensor, draw: int, x: Tensor) -> Features:
-        """Noise of size 1 for every site."""
-        steps = {name: quantizer.step_size.detach() for name, (_, quantizer) in self.sites.items()}
-        uniform = self._by_site(clean, places, draw, x)
-        return {name: (u - 0.5) * steps[name] for name, u in uniform.items()}
-
-    def _by_site(self, clean: _Clean, places: Tensor, stream: int, like: Tensor) -> Features:
-        """Uniform numbers in [0, 1) by site, each sample's from its own stream: micro-batches do not matter."""
-        sizes = [math.prod(shape) for shape in clean.shapes.values()]
-        flat = _streams(self.seeds[places, stream], sum(sizes)).to(like).split(sizes, 1)
-        named = {name: part.unflatten(1, clean.shapes[name]) for name, part in zip(clean.shapes, flat, strict=True)}
-        return {name: named.get(name, like.new_zeros(len(places), 1)) for name in self.sites}  # 0: it did not run
-
-    def _derivatives(
-        self, clean: _Clean, x: Tensor, y: Tensor, places: Tensor, noise: list[Features]
-    ) -> dict[str, Tensor]:
-        """`traces`; and where they are exact, `seconds` and `linear`."""
-        deltas = {name: torch.zeros_like(move).requires_grad_() for name, move in noise[0].items()}
-        with torch.enable_grad(), _added(self.sites, deltas):
-            outputs = self.subject.view(x)
-        if self.method == "hutchinson":
-            return {"traces": self._hutchinson(clean, outputs, y, places, deltas)}
-        z = outputs.detach()
-        if self.method == "exact":
-            factor = cross_entropy_factor(z)
-        else:
-            factor = sampled_factor(z, self.labels[places].to(z.device), balanced=True)
-        traces = torch.stack(
-            [torch.stack([_squared(g) for g in self._backward(outputs, deltas, column)]) for column in factor]
-        )
-        if self.method == "sampled":
-            return {"traces": traces}
-        return {"traces": traces.sum(0, keepdim=True), **self._to_first_order(outputs, deltas, y, noise)}
-
-    def _backward(self, outputs: Tensor, deltas: Features, cotangent: Tensor) -> tuple[Tensor, ...]:
-        variables = list(deltas.values())
-        return torch.autograd.grad(outputs, variables, cotangent, retain_graph=True, materialize_grads=True)
-
-    def _to_first_order(self, outputs: Tensor, deltas: Features, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
-        """What the noise does to logits that are linear in it: `seconds` and `linear`, see `_Found`."""
-        slopes = []  # of each logit, (K, L, B): its change by each layer's noise
-        for c in range(outputs.shape[1]):
-            one = torch.zeros_like(outputs)
-            one[:, c] = 1
-            gradients = self._backward(outputs, deltas, one)
-            slopes.append(
-                torch.stack(
-                    [
-                        torch.stack([_dot(*pair) for pair in zip(gradients, moves.values(), strict=True)])
-                        for moves in noise
-                    ]
-                )
-            )
-        moves = torch.stack(slopes, -1)  # (K, L, B, C)
-        joint = moves.sum(1)
-        moves = torch.cat([moves, joint[:, None]], 1)
-        z = outputs.detach().cpu().double()
-        p = z.softmax(1)
-        seconds = ((p * moves.square()).sum(-1) - (p * moves).sum(-1).square()) / 2
-        losses = self.subject.sample_losses
-        linear = [
-            torch.stack([(losses(z + size * move, y) + losses(z - size * move, y)) / 2 for move in joint])
-            for size in self.sizes
-        ]
-        return {"seconds": seconds, "linear": torch.stack(linear) - losses(z, y)}
-
-    def _hutchinson(self, clean: _Clean, outputs: Tensor, y: Tensor, places: Tensor, deltas: Features) -> Tensor:
-        """(N_PROBES, L, B): samples do not mix, so one product gives each of them its own estimate."""
-        variables = list(deltas.values())
-        total = self.subject.loss(outputs, y) * len(y)
-        first = torch.autograd.grad(total, variables, create_graph=True, materialize_grads=True)
-        draws = []
-        for k in range(N_PROBES):
-            signs = [2 * u.round() - 1 for u in self._by_site(clean, places, self.n_draws + k, outputs).values()]
-            slope = torch.stack([(g * v).sum() for g, v in zip(first, signs, strict=True)]).sum()
-            products = [torch.zeros_like(v) for v in signs]
-            if slope.requires_grad:  # otherwise the loss is linear
-                products = list(torch.autograd.grad(slope, variables, retain_graph=True, materialize_grads=True))
-            draws.append(torch.stack([_dot(h, v) for h, v in zip(products, signs, strict=True)]))
-        return torch.stack(draws)
-
-
-def _streams(seeds: Tensor, n: int) -> Tensor:
-    """(B, n) float32 in [0, 1), each row by its own seed."""
-    uniform = torch.empty(len(seeds), n)
-    for row, seed in zip(uniform, seeds.tolist(), strict=True):
-        torch.rand(n, generator=torch.Generator().manual_seed(seed), out=row)
-    return uniform
-
-
-def _squared(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g.flatten(1), dim=1).square().cpu().double()
-
-
-def _dot(g: Tensor, move: Tensor) -> Tensor:
-    return torch.linalg.vecdot(g.flatten(1), move.flatten(1)).cpu().double()
-
-
-# --- Which trace ---
-
-
-def _choose(subject: Subject, sites: dict[str, tuple[nn.Module, Quantizer]]) -> tuple[str, int]:
-    """Method of the traces, and its backward passes or products."""
-    try:
-        if not subject.cross_entropy:
-            raise NotExactError("the loss is not the cross-entropy")
-        check_piecewise_linear(subject.view, subject.data, sites)
-        method, _ = exact_or_sampled(subject, None)
-    except NotExactError:
-        return "hutchinson", N_PROBES
-    if method == "sampled":
-        return method, N_LABELS
-    return method, exact_passes(subject.view, subject.data[0][0])
-
-
-def check_piecewise_linear(
-    view: nn.Module, data: list[Batch], sites: dict[str, tuple[nn.Module, Quantizer]], seed: int = 0
-) -> None:
-    """Return if the logits are piecewise linear in the input of every site; by numbers, not by a list of modules.
-
-    As in `curvature/certificate.py`: on images spread over the data, and along a random direction in one site's input
-    each, the second derivative of a random combination of the logits must vanish.  Images do not mix, so that one
-    double backward in a scalar for each image does all.  A site without effect on its own images gets others.
-
-    Raises:
-        NotExactError: with the layer, and how curved it is, or that it had no effect on any image tried.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    left = list(sites)
-    try:
-        for turn in range(TURNS):
-            x = spread(data, -(-FEWEST // len(left)) * len(left), turn)
-            with full_precision(), torch.enable_grad():
-                left = _without_effect(view, x, {name: sites[name][0] for name in left}, generator)
-            if not left:
-                return
-    except RuntimeError as error:
-        raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error
-    raise NotExactError(f"'{left[0]}' had no effect on the images tried, so nothing is known of it")
-
-
-def _without_effect(view: nn.Module, x: Tensor, layers: dict[str, nn.Module], generator: torch.Generator) -> list[str]:
-    """Layers take turns with the images of `x`; returns those without effect on theirs, raises for curved ones."""
-    owner = torch.arange(len(x), device=x.device) % len(layers)
-    shift = torch.zeros(len(x), dtype=x.dtype, device=x.device, requires_grad=True)
-
-    def mover(index: int) -> Any:
-        def move(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            at = args[0]
-            along = torch.randn(at.shape[1:], generator=generator).to(at)
-            # As long as a feature itself, so that a change is relative to the size of its effect.
-            along *= at.detach().norm() / (along.norm() * math.sqrt(len(at)))
-            return (at + (shift * (owner == index)).view(-1, *[1] * (at.ndim - 1)) * along, *args[1:])
-
-        return move
-
-    handles = [layer.register_forward_pre_hook(mover(i)) for i, layer in enumerate(layers.values())]
-    try:
-        outputs = view(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if outputs.ndim != 2 or outputs.shape[1] < 2:
-        raise NotExactError("the model's output is not one row of two or more logits for each input")
-    r = torch.randn(outputs.shape, generator=generator).to(outputs)
-    (first,) = torch.autograd.grad((outputs * r).sum(), shift, create_graph=True)
-    second = torch.zeros_like(first)
-    if first.requires_grad:
-        (second,) = torch.autograd.grad(first.sum(), shift, materialize_grads=True)
-    tolerance = 100 * torch.finfo(first.dtype).eps
-    idle = []
-    for index, name in enumerate(layers):
-        slope, bend = (float(d.detach()[owner == index].abs().max()) for d in (first, second))
-        if not bend <= tolerance * slope:
-            raise NotExactError(f"the outputs are curved in the input of '{name}' ({bend:.1e} beside {slope:.1e})")
-        if slope == 0:
-            idle.append(name)
-    return idle
+    return _rows(found, sizes)
 
 
 # --- From draws to rows ---
@@ -555,7 +190,8 @@ def _relative(y: Tensor, predicted: Tensor) -> Tensor:
     return ratio + (y - ratio * expected) / expected.mean()
 
 
-def _rows(found: _Found, sizes: list[float], method: str, passes: int) -> Rows:
+def _rows(found: Found, sizes: list[float]) -> Rows:
+    method = found.method
     n = found.traces.shape[-1]
     own = sizes.index(OWN)
     weights = found.steps.square() * UNIFORM
@@ -571,7 +207,7 @@ def _rows(found: _Found, sizes: list[float], method: str, passes: int) -> Rows:
     alone = {kind: [steady(y, i, OWN) for i, y in enumerate(found.alone[kind])] for kind in KINDS}
 
     def row(layer: str, quantity: str, draws: Tensor, how: str = "antithetic pairs", **more: Any) -> dict[str, Any]:
-        products = 0 if how == "antithetic pairs" else passes
+        products = 0 if how == "antithetic pairs" else found.n_products
         return {"layer": layer, "quantity": quantity, "estimator": how, "n_products": products, **_mean(draws), **more}
 
     def ratio(kind: str, size: float, draws: Tensor) -> dict[str, Any]:
