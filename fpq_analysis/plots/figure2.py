@@ -111,12 +111,15 @@ def caption2(records: pd.DataFrame) -> str:
     trained = trained_in_noise(rows)
     drawn = _with_noise(rows) if trained.empty else trained
     several = partial(listed, drawn)
-    draws = int(drawn["n_products"].max())
+    counts = drawn[drawn["arm"] != "clean"].groupby("arm")["n_products"].max()
+    draws = f"{counts.max():g}"
+    if counts.nunique() > 1:
+        draws = " and ".join(f"{n:g} ({arm})" for arm, n in counts.items())
     runs = "each run in the noise it was trained with" if len(trained) else "runs trained without noise"
     return (
         "Euclidean norm of the gradient of the mean cross-entropy with respect to the weights (definition: "
-        f"{several('definition')}), mean over {several('estimator')} and {draws} draws, against the epoch: {runs}. "
-        "Noise: uniform, one quantization step wide, in the input (features) or the quantized weight (weights) of "
+        f"{several('definition')}), mean over {several('estimator')} and {draws} draws of the noise, against the "
+        f"epoch: {runs}. Noise: uniform, one quantization step wide, in the input (features) or the quantized weight (weights) of "
         f"every convolution. BatchNorm in eval mode, {several('n_data')} training images without augmentation (seed "
         f"{several('seed')}; the same images and noise for every line). Data: {several('dataset')}; network: "
         f"{several('model')}; {several('bits')}; training seed {several('train_seed')}. Bands: 95 % interval over "
