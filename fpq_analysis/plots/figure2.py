@@ -119,9 +119,9 @@ def caption2(records: pd.DataFrame) -> str:
     return (
         "Euclidean norm of the gradient of the mean cross-entropy with respect to the weights (definition: "
         f"{several('definition')}), mean over {several('estimator')} and {draws} draws of the noise, against the "
-        f"epoch: {runs}. Noise: uniform, one quantization step wide, in the input (features) or the quantized weight (weights) of "
-        f"every convolution. BatchNorm in eval mode, {several('n_data')} training images without augmentation (seed "
-        f"{several('seed')}; the same images and noise for every line). Data: {several('dataset')}; network: "
-        f"{several('model')}; {several('bits')}; training seed {several('train_seed')}. Bands: 95 % interval over "
-        "minibatches and draws, not over training runs."
+        f"epoch: {runs}. Noise: uniform, one quantization step wide, in the input (features) or the quantized weight "
+        f"(weights) of every convolution. BatchNorm in eval mode, {several('n_data')} training images without "
+        f"augmentation (seed {several('seed')}; the same images and noise for every line). Data: {several('dataset')}; "
+        f"network: {several('model')}; {several('bits')}; training seed {several('train_seed')}. Bands: 95 % interval "
+        "over minibatches and draws, not over training runs."
     )
