@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    NData,
-    Overwrite,
-    Seed,
-    app,
-    guarded,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command()
 def drift(
-    ckpt_dir: CkptDir = Path("checkpoints"),
-    n_data: NData = 1024,
-    epochs: Epochs = "all",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
+    settings: Settings,
 ) -> None:
     """How far each quantized run's features have drifted from those of the float run it started from.
 
@@ -55,7 +26,6 @@ def drift(
     """
     from fpq_analysis.probes import Drift
 
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([Drift()], settings, {"drift": print_drift})
 
 

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    NData,
-    Overwrite,
-    Seed,
-    app,
-    guarded,
-    new_table,
-    print_table,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
+from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command()
 def features(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     layer: Annotated[str, typer.Option(help="NAME, NAME:input, or auto: an activation in the middle.")] = "auto",
-    n_data: NData = 1024,
-    epochs: Epochs = "all",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """One layer's output in every checkpoint: ranges by channel (Figure 3) and densities of three images (Figure 4).
 
@@ -62,7 +32,6 @@ def features(
     """
     from fpq_analysis.probes import Features
 
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([Features(layer)], settings, {"features": print_features})
 
 

@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    NData,
-    Overwrite,
-    Seed,
-    app,
-    guarded,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command()
 def gradnorm(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",
     draws: Annotated[int, typer.Option(help="Draws of the noise.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Of the minibatches.")] = 256,
-    n_data: NData = 1024,
-    epochs: Epochs = "all",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Gradient norm of every checkpoint: clean, with noise in features, with noise in weights; and Figure 2.
 
@@ -62,7 +33,6 @@ def gradnorm(
     """
     from fpq_analysis.probes import GradNorm
 
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([GradNorm(definition, draws, batch_size)], settings, {"gradnorm": _print_norms})
 
 

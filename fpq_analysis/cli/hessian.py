@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    Overwrite,
-    Seed,
-    app,
-    guarded,
-    new_table,
-    print_table,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
+from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command(fixed={"n_data": None})
 def hessian(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     definition: Annotated[str, typer.Option(help="dequantized, latent, float, or all three.")] = "dequantized",
     top_k: Annotated[int, typer.Option(help="Largest eigenvalues, so many.")] = 0,
     density: Annotated[bool, typer.Option("--density", help="Spectral density, with its figure.")] = False,
@@ -47,15 +29,6 @@ def hessian(
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
     n_products: Annotated[int, typer.Option(help="Products without --tol (not exact, sampled).")] = 100,
     n_labels: Annotated[int, typer.Option(help="Labels an image without --tol (sampled).")] = 4,
-    epochs: Epochs = "all",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Hessian of every checkpoint of every run: its trace, as a table and as Figure 5, and what else is asked for.
 
@@ -89,15 +62,13 @@ def hessian(
         if sharpness and kind != "latent":
             probes.append(Sharpness(kind))
 
-    images = n_data or (None if tol else 1024)
-    settings = Settings(ckpt_dir, images, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     show = {
         "hessian_trace": print_traces,
         "hessian_eigs": _print_eigenvalues,
         "hessian_density": _print_moments,
         "sharpness": _print_sharpness,
     }
-    measure_and_show(probes, settings, show)
+    measure_and_show(probes, replace(settings, n_data=n_data or (None if tol else 1024)), show)
 
 
 def print_traces(frame: pd.DataFrame) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fpq_analysis.cli.app import fail, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import (
+    CkptDir,
+    DataRoot,
+    Device,
+    DryRun,
+    Epochs,
+    Figures,
+    Json,
+    Model,
+    NData,
+    Overwrite,
+    Seed,
+    app,
+    fail,
+    guarded,
+    new_table,
+    print_json,
+    print_table,
+    reads_foreign,
+    say,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +47,7 @@ LONGEST_NAME = 16  # of a run, that leaves a table of 80 columns room for its nu
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that all measuring commands share, see `app.py`."""
+    """The options that all measuring commands share."""
 
     ckpt_dir: Path | ForeignRuns
     n_data: int | None
@@ -37,7 +59,51 @@ class Settings:
     overwrite: bool
     dry_run: bool
     json: bool
-    epochs: str = "all"
+    epochs: str
+
+
+# Their types and defaults, in the order of the help text; a command's own come behind the first.
+SHARED: dict[str, tuple[Any, Any]] = {
+    "ckpt_dir": (CkptDir, Path("checkpoints")),
+    "n_data": (NData, 1024),
+    "epochs": (Epochs, "all"),
+    "seed": (Seed, 0),
+    "data_root": (DataRoot, None),
+    "model": (Model, None),
+    "figures": (Figures, Path("figures")),
+    "device": (Device, "auto"),
+    "overwrite": (Overwrite, False),
+    "dry_run": (DryRun, False),
+    "json": (Json, False),
+}
+
+
+def measuring_command(fixed: Mapping[str, Any] | None = None, **defaults: Any) -> Callable[..., Any]:
+    """Register a command whose first argument is `settings: Settings`; the rest are its own options.
+
+    Args:
+        fixed: values of shared options that this command does not offer.
+        defaults: of shared options, where they differ from `SHARED`.
+    """
+    fixed = fixed or {}
+    offered = {name: shared for name, shared in SHARED.items() if name not in fixed}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**options: Any) -> None:
+            command(Settings(**{name: options.pop(name) for name in offered}, **fixed), **options)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        first, *rest = (
+            inspect.Parameter(name, kind, default=defaults.get(name, default), annotation=annotation)
+            for name, (annotation, default) in offered.items()
+        )
+        run.__signature__ = inspect.Signature([first, *own, *rest])  # type: ignore[attr-defined]
+        app.command()(guarded(reads_foreign("ckpt_dir")(run)))
+        return command
+
+    return decorate
 
 
 def measure_and_show(

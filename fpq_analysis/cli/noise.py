@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    NData,
-    Overwrite,
-    Seed,
-    app,
-    guarded,
-    new_table,
-    print_table,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show
+from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command(epochs="last")
 def noise(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     sizes: Annotated[str, typer.Option(help="Widths of the noise in steps, with commas; 1 is added.")] = (
         "0.125,0.25,0.5,1,2,4"
     ),
     n_draws: Annotated[int, typer.Option(help="Pairs of opposite noise for each image.")] = 8,
-    n_data: NData = 1024,
-    epochs: Epochs = "last",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Loss under FPQ's noise in the features, against what the trace of the Hessian predicts to second order.
 
@@ -69,7 +39,6 @@ def noise(
         widths = tuple(float(size) for size in sizes.split(","))
     except ValueError:
         raise UserError(f"'{sizes}' are no sizes of noise. Write numbers with commas: 0.5,1,2.") from None
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([NoiseResponse(widths, n_draws)], settings, {"noise": print_responses})
 
 

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    Overwrite,
-    app,
-    guarded,
-    new_table,
-    print_table,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show, some_epochs
+from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+# The images play no part; two are the fewest that a measurement takes.
+@measuring_command(fixed={"n_data": 2, "seed": 0})
 def oscillation(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     eps: Annotated[float, typer.Option(help="What counts as near a threshold, in steps.")] = 0.1,
-    epochs: Epochs = "all",
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Weights near a rounding threshold, and weights on another level than at the checkpoint before.
 
@@ -54,8 +29,6 @@ def oscillation(
     """
     from fpq_analysis.probes import Oscillation
 
-    # The images play no part; two are the fewest that a measurement takes.
-    settings = Settings(ckpt_dir, 2, 0, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([Oscillation(eps)], settings, {"oscillation": print_shares})
 
 

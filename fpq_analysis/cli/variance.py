@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Epochs,
-    Figures,
-    Json,
-    Model,
-    NData,
-    Overwrite,
-    Seed,
-    app,
-    guarded,
-    reads_foreign,
-)
-from fpq_analysis.cli.measuring import Settings, measure_and_show, print_quantities
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command()
 def variance(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     sd: Annotated[list[float], typer.Option(help="Of the noise; may be repeated.")] = [0.05, 0.1, 0.2, 0.5],  # noqa: B006
     draws: Annotated[int, typer.Option(help="Draws of the noise an image.")] = 8,
-    n_data: NData = 1024,
-    epochs: Epochs = "all",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """Variance of every checkpoint's output under Gaussian noise in the image, and Figure 1.
 
@@ -60,7 +31,6 @@ def variance(
     """
     from fpq_analysis.probes import OutputVariance
 
-    settings = Settings(ckpt_dir, n_data, seed, data_root, model, figures, device, overwrite, dry_run, json, epochs)
     measure_and_show([OutputVariance(tuple(sd), draws)], settings, {"output_variance": _print_variances})
 
 
