@@ -197,7 +197,7 @@ class _InFeatures(FeatureNoise):
         uniform = torch.empty(len(self.generators), size)
         for row, generator in zip(uniform, self.generators, strict=True):
             torch.rand(size, generator=generator, out=row)
-        noise = uniform.view(x.shape).sub_(0.5).to(x)
+        noise = torch.empty_like(x).copy_(uniform.view(x.shape).sub_(0.5))
         return x + noise.mul_(self.size * quantizer.step_size.detach())
 
 

@@ -5,11 +5,11 @@ The passes through the network behind `noise.py`, whose head says what is measur
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def _added(sites: Sites, moves: Features, size: float = 1.0) -> Iterator[None]:
     """Inside, size times the move is added to what these layers' quantizers give."""
 
     def adder(move: Tensor) -> Any:
-        return lambda layer, args: (args[0] + size * move, *args[1:])
+        return lambda layer, args: (torch.add(args[0], move, alpha=size), *args[1:])
 
     handles = [sites[name][0].register_forward_pre_hook(adder(move)) for name, move in moves.items()]
     try:
@@ -120,7 +120,7 @@ def _added(sites: Sites, moves: Features, size: float = 1.0) -> Iterator[None]:
 
 
 class _Clean:
-    """What is needed to know of the pass without noise: shapes of the features, and each quantizer's straight line.
+    """What is needed to know of the pass without noise: the features, and each quantizer's straight line.
 
     The straight-through derivative q'(x0) is one in range and zero where clipped, so q(x0) + q'(x0) (x - x0) keeps
     the rounding residue in range, and the clipped value outside.
@@ -128,17 +128,17 @@ class _Clean:
 
     def __init__(self, view: nn.Module, sites: Sites, x: Tensor) -> None:
         self.inputs = [quantizer for _, quantizer, is_weight in quantizers(view) if not is_weight]
-        self.shapes: dict[str, torch.Size] = {}
+        self.features: Features = {}
         self.lines: dict[Quantizer, tuple[Tensor, Tensor]] = {}
         names = {layer: name for name, (layer, _) in sites.items()}
 
         def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if names[layer] in self.shapes:
+            if names[layer] in self.features:
                 raise UserError(
                     f"The layer '{names[layer]}' runs more than once in a forward pass, and noise is measured for "
                     "layers that run once. Give each call a layer of its own."
                 )
-            self.shapes[names[layer]] = args[0].shape[1:]
+            self.features[names[layer]] = args[0].detach()
 
         def fit(quantizer: Quantizer, args: tuple[Any, ...], output: Tensor) -> None:
             before = args[0].detach().requires_grad_()
@@ -159,16 +159,14 @@ class _Clean:
     def held(self) -> Iterator[None]:
         """Inside, every quantizer of an input is its straight line."""
 
-        def replace(quantizer: Quantizer, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            slope, offset = self.lines[quantizer]
-            return slope * args[0] + offset
+        def line(slope: Tensor, offset: Tensor) -> Any:
+            return lambda x: torch.addcmul(offset, slope, x)
 
-        handles = [quantizer.register_forward_hook(replace) for quantizer in self.inputs]
-        try:
+        with ExitStack() as stack:
+            for quantizer, at in self.lines.items():
+                # In place of its own, which need not run.
+                stack.enter_context(mock.patch.object(quantizer, "forward", line(*at)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _Measurement:
@@ -233,9 +231,13 @@ class _Measurement:
 
     def _by_site(self, clean: _Clean, places: Tensor, stream: int, like: Tensor) -> Features:
         """Uniform numbers in [0, 1) by site, each sample's from its own stream: micro-batches do not matter."""
-        sizes = [math.prod(shape) for shape in clean.shapes.values()]
-        flat = _streams(self.seeds[places, stream], sum(sizes)).to(like).split(sizes, 1)
-        named = {name: part.unflatten(1, clean.shapes[name]) for name, part in zip(clean.shapes, flat, strict=True)}
+        sizes = [x[0].numel() for x in clean.features.values()]
+        flat = _streams(self.seeds[places, stream], sum(sizes)).split(sizes, 1)
+        named = {
+            # In the layout of what it is added to: adding across layouts is slow.
+            name: torch.empty_like(x).copy_(part.view(x.shape))
+            for (name, x), part in zip(clean.features.items(), flat, strict=True)
+        }
         return {name: named.get(name, like.new_zeros(len(places), 1)) for name in self.sites}  # 0: it did not run
 
     def _derivatives(
