@@ -173,7 +173,7 @@ class TestNoise:
 
     def test_in_the_features_against_a_plain_loop(self):
         model, (x, y) = quantized()
-        frame = gradient_norms(model, (x, y), n_draws=6, seed=5)
+        frame = gradient_norms(model, (x, y), n_draws=12, seed=5)
         plain = view(model, "dequantized")
         lengths, first = [], None
         for seeds in torch.randint(2**31, (3, 11), generator=torch.Generator().manual_seed(5)).tolist():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def gradnorm(
     settings: Settings,
     definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",
-    draws: Annotated[int, typer.Option(help="Draws of the noise.")] = 4,
+    draws: Annotated[int, typer.Option(help="Of noise in the weights; a quarter in features.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Of the minibatches.")] = 256,
 ) -> None:
     """Gradient norm of every checkpoint: clean, with noise in features, with noise in weights; and Figure 2.

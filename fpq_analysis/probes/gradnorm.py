@@ -39,7 +39,7 @@ from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition
 
-N_DRAWS = 4
+N_DRAWS = 8
 BATCH_SIZE = 256  # of the paper's training
 
 # Micro-batches of one minibatch: inputs, targets, and which samples of the data they are.
@@ -71,7 +71,7 @@ def gradient_norms(
         definition: whose gradient: `dequantized` (the weights the network uses), `latent` (the trained ones: clipped
             weights drop out), `float` (quantizers off; clean only).
         n_draws: of noise in the weights, each the same for all samples; in the features, which get noise anew for every
-            sample, half as many, as their error averages out over the samples.
+            sample, a quarter of them (two or more), as their error averages out over the samples.
         batch_size: of the minibatches, cut from the data in their order; an incomplete last one is left out.
         seed: of the noise.  Two models of one architecture get the same, on any device, and compare in pairs.
         device: where to compute; None for where the model is.
@@ -249,7 +249,7 @@ def _arms(model: nn.Module, subject: Subject, settings: GradNorm, seed: int) -> 
     yield "clean", _None()
     if settings.definition == "float":
         return
-    features = _InFeatures(subject.view, max(2, settings.n_draws // 2), subject.n_data, seed)
+    features = _InFeatures(subject.view, max(2, settings.n_draws // 4), subject.n_data, seed)
     if features.sites:
         yield "features", features
     weights = _InWeights(model, subject.view, settings.n_draws, seed)
