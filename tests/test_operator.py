@@ -218,6 +218,37 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
         torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize(("batches", "graphs"), [(1, 1), (4, 4), (5, 10)])
+def test_graphs_of_few_micro_batches_are_kept(batches, graphs, monkeypatch):
+    """And dropped where memory runs out."""
+    torch.manual_seed(0)
+    model = tiny(4).double().eval()
+    x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(4, (20,))
+    size = 20 // batches
+    data = list(zip(x.split(size), y.split(size), strict=True))
+    operator = HessianOperator(model, F.cross_entropy, data, dict(model.named_parameters()))
+    built = []
+    build = operator._graph
+    monkeypatch.setattr(operator, "_graph", lambda batch: built.append(batch) or build(batch))
+    v = torch.randn(operator.size, dtype=torch.float64)
+    first = operator.matvec(v)
+    assert torch.equal(operator.matvec(v), first)
+    assert len(built) == graphs
+    if batches == 4:
+        product = operator._product
+        failing = iter([True])
+        monkeypatch.setattr(
+            operator, "_product", lambda *args: product(*args) if not next(failing, False) else _out_of_memory()
+        )
+        torch.testing.assert_close(operator.matvec(v), first, rtol=1e-12, atol=1e-14)
+        assert [len(x) for x, _ in operator.batches] == [3, 2, 3, 2, 3, 2, 3, 2]
+        assert len(operator._kept) == 0
+
+
+def _out_of_memory():
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
 def test_no_memory_for_one_sample_is_an_error_and_other_errors_pass():
     data = (torch.randn(4, 1, 8, 8), torch.randint(4, (4,)))
     model = Hungry(0)

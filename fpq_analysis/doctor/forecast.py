@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 
 from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.operator import Loss
+from fpq_analysis.curvature.operator import KEPT_GRAPHS, Loss
 from fpq_analysis.doctor.patient import admit, same_random_state
 
 FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
@@ -66,8 +66,9 @@ def forecast_measurements(
         vector = patient.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))
         seconds, peak = _measure(lambda: operator().matvec(vector), where)
         kept = operator()  # and its graph
-        # With a single micro-batch the graph is built once; with several, for every product.
-        later = _measure(lambda: kept.matvec(vector), where)[0] if len(sizes) == 1 else seconds
+        later = seconds
+        if len(sizes) <= KEPT_GRAPHS:
+            later, peak = _measure(lambda: kept.matvec(vector), where)[0], peak * len(sizes)
     for name, products in PRODUCTS.items():
         basis = (products - 1) * vector.nbytes  # Lanczos keeps its vectors, for reorthogonalisation
         rows.append((name, (seconds + (products - 1) * later) * scale, peak * wider + basis))
