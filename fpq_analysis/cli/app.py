@@ -204,4 +204,7 @@ def print_table(table: Table) -> None:
 
 def main() -> None:
     """Entry point of `fpq-analyze`."""
+    # Torch's threads spin while they wait for each other.  Beside other work on the same cores, those that are waited
+    # for do not run meanwhile: small networks took thirty times as long.  It is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
