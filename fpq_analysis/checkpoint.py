@@ -215,9 +215,7 @@ def find_runs(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"No folder '{folder}'. Give --ckpt-dir a run, or a folder of runs; 'fpq-analyze train' makes one."
-        )
+        raise UserError(f"No folder '{folder}'. A run, or a folder of runs, is wanted; 'fpq-analyze train' makes one.")
     runs = sorted({path.parent for path in folder.rglob("epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)})
     if not runs:
         raise UserError(

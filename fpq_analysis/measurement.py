@@ -96,9 +96,14 @@ def plan(
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
     source = source_of(ckpt_dir)
     todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
-    for run in source.find_runs(root):
+    found = {run: source.checkpoints(run) for run in source.find_runs(root)}
+    chosen = {run: choose_epochs(paths, epochs) for run, paths in found.items()}
+    if not any(chosen.values()):
+        last = max((max(paths) for paths in found.values() if paths), default=0)
+        raise UserError(f"No run in '{root}' has a checkpoint of epoch {epochs}; their last is {last}.")
+    for run, paths in chosen.items():
         finished = set() if overwrite else records.done(run, probe.name)
-        for path in choose_epochs(source.checkpoints(run), epochs).values():
+        for path in paths.values():
             try:
                 content = source.read_checkpoint(path)
                 others = _others(probe, run, content, source)

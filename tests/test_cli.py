@@ -128,6 +128,8 @@ def test_a_malicious_checkpoint_among_good_ones(runs, tmp_path):
         (["hessian", "--ckpt-dir", "."], "holds no checkpoints"),
         (["hessian", "--engine", "pyhesian"], "Unknown engine"),
         (["hessian", "--n-data", "1"], "at least 2 images"),
+        (["hessian", "--n-data", "0"], "at least 2 images"),
+        (["train", "--method", "lsq", "--bits", "W4"], "W4"),
         (["hessian", "--method", "exakt"], "did you mean 'exact'"),
         (["train", "--method", "lsq", "--bits", "W0A4", "--init", "x"], "0-bit weights"),
         (["train", "--method", "sfp"], "Unknown method 'sfp'"),

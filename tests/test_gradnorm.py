@@ -335,7 +335,8 @@ class TestFigure2:
         frame.loc[(frame["run"] == "a/fpq") & (frame["epoch"] == 2), "value"] *= 100
         one, two = figure2(frame).axes
         assert (one.get_title(), two.get_title()) == ("FPQ W4A4", "FPQ W2A4")
-        assert (one.get_yscale(), two.get_yscale()) == ("log", "linear")
+        assert (one.get_yscale(), two.get_yscale()) == ("log", "log")  # one kind of axis in a figure
+        assert figure2(frame[frame["epoch"] != 2]).axes[0].get_yscale() == "linear"
 
     def test_nothing(self):
         empty = pd.DataFrame(columns=list(COLUMNS)).astype({"quantity": str})

@@ -101,5 +101,7 @@ def test_records_alone_of_one_setting(runs):
 def test_some_epochs(runs):
     assert set(measure(runs, Distance(), epochs="last", **MODEL)["epoch"]) == {2}
     assert [job.path.stem for job in plan(runs / "fp", Distance(), n_data=16, epochs="0,2,7").jobs] == ["epoch_0000"]
+    with pytest.raises(UserError, match="epoch 7; their last is 2"):
+        plan(runs, Distance(), epochs="7")
     with pytest.raises(UserError, match="no epochs"):
         plan(runs, Distance(), epochs="first")

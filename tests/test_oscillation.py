@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from fpq_analysis import Oscillation, QuantSpec, UserError, measure, oscillation, quantize
 from fpq_analysis.cli import app
 from fpq_analysis.plots import oscillation_caption, oscillation_figure
+from fpq_analysis.probes import Point
 from fpq_analysis.probes.oscillation import threshold_distance
 from fpq_analysis.quantizers import LSQ, PACT, SCHEMES, LSQPlus, weight_quantizers
 from tests.nets import tiny
@@ -146,6 +147,14 @@ def test_every_checkpoint_but_the_first(tiny_runs, tmp_path):
     flipped = frame[(frame["layer"] == "all") & (frame["quantity"] == "flipped")]
     assert ((flipped["value"] > 0) & (flipped["value"] < 1)).all()
     assert (flipped[["sem", "ci95"]] == 0).all(axis=None)
+    assert frame["value"].notna().all()  # where none flipped, there is no share of them
+
+
+def test_a_layer_where_none_flipped_has_no_row_of_those_near():
+    model = quantize(tiny(), QuantSpec.parse("W4A4")).eval()
+    rows = Oscillation()(Point(model, (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)), previous=model))
+    assert "flipped" in {row["quantity"] for row in rows}
+    assert "flipped_near" not in {row["quantity"] for row in rows}
 
 
 # The figure and the command -------------------------------------------------------------------------------------------

@@ -120,6 +120,18 @@ def test_figure5_of_float_runs_alone_is_a_trajectory(frame):
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [5, 6, 7])
 
 
+def test_figure5_of_one_epoch_has_bars_and_whole_epochs(frame):
+    figure = figure5(frame[(frame["epoch"] == 2) & (frame["method"] != "fp")])
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
+    bars = [bar for group in axes.containers for bar in group.lines[2]]
+    assert len(bars) == 4
+    for bar in bars:
+        (_, low), (_, high) = bar.get_segments()[0]
+        assert high - low > 2 * 4.0
+
+
 def test_figure5_panels_scale_and_twins(frame):
     other = frame.assign(dataset="cifar10", value=frame["value"] * np.linspace(1, 100, len(frame)))
     twin = frame[frame["run"] == "lsq-W4A4"].assign(run="again")

@@ -60,7 +60,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            say("Stopped. What was finished is kept; the same command goes on from there (training: add --resume).")
+            say("Stopped. What was finished is kept; the same command goes on from there")
+            say("(training: with --resume; measuring: without --overwrite).")
             raise typer.Exit(130) from None
         except UserError as error:
             fail(error)

@@ -68,7 +68,9 @@ def hessian(
         "hessian_density": _print_moments,
         "sharpness": _print_sharpness,
     }
-    measure_and_show(probes, replace(settings, n_data=n_data or (None if tol else 1024)), show)
+    if n_data is None and tol is None:
+        n_data = 1024
+    measure_and_show(probes, replace(settings, n_data=n_data), show)
 
 
 def print_traces(frame: pd.DataFrame) -> None:

@@ -47,7 +47,7 @@ def print_shares(frame: pd.DataFrame) -> None:
     for run, group in rows.groupby("run", sort=False):
         for epoch, one in group.groupby("epoch"):
             values = one.drop_duplicates("quantity", keep="last").set_index("quantity")["value"]
-            cells = [f"{100 * values[quantity]:.2f} %" if values[quantity] >= 0 else "" for quantity in heads]
+            cells = [f"{100 * values[quantity]:.2f} %" if quantity in values else "" for quantity in heads]
             table.add_row(str(run), str(epoch), *cells)
         table.add_section()
     print_table(table)

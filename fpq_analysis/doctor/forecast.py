@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 
 from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch
@@ -87,8 +87,17 @@ def _measure(task: Callable[[], object], device: torch.device) -> tuple[float, f
         with _Memory() as memory:
             task()
         peak = memory.peak
-    timer = Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())  # waits for the device
-    return timer.timeit(2).mean, float(peak)
+    start = _clock(device)
+    task()
+    task()
+    return (_clock(device) - start) / 2, float(peak)
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when the device is done with what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Memory(TorchDispatchMode):

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots.style import epoch_axis, listed, log_if_wide, look, run_label, style
+from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, look, run_label, style
 
 # Quantity to the label of its axis.
 QUANTITIES = {
@@ -78,8 +78,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
             line = line.sort_values("epoch")
         x = line["epoch"].to_numpy() if along == "epoch" else np.arange(1, len(line) + 1)
         axes.plot(x, line["value"], label=run_label(first, rows), **mark)
-        low, high = line["value"] - line["ci95"].fillna(0), line["value"] + line["ci95"].fillna(0)
-        axes.fill_between(x, low, high, color=mark["color"], alpha=0.15, linewidth=0)
+        band(axes, x, line["value"], line["ci95"], mark["color"])
     if along == "epoch":
         epoch_axis(axes, 5)
     else:

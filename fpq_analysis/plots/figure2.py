@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots.style import epoch_axis, listed, log_if_wide, run_label, style
+from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, run_label, style
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
 # Okabe and Ito's colours that stand for no method here.
@@ -37,7 +37,7 @@ def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> 
 
     The norm drawn is that of minibatches, as an optimizer meets it, not that of the gradient over all data measured
     on: the latter depends on how many they are once it is small, since the noise of sampling them does not vanish with
-    it.  The axis is logarithmic where the norms span more than a factor of ten.
+    it.  The axes are logarithmic where the norms span more than a factor of ten.
 
     Args:
         records: of the probe `gradnorm`; columns as in `records.COLUMNS`.
@@ -49,13 +49,14 @@ def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> 
     panels = list(_panels(norms(records, quantity)))
     if not panels:
         raise ValueError(f"no finite {quantity} in noise among the records")
+    everything = pd.concat([lines["value"] for _, lines in panels])
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     with style():
         figure = Figure(figsize=(3.4 * across + 0.6, 2.8 * down), layout="constrained")
         for index, (title, lines) in enumerate(panels):
             axes = figure.add_subplot(down, across, index + 1)
-            _draw_panel(axes, lines)
+            _draw_panel(axes, lines, (everything.min(), everything.max()))
             axes.set_title(title)
             if index % across == 0:
                 axes.set_ylabel(f"Gradient norm, {lines['estimator'].iloc[0]}")
@@ -86,18 +87,17 @@ def _with_noise(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["method"] == "lsq"] if (rows["method"] == "lsq").any() else rows
 
 
-def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
+def _draw_panel(axes: Axes, panel: pd.DataFrame, span: tuple[float, float]) -> None:
+    """`span`: the least and the largest value of all panels, so that they have one kind of axis."""
     for arm, look in LOOKS.items():
         rows = panel[panel["arm"] == arm]
         for run, line in rows.groupby("run", sort=True):
             line = line.sort_values("epoch")
             text = look["label"] + (f" ({run})" if rows["run"].nunique() > 1 else "")
             axes.plot(line["epoch"], line["value"], **{**look, "label": text})
-            error = line["ci95"].fillna(0)
-            low, high = line["value"] - error, line["value"] + error
-            axes.fill_between(line["epoch"], low, high, color=look["color"], alpha=0.18, linewidth=0)
+            band(axes, line["epoch"], line["value"], line["ci95"], look["color"], alpha=0.18)
     low, high = panel["value"].min(), panel["value"].max()
-    if log_if_wide(axes, low, high):
+    if log_if_wide(axes, *span):
         axes.set_ylim(0.5 * low, 2 * high)
     else:
         axes.set_ylim(0, 1.4 * high)  # by the values: an interval from few minibatches may go far beyond

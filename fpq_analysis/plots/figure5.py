@@ -8,7 +8,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, listed, log_if_wide, look, run_label, style
+from fpq_analysis.plots.style import (
+    band,
+    colour,
+    epoch_axis,
+    legend_by_ends,
+    listed,
+    log_if_wide,
+    look,
+    run_label,
+    style,
+)
 
 # What the rows of one line have in common.
 LINE = ["run", "method", "bits", "definition", "estimator"]
@@ -68,9 +78,7 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
             drawn_values.append(value)
         else:
             (drawn,) = axes.plot(line["epoch"], line["value"], label=text, **look(method, bits, methods))
-            axes.fill_between(
-                line["epoch"], line["value"] - error, line["value"] + error, color=tint, alpha=0.15, linewidth=0
-            )
+            band(axes, line["epoch"], line["value"], error, tint)
             drawn_values += list(line["value"])
         ends.append((line["value"].iloc[-1], drawn))
     epoch_axis(axes)

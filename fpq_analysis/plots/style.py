@@ -99,7 +99,16 @@ def listed(rows: pd.DataFrame, column: str) -> str:
 def epoch_axis(axes: Axes, ticks: int = 10) -> None:
     """Label the x axis as one of epochs, with whole numbers, `ticks` at most."""
     axes.set_xlabel("Epoch (0: before training)")
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
+
+
+def band(axes: Axes, x: Any, value: pd.Series, half: pd.Series, tint: str, alpha: float = 0.15) -> None:
+    """The interval value ± half along x, none where half is not known; of a single point a bar."""
+    half = half.fillna(0)
+    if len(value) == 1:
+        axes.errorbar(x, value, half, color=tint, linewidth=1.0, capsize=3, fmt="none")
+    else:
+        axes.fill_between(x, value - half, value + half, color=tint, alpha=alpha, linewidth=0)
 
 
 def log_if_wide(axes: Axes, low: float, high: float, numbers: str = "{x:g}") -> bool:

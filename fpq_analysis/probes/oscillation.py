@@ -12,6 +12,7 @@ behind its tanh.  A weight beyond the grid's ends is as far from a threshold as 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -61,7 +62,7 @@ class Oscillation:
     eps: float = EPS
 
     name = "oscillation"
-    version = 1  # part of a record's key: raise it when the numbers change
+    version = 2  # part of a record's key: raise it when the numbers change
     needs = ("quantizers", "previous")
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class Oscillation:
         return [
             {**{column: value for column, value in row.items() if column != "n_weights"}, **exact}
             for row in (*rows[:-1], setting, rows[-1])
+            if not math.isnan(row["value"])  # where none flipped, there is no share of them
         ]
 
 

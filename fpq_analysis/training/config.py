@@ -122,6 +122,7 @@ class TrainConfig:
         if METHODS[self.method].quantized:
             if self.bits is None:
                 raise UserError(f"The method '{self.method}' needs a bit width: --bits W4A4, for example.")
+            QuantSpec.parse(self.bits)
             if self.init is None:
                 raise UserError(
                     f"The method '{self.method}' starts from a trained float network: --init RUN, a folder made by "
