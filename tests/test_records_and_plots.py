@@ -121,15 +121,17 @@ def test_figure5_of_float_runs_alone_is_a_trajectory(frame):
 
 
 def test_figure5_of_one_epoch_has_bars_and_whole_epochs(frame):
-    figure = figure5(frame[(frame["epoch"] == 2) & (frame["method"] != "fp")])
+    rows = frame[(frame["epoch"] == 2) & (frame["method"] != "fp")]
+    figure = figure5(rows)
     (axes,) = figure.axes
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
     bars = [bar for group in axes.containers for bar in group.lines[2]]
-    assert len(bars) == 4
-    for bar in bars:
-        (_, low), (_, high) = bar.get_segments()[0]
-        assert high - low > 2 * 4.0
+    ends = sorted(tuple(bar.get_segments()[0][:, 1]) for bar in bars)
+    drawn = totals(rows)
+    np.testing.assert_allclose(
+        ends, sorted(zip(drawn["value"] - drawn["ci95"], drawn["value"] + drawn["ci95"], strict=True))
+    )
 
 
 def test_figure5_panels_scale_and_twins(frame):

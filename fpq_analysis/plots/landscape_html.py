@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import html
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,25 @@ import pandas as pd
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.plots.landscape import COLOURS, STAR, Terrain, by_dimension, landscape_caption, levels
+
+# Text around the figure rather than in it, so that lines break where the page ends.
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Loss landscapes</title>
+<style>
+body {{ margin: 0 auto; max-width: 80rem; padding: 0 1rem; font: 0.9rem/1.5 system-ui, sans-serif; color: #222; }}
+main {{ display: grid; grid-template-columns: repeat({columns}, minmax(0, 1fr)); }}
+@media (max-width: 45rem) {{ main {{ grid-template-columns: minmax(0, 1fr); }} }}
+p {{ max-width: 50rem; }}
+</style>
+<main>
+{figures}
+</main>
+<p>{caption}</p>
+</html>
+"""
 
 
 def check_plotly() -> None:
@@ -25,7 +44,7 @@ def check_plotly() -> None:
 
 
 def surface_html(records: pd.DataFrame, path: str | Path) -> Path:
-    """Write the planes among the records as turnable surfaces, two in a row, with the caption below.
+    """Write the planes among the records as turnable surfaces, side by side if there is room, with the caption below.
 
     Args:
         records: of the probe `landscape`; columns as in `records.COLUMNS`.
@@ -42,34 +61,44 @@ def surface_html(records: pd.DataFrame, path: str | Path) -> Path:
     if not planes:
         raise ValueError("no complete plane among the records")
     at, wide = levels([terrain.loss for terrain in planes])
-    across = min(2, len(planes))
-    down = -(-len(planes) // across)
-    figure = import_module("plotly.subplots").make_subplots(
-        rows=down,
-        cols=across,
-        specs=[[{"type": "surface"}] * across] * down,
-        subplot_titles=[terrain.title for terrain in planes],
-    )
     ticks: dict[str, Any] = {"tickvals": np.log10(at), "ticktext": [f"{level:g}" for level in at]} if wide else {}
     finite = np.concatenate([terrain.loss[np.isfinite(terrain.loss)] for terrain in planes])
     ends = {"cmin": _height(finite.min(), wide), "cmax": _height(finite.max(), wide)}
-    for place, terrain in enumerate(planes):
-        where = {"row": place // across + 1, "col": place % across + 1}
-        bar = {"title": "Mean loss", **ticks} if place == 0 else None
-        for trace in _traces(terrain, wide, showscale=place == 0, colorbar=bar, **ends):
-            figure.add_trace(trace, **where)
-        x, y = terrain.names
-        figure.update_scenes(xaxis_title=x, yaxis_title=y, zaxis={"title": "Mean loss", **ticks}, **where)
-    figure.update_layout(
-        height=520 * down + 160,
-        margin={"b": 160},
-        showlegend=False,
-        annotations=[*figure.layout.annotations, _below(landscape_caption(records))],
-    )
+    drawn = [
+        _figure(terrain, wide, ticks, ends).to_html(
+            full_html=False,
+            include_plotlyjs=place == 0,
+            default_height="30rem",
+            config={"responsive": True, "displayModeBar": False},
+        )
+        for place, terrain in enumerate(planes)
+    ]
+    caption = landscape_caption(records).replace("Star:", "Diamond:")  # plotly has no star in space
+    page = PAGE.format(columns=min(2, len(planes)), figures="\n".join(drawn), caption=html.escape(caption))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs=True)
+    path.write_text(page, encoding="utf-8")
     return path
+
+
+def _figure(terrain: Terrain, wide: bool, ticks: dict[str, Any], ends: dict[str, Any]) -> Any:
+    bar = {"title": "Mean loss", "thickness": 12, "len": 0.7, **ticks}
+    figure = import_module("plotly.graph_objects").Figure(_traces(terrain, wide, colorbar=bar, **ends))
+    x, y = terrain.names
+    figure.update_layout(
+        title={"text": terrain.title, "x": 0.5},
+        scene={
+            "xaxis_title": x,
+            "yaxis_title": y,
+            "zaxis": {"title": "Mean loss", **ticks},
+            # Further away than plotly's own, and looking lower, so that the axes' titles are seen.
+            "camera": {"eye": {"x": 1.5, "y": 1.5, "z": 1.2}, "center": {"x": 0, "y": 0, "z": -0.15}},
+        },
+        margin={"l": 0, "r": 0, "t": 40, "b": 0},
+        showlegend=False,
+        font={"size": 11},
+    )
+    return figure
 
 
 def _traces(terrain: Terrain, wide: bool, **colours: Any) -> list[Any]:
@@ -91,7 +120,7 @@ def _traces(terrain: Terrain, wide: bool, **colours: Any) -> list[Any]:
         y=networks["y"],
         z=_height((networks["value"] - networks["gap"]).to_numpy(float), wide),
         mode="lines+markers" if terrain.trajectory else "markers",
-        marker={"size": 4, "color": STAR},
+        marker={"size": 6, "color": STAR, "symbol": "diamond"},
         line={"width": 4, "color": STAR},
         hovertext=[str(name).replace("\n", ", ") for name in networks["name"]],
         hoverinfo="text",
@@ -101,19 +130,3 @@ def _traces(terrain: Terrain, wide: bool, **colours: Any) -> list[Any]:
 
 def _height(loss: Any, wide: bool) -> Any:
     return np.log10(loss) if wide else loss
-
-
-def _below(caption: str) -> dict[str, Any]:
-    """The caption as an annotation, in lines of a length that a page holds."""
-    text = "<br>".join(textwrap.wrap(caption, 140))
-    return {
-        "text": text,
-        "showarrow": False,
-        "xref": "paper",
-        "yref": "paper",
-        "x": 0,
-        "y": 0,
-        "yanchor": "top",
-        "align": "left",
-        "font": {"size": 12},
-    }
