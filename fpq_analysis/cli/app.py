@@ -206,7 +206,7 @@ def print_table(table: Table) -> None:
 def main() -> None:
     """Entry point of `fpq-analyze`."""
     # Torch's threads spin while they wait for each other, and beside other work on the same cores those that are waited
-    # for do not run meanwhile: small networks took up to thirty times as long.  With GNU's OpenMP they now spin for some
+    # for do not run meanwhile: small networks took up to thirty times as long.  With GNU's OpenMP they now spin for
     # microseconds and then sleep, which costs nothing on an idle machine; never to spin (OMP_WAIT_POLICY=passive) costs
     # a quarter there.  It is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
