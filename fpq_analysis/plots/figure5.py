@@ -65,7 +65,10 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
     quantized = bool((panel["bits"] != "FP").any())
     ends = []
     drawn_values = []
-    for _, line in panel.groupby(LINE, sort=True):
+    groups = panel.groupby(LINE, sort=True)
+    # Runs measured at one epoch each stand side by side there, so that their bars are told apart.
+    apart = 0.05 if groups.size().max() == 1 else 0.0
+    for place, (_, line) in enumerate(groups):
         line = line.sort_values("epoch")
         method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
         tint = colour(method, methods)
@@ -77,8 +80,9 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
             axes.axhspan(value - spread, value + spread, color=tint, alpha=0.12, linewidth=0)
             drawn_values.append(value)
         else:
-            (drawn,) = axes.plot(line["epoch"], line["value"], label=text, **look(method, bits, methods))
-            band(axes, line["epoch"], line["value"], error, tint)
+            x = line["epoch"] + apart * (place - (groups.ngroups - 1) / 2)
+            (drawn,) = axes.plot(x, line["value"], label=text, **look(method, bits, methods))
+            band(axes, x, line["value"], error, tint)
             drawn_values += list(line["value"])
         ends.append((line["value"].iloc[-1], drawn))
     epoch_axis(axes)
@@ -106,6 +110,6 @@ def caption5(records: pd.DataFrame) -> str:
         f"Trace of the Hessian of the mean cross-entropy against the epoch (definition: {several('definition')}; "
         f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training images without "
         f"augmentation (sample seed {several('seed')}; the same images for every line). Data: {several('dataset')}; "
-        f"network: {several('model')}; training seed {several('train_seed')}. Bands: 95 % interval over the images, "
-        "not over training runs."
+        f"network: {several('model')}; training seed {several('train_seed')}. Bands or bars: 95 % interval over the "
+        "images, not over training runs."
     )
