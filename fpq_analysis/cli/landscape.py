@@ -9,25 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpq_analysis.cli.app import (
-    CkptDir,
-    DataRoot,
-    Device,
-    DryRun,
-    Figures,
-    Json,
-    Model,
-    Overwrite,
-    Seed,
-    app,
     fail,
-    guarded,
     new_table,
     print_json,
     print_table,
-    reads_foreign,
     say,
 )
-from fpq_analysis.cli.measuring import draw, print_forecast
+from fpq_analysis.cli.measuring import Settings, draw, measuring_command, print_forecast
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,11 +24,10 @@ if TYPE_CHECKING:
     from fpq_analysis.plots.landscape import Terrain
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+# Of each run one epoch, by an option of its own.
+@measuring_command(fixed={"epochs": "last"}, n_data=512)
 def landscape(
-    ckpt_dir: CkptDir = Path("checkpoints"),
+    settings: Settings,
     plane: Annotated[
         str | None, typer.Option(help="random (filter-normalised), hessian (top eigenvectors), or pca of each run.")
     ] = None,
@@ -58,17 +45,8 @@ def landscape(
         str, typer.Option(help="pca, --through: interpolate or re-estimate its statistics.")
     ] = "interpolate",
     epoch: Annotated[int | None, typer.Option(help="Of each run. Default: its last.")] = None,
-    n_data: Annotated[int, typer.Option(help="Training images to measure on.")] = 512,
     shard: Annotated[str | None, typer.Option(help="i/N, the i-th of N machines' part of the points.")] = None,
     html: Annotated[bool, typer.Option("--html", help="A page to turn the surface in, too (needs plotly).")] = False,
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    figures: Figures = Path("figures"),
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    json: Json = False,
 ) -> None:
     """The loss on a plane through weight space about the last checkpoint of every run, as contours and as a surface.
 
@@ -103,20 +81,27 @@ def landscape(
 
         check_plotly()
     part = parse_shard(shard) if shard else (1, 1)
-    about: dict[str, Any] = {"n_data": n_data, "seed": seed}
-    where: dict[str, Any] = {**about, "device": device, "data_root": data_root, "model": model}
-    todo = study.plan(ckpt_dir, recipe, through=ends, epoch=epoch, shard=part, overwrite=overwrite, **about)
+    about: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed}
+    where: dict[str, Any] = {
+        **about,
+        "device": settings.device,
+        "data_root": settings.data_root,
+        "model": settings.model,
+    }
+    todo = study.plan(
+        settings.ckpt_dir, recipe, through=ends, epoch=epoch, shard=part, overwrite=settings.overwrite, **about
+    )
     left = sum(len(job.cells) for job in todo.jobs)
     total = sum(job.n_cells for job in todo.jobs)
     bad = f", {len(todo.faults)} cannot be drawn" if todo.faults else ""
     say(f"{recipe.name}: {total - left} points done, {left} to do{bad}")
-    if dry_run:
+    if settings.dry_run:
         print_forecast(study.forecast(todo, recipe, **where))
         return
     faults: dict[Path, UserError] = {}
     frame = study.carry_out(todo, recipe, shard=part, on_fault=faults.__setitem__, **where)
     found = terrains(frame)
-    if json:
+    if settings.json:
         print_json(_with_coordinates(frame))
     else:
         _print(found)
@@ -124,13 +109,13 @@ def landscape(
     if len(found) < len(tried):
         say("Points of other shards are missing; when these are done, run the command without --shard to draw.")
     elif found:
-        if not json:
+        if not settings.json:
             print(textwrap.fill(landscape_caption(frame), width=80))
-        draw(recipe.name, frame, figures)
+        draw(recipe.name, frame, settings.figures)
         if html and recipe.dim == 2:
             from fpq_analysis.plots.landscape_html import surface_html
 
-            say(f"Page: {surface_html(frame, figures / 'surface.html')}")
+            say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
     for fault in faults.values():
         fail(fault)
     if faults:

@@ -38,6 +38,7 @@ from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition
+from fpq_analysis.quantizers.noise import uniform_rows
 
 N_DRAWS = 8
 BATCH_SIZE = 256  # of the paper's training
@@ -194,10 +195,7 @@ class _InFeatures(FeatureNoise):
     def add(self, x: Tensor, quantizer: Quantizer) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         size = x.numel() // len(self.generators)
-        uniform = torch.empty(len(self.generators), size)
-        for row, generator in zip(uniform, self.generators, strict=True):
-            torch.rand(size, generator=generator, out=row)
-        noise = torch.empty_like(x).copy_(uniform.view(x.shape).sub_(0.5))
+        noise = torch.empty_like(x).copy_(uniform_rows(self.generators, size).view(x.shape).sub_(0.5))
         return x + noise.mul_(self.size * quantizer.step_size.detach())
 
 

@@ -23,6 +23,7 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.probes.subject import Subject
 from fpq_analysis.probes.trace import N_LABELS, exact_or_sampled
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
+from fpq_analysis.quantizers.noise import uniform_rows
 
 OWN = 1.0  # the size of FPQ's noise; layers alone are measured at it
 ALONE = 2  # draws for noise in one layer
@@ -232,7 +233,8 @@ class _Measurement:
     def _by_site(self, clean: _Clean, places: Tensor, stream: int, like: Tensor) -> Features:
         """Uniform numbers in [0, 1) by site, each sample's from its own stream: micro-batches do not matter."""
         sizes = [x[0].numel() for x in clean.features.values()]
-        flat = _streams(self.seeds[places, stream], sum(sizes)).split(sizes, 1)
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds[places, stream].tolist()]
+        flat = uniform_rows(generators, sum(sizes)).split(sizes, 1)
         named = {
             # In the layout of what it is added to: adding across layouts is slow.
             name: torch.empty_like(x).copy_(part.view(x.shape))
@@ -307,14 +309,6 @@ class _Measurement:
                 products = list(torch.autograd.grad(slope, variables, retain_graph=True, materialize_grads=True))
             draws.append(torch.stack([_dot(h, v) for h, v in zip(products, signs, strict=True)]))
         return torch.stack(draws)
-
-
-def _streams(seeds: Tensor, n: int) -> Tensor:
-    """(B, n) float32 in [0, 1), each row by its own seed."""
-    uniform = torch.empty(len(seeds), n)
-    for row, seed in zip(uniform, seeds.tolist(), strict=True):
-        torch.rand(n, generator=torch.Generator().manual_seed(seed), out=row)
-    return uniform
 
 
 def _squared(g: Tensor) -> Tensor:
