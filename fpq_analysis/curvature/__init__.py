@@ -1,7 +1,7 @@
 """Curvature of a loss: operators, the exact trace, and a cross-check.  Knows no quantizer."""
 
 from fpq_analysis.curvature.batches import as_batches
-from fpq_analysis.curvature.certificate import MixedSamplesError, certify, check_samples_apart
+from fpq_analysis.curvature.certificate import certify
 from fpq_analysis.curvature.exact import NotExactError, per_sample_traces
 from fpq_analysis.curvature.operator import (
     CurvatureOperator,
@@ -10,6 +10,7 @@ from fpq_analysis.curvature.operator import (
     HessianOperator,
     select,
 )
+from fpq_analysis.curvature.samples import MixedSamplesError, check_samples_apart
 from fpq_analysis.curvature.sampling import SampleTraces, exact_traces, sampled_traces
 
 __all__ = [

@@ -26,33 +26,13 @@ from torch.func import functional_call
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import NotExactError, Recorder, find_layers, frozen
+from fpq_analysis.curvature.samples import spread
 
 # Images whose gradients are compared; the fewest for second derivatives, of which every layer gets an equal number; and
 # how often a layer without effect on its own gets others.
 GRADIENT_IMAGES = 2
 FEWEST = 16
 TURNS = 4
-
-
-class MixedSamplesError(Exception):
-    """The model's output for one sample depends on the others, so its loss is not a sum over samples."""
-
-
-def check_samples_apart(model: nn.Module, batches: list[Batch]) -> None:
-    """Raise `MixedSamplesError` if an image's output changes with the images beside it."""
-    x = spread(batches, 3)
-    if len(x) < 2:
-        return
-    with torch.no_grad(), full_precision():
-        together = model(x)
-        # Each image among copies of itself, at its own place in a batch of the same size: of another size, rounding
-        # would differ, and behind a quantizer flip levels, which is no smaller than what mixing does.
-        alone = torch.cat([model(torch.empty_like(x).copy_(image))[i : i + 1] for i, image in enumerate(x)])
-    if not bool(torch.isfinite(alone).all()):
-        return  # nothing to compare; the measurement will not be finite, and says so
-    scale = alone.abs().max()
-    if together.shape != alone.shape or not bool((together - alone).abs().max() <= 1e-2 * scale):
-        raise MixedSamplesError
 
 
 def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor], seed: int = 0) -> set[str]:
@@ -86,17 +66,6 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
             return unchecked
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error
-
-
-def spread(batches: list[Batch], n: int, turn: int = 0) -> Tensor:
-    """`n` inputs spread evenly over all batches, others each turn; repeated if there are fewer."""
-    total = sum(len(x) for x, _ in batches)
-    wanted = [(turn + (i * total // n if n <= total else i)) % total for i in range(n)]
-    starts, images = 0, {}
-    for x, _ in batches:
-        images.update({i: x[i - starts] for i in set(wanted) if starts <= i < starts + len(x)})
-        starts += len(x)
-    return torch.stack([images[i] for i in wanted])
 
 
 def _check_first_derivatives(

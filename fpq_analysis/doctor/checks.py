@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fpq_analysis.curvature import HessianOperator, MixedSamplesError, NotExactError, certify, check_samples_apart
 from fpq_analysis.curvature.batches import full_precision
-from fpq_analysis.curvature.certificate import spread
+from fpq_analysis.curvature.samples import spread
 from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
 from fpq_analysis.doctor.patient import (
     FAULT,
