@@ -1,4 +1,4 @@
-"""Shared settings: fixed seeds, no hypothesis deadlines, and a small trained run made once."""
+"""Shared settings: fixed seeds, a folder for every test, no hypothesis deadlines, and a small trained run made once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pathlib import Path
 # The tests' networks are too small to share among threads, and each worker of pytest-xdist wants a core of its own.
 # Before torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that tests start run elsewhere, and import the package and `tests.nets` from here.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.getenv("PYTHONPATH")]))
 
 import pytest
 import torch
 from hypothesis import settings
 
 from fpq_analysis.training import TrainConfig, train
+from tests.guard import pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("fixed")
@@ -22,6 +25,12 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written without a folder's name lands in the test's own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

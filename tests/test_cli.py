@@ -39,8 +39,7 @@ def runs(tiny_runs, tmp_path):
     return tmp_path / "runs"
 
 
-def test_train_then_hessian(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_train_then_hessian(tmp_path):
     common = ["train", *MODEL, "--device", "cpu", "--epochs", 1, "--batch-size", 64]
     call(*common, "--lr", 0.1, "--out", "checkpoints/fp")
     result = call(*common, "--method", "lsq", "--bits", "w4a4", "--init", "checkpoints/fp", "--json")
@@ -140,8 +139,7 @@ def test_a_malicious_checkpoint_among_good_ones(runs, tmp_path):
         (["train", "--method", "fpq", "--bits", "W4A4", "--init", "nowhere"], "No run 'nowhere'"),
     ],
 )
-def test_bad_input_is_one_paragraph(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_paragraph(arguments, message):
     result = call(*arguments, code=1)
     text = " ".join(result.stderr.split())
     assert message in text
@@ -171,10 +169,9 @@ def test_a_fault_of_the_program_is_no_traceback(runs, monkeypatch, tmp_path):
 def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
     command = [sys.executable, "-m", "fpq_analysis.cli", "hessian", "--ckpt-dir", str(runs), *MODEL, "--device", "cpu"]
     command += ["--figures", str(tmp_path), "--method", "hutchinson", "--n-products", "50"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     # A shell's background jobs, and so all they start, ignore Ctrl-C: undo that, in case the tests run as one.
     undo = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=undo)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=undo)
     deadline = time.monotonic() + 60
     while not list(runs.rglob("records/*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -199,8 +196,7 @@ def test_help_is_quick():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_dry_run_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_dry_run_trains_nothing(tmp_path):
     assert "lr = 0.5" in call("train", "--lr", 0.5, "--dry-run").stderr
     assert not list(tmp_path.iterdir())
 

@@ -216,9 +216,8 @@ def test_no_torch_is_loaded_and_equal_files_give_an_equal_page(measured, written
     assert (tmp_path / "page.html").read_text() == written[1]
 
 
-def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path, monkeypatch):
+def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
     shutil.copytree(tiny_runs, tmp_path / "my runs")
-    monkeypatch.chdir(tmp_path)
     result = call("report", "--ckpt-dir", "my runs", "-o", "page.html")
     assert "Not measured: Figure 5 (fpq-analyze hessian --ckpt-dir 'my runs')" in result.stderr
     assert "page.html: 3 runs; no figure of measurements" in result.stdout
@@ -242,8 +241,7 @@ def test_help_has_an_example():
         (["--ckpt-dir", ".", "-o", "."], "is a folder"),
     ],
 )
-def test_bad_input(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input(arguments, message, tmp_path):
     assert message in " ".join(call("report", *arguments, code=1).stderr.split())
     assert not list(tmp_path.iterdir())
 

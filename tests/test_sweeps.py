@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -203,11 +202,9 @@ def test_killed_twice_and_finished_is_the_same_table(study, tmp_path):
     whole = run_sweep(read_sweep(study, out=tmp_path / "whole"), device="cpu", log=quiet)
     sweep = read_sweep(study)
     arguments = ["train", "--config", str(study), "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     for until in list(sweep.runs)[:2]:
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, *arguments],
-            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

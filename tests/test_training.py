@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -96,15 +95,14 @@ train(config, sys.argv[2], device="cpu", resume=True)
 def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
     """SIGKILL at random moments, until a run of it gets through; the last checkpoint is readable every time."""
     command = [sys.executable, "-c", KILLED, str(tiny_runs / "fp")]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = time.monotonic()
-    subprocess.run([*command, str(whole)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
     duration = time.monotonic() - start
     dice = random.Random(0)
     kills = 0
     while kills < 8:
-        process = subprocess.Popen([*command, str(broken)], env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL)
         # From before the first checkpoint to just before the end, most of them while epochs are written.
         time.sleep(duration * dice.uniform(0.3, 1.0))
         if process.poll() is not None:
@@ -120,7 +118,7 @@ def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
         kills += 1
         for path in checkpoints(broken).values() if broken.exists() else []:
             read_checkpoint(path)
-    subprocess.run([*command, str(broken)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(broken)], check=True, stdout=subprocess.DEVNULL)
     for epoch in range(5):
         a, b = (read_checkpoint(run / f"epoch_{epoch:04d}.pt") for run in (whole, broken))
         assert a.sha256 == b.sha256
