@@ -1,18 +1,26 @@
-# make demo        the whole job on embedded data: train, measure, figures, report
-# make test        the test suite
-# make notebooks   the notebooks, on the demo's checkpoints
-# make check       linter, formatter and type checker
+# make demo           the whole job on embedded data: train, measure, figures, report
+# make test           the test suite
+# make test-portable  its numbers once more, as on another processor: the oldest instructions, one thread
+# make notebooks      the notebooks, on the demo's checkpoints
+# make check          linter, formatter and type checker
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test notebooks check clean
+# Of commands, files and pages: what these print and write is the same on every processor.
+NOT_OF_NUMBERS := cli figures files guard inspection measurement notebooks report rooms sweeps tables training
+OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
+
+.PHONY: demo test test-portable notebooks check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fpq-analyze demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+test-portable: $(VENV)/.installed-test
+	$(OTHER_PROCESSOR) $(BIN)/python -m pytest $(NOT_OF_NUMBERS:%=--ignore=tests/test_%.py)
 
 notebooks: $(VENV)/.installed-test
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
