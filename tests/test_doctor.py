@@ -412,10 +412,10 @@ def test_command_on_a_good_run(tiny_runs):
     result = call(tiny_runs / "fp", *OPTIONS)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     assert "0 faults" in result.stderr
-    assert "Hessian-vector product" in result.stdout
+    assert "Hessian-vector product" in words(result.stdout)
     lines = call(tiny_runs / "fpq-w4a4" / "epoch_0001.pt", *OPTIONS, "--json").stdout.splitlines()
     rows = [json.loads(line) for line in lines]
-    assert {row["status"] for row in rows if "check" in row} == {"ok"}
+    assert {row["status"] for row in rows if "check" in row} <= {"ok", "note"}  # of many clipped weights, if need be
     assert next(row["measurement"] for row in rows if "measurement" in row) == "trace (exact)"
 
 

@@ -24,6 +24,7 @@ from fpq_analysis.probes import Features, Point, features
 from fpq_analysis.probes.features import QUANTILES, find_site
 from fpq_analysis.quantizers import view
 from tests.nets import CalledTwice, tiny
+from tests.words import words
 
 
 def images(n: int = 40, channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -389,7 +390,7 @@ def test_the_command(tiny_runs, tmp_path):
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
-    assert "Output of 5" in result.stdout
+    assert "Output of 5" in words(result.stdout)
     for name in ("figure3", "figure4"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
     assert "9 done, 0 to do" in CliRunner().invoke(app, arguments).stderr

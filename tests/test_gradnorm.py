@@ -22,6 +22,7 @@ from fpq_analysis.records import COLUMNS
 from tests.nets import FunctionalGelu, tiny
 from tests.test_cli import call
 from tests.test_records_and_plots import row
+from tests.words import words
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -351,7 +352,7 @@ class TestFigure2:
         few = ["gradnorm", *where, "--n-data", 16, "--draws", 2]
         result = call(*few, "--batch-size", 8)
         assert all(len(line) <= 80 for line in result.stdout.splitlines())
-        assert "minibatches of 8" in result.stdout
+        assert "minibatches of 8" in words(result.stdout)
         assert "9 done, 0 to do" in call(*few, "--batch-size", 8).stderr
         frame = records.load(runs, "gradnorm")
         assert set(frame[frame["method"] == "fp"]["quantity"].str.partition("@")[2]) == {"clean"}

@@ -554,7 +554,7 @@ def test_planes_through_runs(runs):
     assert points["method"].tolist() == ["lsq", "fpq"]
     sample = Sampler(24, 0, None, torch.device("cpu"))
     for row, end in zip(points.to_dict("records"), ends, strict=True):
-        net = load(end / "epoch_0002.pt", "tests.nets:tiny")
+        net = load(end / "epoch_0002.pt", "tests.nets:tiny").to(memory_format=torch.channels_last)
         content = read_checkpoint(end / "epoch_0002.pt")
         assert row["value"] == pytest.approx(mean_loss(net, sample(content)), rel=1e-6)
     assert study.plan("", Recipe("checkpoints", dim=1), through=[ends[0] / "epoch_0001.pt", ends[1]]).jobs

