@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from fpq_analysis import UserError, records
 from fpq_analysis.comparison import against_baseline, by_epoch, number
 from fpq_analysis.plots import caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
+from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.figure5 import totals
 
 
@@ -169,6 +170,12 @@ def test_density_figure_draws_the_smoothed_measure_and_marks_outliers():
     assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
     np.testing.assert_allclose(marks.get_xdata(), [99.75, 40.25])
     assert axes.get_xlabel() == "Eigenvalue"
+    bare = measure_figure(np.array(nodes), np.array(weights)).axes[0]
+    np.testing.assert_array_equal(bare.lines[0].get_xydata(), curve.get_xydata())
+    assert len(bare.collections) == 1
+    single = measure_figure(np.array(nodes[:1]), np.array(weights[:1])).axes[0]
+    assert np.trapezoid(single.lines[0].get_ydata(), single.lines[0].get_xdata()) == pytest.approx(1, abs=1e-3)
+    assert not single.collections  # no error without a second run
     with pytest.raises(ValueError, match="no spectral density"):
         density_figure(pd.DataFrame(columns=list(records.COLUMNS)))
 

@@ -36,7 +36,7 @@ ROOMS = {
     "plots": {"records"},
     "figures": {"measurement", "plots", "probes", "records"},
     "report": {"comparison", "plots", "records", "__version__"},
-    "compat": {"curvature", "probes"},
+    "compat": {"curvature", "plots", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "foreign", "models", "quantizers"},
     "inspection": {"checkpoint", "foreign"},
     "tables": {"checkpoint"},

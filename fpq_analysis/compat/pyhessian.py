@@ -2,7 +2,8 @@
 
     from fpq_analysis.compat.pyhessian import hessian        # instead of: from pyhessian import hessian
 
-Same constructor, methods and return shapes.  What differs: results are converged or say that they are not; the model is
+Same constructor, methods, attributes and return shapes; the functions of `pyhessian.utils` and `get_esd_plot` of its
+`density_plot.py` are here too.  What differs: results are converged or say that they are not; the model is
 left as it was; it works on CPU and CUDA alike; parameters that the loss does not use, ragged batches and negative
 traces are measured rightly; densities work on torch 2.  See docs/from_pyhessian.md.
 """
@@ -10,17 +11,39 @@ traces are measured rightly; densities work on torch 2.  See docs/from_pyhessian
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from fpq_analysis.curvature import as_batches
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature import CurvatureOperator, as_batches
+from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
+from fpq_analysis.files import atomic_write
 from fpq_analysis.probes import hessian_eigs, hessian_trace, spectral_density
+from fpq_analysis.probes.subject import Subject, prepare
+
+Vector = Sequence[Tensor]  # in parts, shaped like the parameters
+
+
+@dataclass
+class _Stand:
+    """What was made for the model's state at one time, so that it serves until a script moves the weights.
+
+    Attributes:
+        state: a copy of the model's parameters and buffers; variables: by name, see `hessian.params`.
+    """
+
+    state: dict[str, Tensor]
+    subject: Subject
+    variables: dict[str, Tensor]
+    gradients: list[Tensor] | None = None
+    operator: CurvatureOperator | None = None
 
 
 class hessian:
@@ -51,8 +74,72 @@ class hessian:
         if (data is None) == (dataloader is None):
             raise UserError("Give either data=(inputs, targets) or dataloader=..., one of the two.")
         self.model = model
+        self.criterion = criterion
         self.batches = as_batches(data if data is not None else list(dataloader or []))
         self.settings: dict[str, Any] = {"loss": criterion, "seed": seed}
+        self._last: _Stand | None = None
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The variables, in the order of eigenvectors: the model's trainable parameters.
+
+        Of a network quantized by this package, the weights that it uses, Q(w), stand for those behind a quantizer.
+        """
+        return list(self._stand().variables.values())
+
+    @property
+    def gradsH(self) -> list[Tensor]:  # noqa: N802
+        """The gradient of the mean loss over all data, with its graph, for `hessian_vector_product`.
+
+        Made and kept when first asked for, as the graph takes memory for all data at once: for many,
+        `dataloader_hv_product` is the better way.
+        """
+        stand = self._stand()
+        if stand.gradients is None:
+            n, variables = stand.subject.n_data, stand.variables
+            with full_precision(), torch.enable_grad():
+                losses = [
+                    self.criterion(functional_call(stand.subject.view, variables, (x,)), y) * (len(x) / n)
+                    for x, y in stand.subject.data
+                ]
+                stand.gradients = list(
+                    torch.autograd.grad(
+                        torch.stack(losses).sum(), list(variables.values()), create_graph=True, materialize_grads=True
+                    )
+                )
+        return stand.gradients
+
+    def dataloader_hv_product(self, v: Vector) -> tuple[float, list[Tensor]]:
+        """v^T H v, and H v in parts, H the Hessian of the mean loss over all data.
+
+        Args:
+            v: a tensor a parameter, as `params`.
+        """
+        stand = self._stand()
+        if stand.operator is None:
+            stand.operator = stand.subject.operator()
+        operator = stand.operator
+        places = [operator.slices[name] for name in stand.variables]
+        flat = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
+        for place, part in zip(places, v, strict=True):
+            flat[place] = part.detach().to(flat).reshape(-1)
+        product = operator.matvec(flat)
+        value = float(flat.double() @ product.double())
+        return value, [product[place].view_as(part) for place, part in zip(places, v, strict=True)]
+
+    def _stand(self) -> _Stand:
+        state: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        last = self._last
+        if last is None or not all(torch.equal(t, last.state[name]) for name, t in state.items()):
+            subject = prepare(self.model, self.batches, loss=self.criterion)
+            variables = {name: state.get(name, subject.parameters[name]) for name in self._in_order(subject.parameters)}
+            self._last = last = _Stand({name: t.detach().clone() for name, t in state.items()}, subject, variables)
+        return last
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        """As in the model; weights behind a quantizer, whose names it does not know, after the others."""
+        order = {name: place for place, (name, _) in enumerate(self.model.named_parameters())}
+        return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def eigenvalues(
         self, maxIter: int = 100, tol: float = 1e-3, top_n: int = 1
@@ -83,10 +170,10 @@ class hessian:
                 "raise maxIter.",
                 stacklevel=2,
             )
-        assert found.vectors is not None
-        order = [name for name, p in self.model.named_parameters() if name in found.vectors and p.requires_grad]
-        order += [name for name in found.vectors if name not in order]  # weights behind a quantizer
-        return found.values.tolist(), [[found.vectors[name][i] for name in order] for i in range(len(found.values))]
+        vectors = found.vectors
+        assert vectors is not None
+        order = self._in_order(vectors)
+        return found.values.tolist(), [[vectors[name][i] for name in order] for i in range(len(found.values))]
 
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Numbers whose mean is the trace.
@@ -105,6 +192,76 @@ class hessian:
         """Nodes and weights of stochastic Lanczos quadrature: `n_v` lists of `iter` numbers each."""
         found = spectral_density(self.model, self.batches, runs=n_v, steps=iter, **self.settings)
         return found.nodes.tolist(), found.weights.tolist()
+
+
+def hessian_vector_product(gradsH: Vector, params: Vector, v: Vector) -> tuple[Tensor, ...]:
+    """H v in parts, by differentiating the gradient once more; zeros where the gradient does not depend on `params`.
+
+    Args:
+        gradsH: the gradient with its graph: `hessian.gradsH`, or of `get_params_grad` behind
+            `loss.backward(create_graph=True)`.
+        params: what it was taken in.
+        v: a tensor a parameter.
+    """
+    curved = [(g, part) for g, part in zip(gradsH, v, strict=True) if g.requires_grad]
+    if not curved:
+        return tuple(torch.zeros_like(p) for p in params)
+    with full_precision():
+        return torch.autograd.grad(
+            [g for g, _ in curved],
+            list(params),
+            [part for _, part in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+
+def group_product(xs: Vector, ys: Vector) -> Tensor:
+    """The inner product of two vectors in parts: a tensor of one number."""
+    return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def group_add(params: list[Tensor], update: Vector, alpha: float | Tensor = 1) -> list[Tensor]:
+    """Add `alpha` times `update` to `params`, in place, and return them."""
+    with torch.no_grad():
+        for p, part in zip(params, update, strict=True):
+            p.add_(alpha * part)
+    return params
+
+
+def normalization(v: Vector) -> list[Tensor]:
+    """`v` divided by its length; a vector of length zero as it is."""
+    length = group_product(v, v).sqrt()
+    return [part / length if length > 0 else part.clone() for part in v]
+
+
+def orthnormal(w: Vector, v_list: Iterable[Vector]) -> list[Tensor]:
+    """What of `w` is orthogonal to all of `v_list` (of length 1, orthogonal to each other), with length 1."""
+    vectors = list(v_list)
+    rest = [part.clone() for part in w]
+    for v in vectors * 2:  # what rounding leaves of a long part, the second time takes
+        rest = group_add(rest, v, -group_product(rest, v))
+    return normalization(rest)
+
+
+def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The trainable parameters, and what stands in their `grad`, its graph included; zeros where nothing does."""
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    return params, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
+
+
+def get_esd_plot(eigenvalues: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> None:
+    """Draw the density of `hessian.density` into `example.pdf`, in the working folder, as PyHessian's script does."""
+    import numpy as np
+
+    from fpq_analysis.plots.density import measure_figure
+    from fpq_analysis.plots.style import style
+
+    figure = measure_figure(np.atleast_2d(eigenvalues), np.atleast_2d(weights))
+    with style():
+        atomic_write(
+            Path("example.pdf"), lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+        )
 
 
 def get_params(model_orig: nn.Module, model_perb: nn.Module, direction: list[Tensor], alpha: float) -> nn.Module:

@@ -38,7 +38,9 @@ def density_figure(records: pd.DataFrame) -> Figure:
             epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
             for epoch in epochs:
                 last = epoch == epochs[-1]
-                _draw(axes, panel[panel["epoch"] == epoch], tint if last else "0.55", f"epoch {epoch}", last)
+                rows_here = panel[panel["epoch"] == epoch]
+                nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
+                _draw(axes, nodes, weights, tint if last else "0.55", f"epoch {epoch}", last)
             axes.set_yscale("log")
             axes.set_ylim(bottom=FLOOR)
             axes.legend(loc="upper right")
@@ -49,11 +51,24 @@ def density_figure(records: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, tint: str, text: str, outliers: bool) -> None:
-    nodes, weights = (
-        np.array(rows[rows["quantity"].str.startswith(kind)].sort_values("quantity")["samples"].tolist())
-        for kind in ("nodes", "weights")
-    )
+def measure_figure(nodes: np.ndarray, weights: np.ndarray) -> Figure:
+    """The same of bare Lanczos nodes and weights, (runs, steps) each; of a single run without a band."""
+    with style():
+        figure = Figure(figsize=(3.4, 2.7), layout="constrained")
+        axes = figure.subplots()
+        _draw(axes, nodes, weights, colour("fp", ["fp"]), "", True)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=FLOOR)
+        axes.set_xlabel("Eigenvalue")
+        axes.set_ylabel("Density")
+    return figure
+
+
+def _samples(rows: pd.DataFrame, kind: str) -> np.ndarray:
+    return np.array(rows[rows["quantity"].str.startswith(kind)].sort_values("quantity")["samples"].tolist())
+
+
+def _draw(axes: Axes, nodes: np.ndarray, weights: np.ndarray, tint: str, text: str, outliers: bool) -> None:
     low, high = nodes.min(), nodes.max()
     scale = WIDTH * (high - low) or 1.0
     grid = np.linspace(low - 5 * scale, high + 5 * scale, POINTS)
@@ -63,11 +78,12 @@ def _draw(axes: Axes, rows: pd.DataFrame, tint: str, text: str, outliers: bool) 
             for x, w in zip(nodes, weights, strict=True)
         ]
     )
-    mean, error = runs.mean(0), runs.std(0, ddof=1) / np.sqrt(len(runs))
+    mean = runs.mean(0)
     axes.plot(grid, np.maximum(mean, FLOOR / 10), color=tint, linewidth=1.0, label=text)
-    axes.fill_between(
-        grid, np.maximum(mean - error, FLOOR / 10), np.maximum(mean + error, FLOOR / 10), color=tint, alpha=0.2, lw=0
-    )
+    if len(runs) > 1:
+        error = runs.std(0, ddof=1) / np.sqrt(len(runs))
+        ends = np.maximum(mean - error, FLOOR / 10), np.maximum(mean + error, FLOOR / 10)
+        axes.fill_between(grid, *ends, color=tint, alpha=0.2, lw=0)
     if outliers:
         alone = standing_alone(nodes, 4 * scale)
         axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=tint, markersize=4, clip_on=False)
