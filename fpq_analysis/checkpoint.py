@@ -1,11 +1,4 @@
-"""The form on disk of a run and its checkpoints; nothing else reads or writes it.
-
-    <run>/run.json          config, versions, what the data set is
-    <run>/epoch_0000.pt ... before training and after every epoch: tensors and primitives only
-    <run>/manifest.json     SHA-256 of each checkpoint
-    <run>/train.jsonl       a row an epoch
-    <run>/resume.pt         optimiser state, for going on after a kill; replaced every epoch
-    <run>/records/          what was measured (`records.py`)
+"""The content of checkpoint files: tensors and primitives only (the folder they lie in: `runs.py`).
 
 Every file is replaced in one step or appended to, so a kill at any moment leaves the last good checkpoint readable.
 Files are loaded with `weights_only=True`: code inside a checkpoint is never run.
@@ -13,11 +6,7 @@ Files are loaded with `weights_only=True`: code inside a checkpoint is never run
 
 from __future__ import annotations
 
-import json
-import platform
-import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +14,24 @@ import torch
 from torch import nn
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import atomic_write, sha256, write_json
+from fpq_analysis.files import atomic_write
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import QuantSpec, quantize
+from fpq_analysis.runs import (
+    CHECKPOINT_NAME,
+    FOREIGN_OPTIONS,
+    Header,
+    Stamp,
+    check_manifest,
+    check_same,
+    read_header,
+    read_stamps,
+    write_stamps,
+)
+from fpq_analysis.runs import checkpoints as checkpoints
+from fpq_analysis.runs import find_runs as find_runs
 
 FORMAT = 1
-CHECKPOINT_NAME = re.compile(r"epoch_(\d{4,})\.pt")
-FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `foreign.py`
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class Checkpoint:
     sha256: str
 
     @property
-    def said(self) -> dict[str, Any]:
-        """What the user said of it that does not stand in the file: of a file of ours, nothing."""
-        return {}
+    def header(self) -> Header:
+        """What can be known of it without its weights."""
+        quantized, init = self.quant is not None, self.run.get("init")
+        return Header(self.epoch, self.sha256, self.model["name"], self.data["fingerprint"], quantized, init)
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this checkpoint's state.
@@ -130,13 +131,9 @@ def save_checkpoint(run: Path, checkpoint: dict[str, Any]) -> Path:
     """
     path = run / f"epoch_{checkpoint['epoch']:04d}.pt"
     atomic_write(path, lambda file: torch.save({"format": FORMAT, **checkpoint}, file))
-    write_json(run / "manifest.json", {**read_manifest(run), path.name: sha256(path)})
+    manifest = run / "manifest.json"
+    write_stamps(manifest, {**read_stamps(manifest), path.name: Stamp.of(path)})
     return path
-
-
-def read_manifest(run: Path) -> dict[str, str]:
-    """File name to SHA-256; empty if the run has no manifest."""
-    return _read_json(run / "manifest.json") if (run / "manifest.json").exists() else {}
 
 
 def load_tensors(path: Path) -> Any:
@@ -166,19 +163,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read and verify one checkpoint file.
 
     Raises:
-        UserError: if it is missing, damaged, differs from the manifest's hash, holds code, or is not one of ours.
+        UserError: if it is missing, damaged, differs from the manifest's hash, holds code, is not one of ours, or is of
+            another epoch than its name says.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No checkpoint '{path}'.")
-    digest = sha256(path)
-    recorded = read_manifest(path.parent).get(path.name)
-    if recorded is not None and recorded != digest:
-        raise UserError(
-            f"'{path}' is damaged: its SHA-256 is not the one recorded when it was written. Copy it again "
-            "from its source, or train the run anew with --overwrite."
-        )
+    stamp = Stamp.of(path)
+    check_manifest(path, stamp.sha256)
     content = load_tensors(path)
+    check_same(path, stamp)
     if not is_ours(content):
         raise UserError(
             f"'{path}' is not a checkpoint written by fpq-analyze. To measure it, say what network it is of and which "
@@ -187,7 +181,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     if content.get("format") != FORMAT:
         raise UserError(f"'{path}' has format {content.get('format')}, and this version reads format {FORMAT}.")
-    return Checkpoint(**{field: content[field] for field in FIELDS}, sha256=digest)
+    named = CHECKPOINT_NAME.fullmatch(path.name)
+    if named and int(named[1]) != content["epoch"]:
+        raise UserError(
+            f"'{path}' is of epoch {content['epoch']}, by what it holds, and of epoch {int(named[1])} by its name. It "
+            "was copied or renamed; give it its own name again, or remove it."
+        )
+    return Checkpoint(**{field: content[field] for field in FIELDS}, sha256=stamp.sha256)
+
+
+def header(path: Path) -> Header:
+    """What can be known of a checkpoint without its weights; these are read only if `run.json` does not say enough.
+
+    Raises:
+        UserError: if the file is missing, is not the one that the manifest names, or see `read_checkpoint`.
+    """
+    return read_header(path) or read_checkpoint(path).header
 
 
 def is_ours(content: Any) -> bool:
@@ -205,84 +214,3 @@ def load(path: str | Path, model: str | None = None) -> nn.Module:
         UserError: see `read_checkpoint` and `Checkpoint.build`.
     """
     return read_checkpoint(path).build(model)
-
-
-def find_runs(folder: str | Path) -> list[Path]:
-    """Every run at or below `folder`, sorted: the folders that hold `epoch_NNNN.pt` files.
-
-    Raises:
-        UserError: if the folder does not exist or holds no checkpoint.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"No folder '{folder}'. A run, or a folder of runs, is wanted; 'fpq-analyze train' makes one.")
-    runs = sorted({path.parent for path in folder.rglob("epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)})
-    if not runs:
-        raise UserError(
-            f"'{folder}' holds no checkpoints (files named epoch_0000.pt, ...), nor does any folder below it. "
-            f"'fpq-analyze train' or 'fpq-analyze demo' makes some. For those of another program: {FOREIGN_OPTIONS}."
-        )
-    return runs
-
-
-def checkpoints(run: Path) -> dict[int, Path]:
-    """Epoch to file for one run, in order of epochs."""
-    found = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run.iterdir())
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a checkpoint: the one recorded when it was written, or else of the file."""
-    return read_manifest(path.parent).get(path.name) or sha256(path)
-
-
-def find_teacher(run: Path) -> Path | None:
-    """The float checkpoint that `run` started from; None for a run that started from none.
-
-    It is looked for where it was, and beside `run`, should both have been moved.
-
-    Raises:
-        UserError: if it is not there, or no longer the same.
-    """
-    about = read_run(run)
-    init, wanted = about["config"].get("init"), about.get("teacher")
-    if init is None or wanted is None:
-        return None
-    for folder in (Path(init), run.parent / Path(init).name):
-        for path in checkpoints(folder).values() if folder.is_dir() else ():
-            if file_hash(path) == wanted:
-                return path
-    raise UserError(
-        f"The float network that '{run}' started from is not in '{init}', nor in '{run.parent / Path(init).name}' "
-        f"(SHA-256 {wanted[:12]}...). Move its run there, or run the command in the folder where it was trained."
-    )
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """The content of `run.json`.
-
-    Raises:
-        UserError: if the file is missing or is not JSON.
-    """
-    path = run / "run.json"
-    if not path.exists():
-        raise UserError(f"'{run}' is not a run: it has no run.json. 'fpq-analyze train' makes one.")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{path}' is damaged: it is not a JSON object. Restore it from a copy.") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("fpq-analysis", "torch", "torchvision", "numpy", "scipy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

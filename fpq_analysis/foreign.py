@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import load_dataset, parse_normalization
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import sha256
 from fpq_analysis.models import build_model, call_factory, check_model_name
 from fpq_analysis.quantizers import QuantSpec, quantize
+from fpq_analysis.runs import Header, Stamp, check_same, known_stamp, remember
 
 SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".ckpt", ".safetensors")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # under which a state dict is kept
@@ -94,6 +94,19 @@ class ForeignRuns(os.PathLike[str]):
         """Epoch to file for one run, in order of epochs; see `foreign_epochs`."""
         return foreign_epochs(run)
 
+    def header(self, path: Path) -> Header:
+        """What can be known of a file without its weights; these are read only once.
+
+        Raises:
+            UserError: see `read_checkpoint`.
+        """
+        if _is_our_run(path.parent):
+            return ckpt.header(path)
+        stamp = known_stamp(path) if path.is_file() else None
+        if stamp is None or stamp.channels is None:
+            return self.read_checkpoint(path).header
+        return self._describe(path, {}, stamp.sha256, stamp.channels).header
+
     def read_checkpoint(self, path: str | Path) -> Checkpoint:
         """Read one file, of another program or ours.
 
@@ -103,7 +116,11 @@ class ForeignRuns(os.PathLike[str]):
         path = Path(path)
         if _is_our_run(path.parent):
             return ckpt.read_checkpoint(path)
+        if not path.is_file():
+            raise UserError(f"No checkpoint '{path}'.")
+        stamp = Stamp.of(path)
         content = read_content(path)
+        check_same(path, stamp)
         if ckpt.is_ours(content):
             return ckpt.read_checkpoint(path)
         state, _ = find_state(content)
@@ -113,7 +130,14 @@ class ForeignRuns(os.PathLike[str]):
                 f"'{path}' holds no state dict, alone or under one of {', '.join(WRAPPERS)}: it holds "
                 f"{held[:200] or 'nothing'}. Save model.state_dict(), or move the file out of the folder."
             )
-        images = self._images.get(_channels(state)) or next(iter(self._images.values()))
+        channels = _channels(state)
+        remember(path, replace(stamp, channels=channels))
+        # Half precision is widened here: everything is measured in float32.
+        state = {key: t.float() if t.is_floating_point() else t for key, t in state.items()}
+        return self._describe(path, state, stamp.sha256, channels)
+
+    def _describe(self, path: Path, state: dict[str, Tensor], digest: str, channels: int) -> ForeignCheckpoint:
+        images = self._images.get(channels) or next(iter(self._images.values()))
         epochs = {file: epoch for epoch, file in foreign_epochs(path.parent).items()}
         return ForeignCheckpoint(
             epoch=epochs.get(path, 0),
@@ -129,9 +153,8 @@ class ForeignRuns(os.PathLike[str]):
                 "image_size": self.image_size,
                 "feed": self._feed(images["channels"]),
             },
-            # Half precision is widened here: everything is measured in float32.
-            state_dict={key: t.float() if t.is_floating_point() else t for key, t in state.items()},
-            sha256=sha256(path),
+            state_dict=state,
+            sha256=digest,
             path=path,
             factory=self.model,
         )
@@ -166,8 +189,9 @@ class ForeignCheckpoint(Checkpoint):
     factory: str | Callable[..., nn.Module]
 
     @property
-    def said(self) -> dict[str, Any]:
-        return {"model": self.model, "quant": self.quant}
+    def header(self) -> Header:
+        said = {"model": self.model, "quant": self.quant}
+        return replace(super().header, model=self.factory, said=said)
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this state; names of tensors may have a prefix in the file.

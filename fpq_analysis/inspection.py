@@ -25,6 +25,7 @@ from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import read_jsonl, sha256
 from fpq_analysis.foreign import find_state, foreign_epochs
+from fpq_analysis.runs import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run
 
 COLUMNS = ["field", "value"]
 RUN_COLUMNS = ["file", "epoch", "size", "sha256", "hash", "test accuracy"]
@@ -91,8 +92,8 @@ def inspect_run(run: str | Path) -> pd.DataFrame:
         UserError: if the folder holds no checkpoint.
     """
     run = Path(run)
-    manifest = ckpt.read_manifest(run)
-    files = (ckpt.checkpoints(run) or foreign_epochs(run)) if run.is_dir() else {}
+    manifest = read_manifest(run)
+    files = (checkpoints(run) or foreign_epochs(run)) if run.is_dir() else {}
     if not files:
         raise UserError(f"'{run}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
     accuracy = {row.get("epoch"): row.get("test_accuracy", float("nan")) for row in read_jsonl(run / "train.jsonl")}
@@ -102,7 +103,7 @@ def inspect_run(run: str | Path) -> pd.DataFrame:
         status = _agreement(manifest.get(path.name), digest)
         rows.append((path.name, epoch, path.stat().st_size, digest, status, accuracy.get(epoch, float("nan"))))
     for name in sorted(set(manifest) - {path.name for path in files.values()}):
-        match = ckpt.CHECKPOINT_NAME.fullmatch(name)
+        match = CHECKPOINT_NAME.fullmatch(name)
         if match:
             rows.append((name, int(match[1]), 0, manifest[name], "missing", float("nan")))
     return pd.DataFrame(rows, columns=RUN_COLUMNS)
@@ -132,7 +133,7 @@ def _about(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"No checkpoint '{path}'.")
     digest = sha256(path)
-    status = _agreement(ckpt.read_manifest(path.parent).get(path.name), digest)
+    status = _agreement(read_manifest(path.parent).get(path.name), digest)
     if status == "differs":
         raise UserError(
             f"'{path}' is damaged, or not the file it was: its SHA-256 is {digest[:12]}..., and manifest.json beside "
@@ -228,7 +229,7 @@ def _ours(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _versions(run: Path) -> list[tuple[str, str]]:
     """From `run.json`, where there is one."""
     try:
-        return [("versions", ", ".join(f"{k} {v}" for k, v in ckpt.read_run(run)["versions"].items()))]
+        return [("versions", ", ".join(f"{k} {v}" for k, v in read_run(run)["versions"].items()))]
     except (UserError, KeyError, AttributeError):
         return []
 
@@ -236,7 +237,7 @@ def _versions(run: Path) -> list[tuple[str, str]]:
 def _how_to_use(load: str) -> tuple[str, str]:
     return (
         "to use it",
-        f"fpq-analyze hessian --ckpt-dir FOLDER {ckpt.FOREIGN_OPTIONS}; or, after model.load_state_dict({load}), in "
+        f"fpq-analyze hessian --ckpt-dir FOLDER {FOREIGN_OPTIONS}; or, after model.load_state_dict({load}), in "
         "Python: fpq_analysis.hessian_trace(model, batches)",
     )
 

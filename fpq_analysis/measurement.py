@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from fpq_analysis import checkpoint, records
-from fpq_analysis.checkpoint import Checkpoint, file_hash, find_teacher
+from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
 from fpq_analysis.probes import Point, Probe
 from fpq_analysis.progress import Progress
+from fpq_analysis.runs import Header, file_hash, find_teacher
 
 # A forecast measures so many images and twice as many: what does not grow with them, the certificate, is told apart.
 FORECAST_IMAGES = 64
@@ -31,6 +32,7 @@ class Source(Protocol):
 
     def find_runs(self, folder: str | Path) -> list[Path]: ...
     def checkpoints(self, run: Path) -> dict[int, Path]: ...
+    def header(self, path: Path) -> Header: ...
     def read_checkpoint(self, path: str | Path) -> Checkpoint: ...
 
 
@@ -45,6 +47,7 @@ class Job:
 
     run: Path
     path: Path
+    header: Header
     key: str
     others: dict[str, Path] = field(default_factory=dict)
 
@@ -84,6 +87,8 @@ def plan(
 ) -> Plan:
     """List the measurements of `probe` on the checkpoints at or below `ckpt_dir` that have what the probe needs.
 
+    No weights are read, but of files whose run does not describe them.
+
     Args:
         epochs: of each run, see `choose_epochs`.
 
@@ -105,22 +110,30 @@ def plan(
         finished = set() if overwrite else records.done(run, probe.name)
         for path in paths.values():
             try:
-                content = source.read_checkpoint(path)
-                others = _others(probe, run, content, source)
+                header = source.header(path)
+                others = _others(probe, run, header, found[run])
+                if others is None:
+                    continue
+                hashes = {need: file_hash(other) for need, other in others.items()}
             except UserError as fault:
                 todo.faults.append((path, fault))
                 continue
-            if others is None:
-                continue
-            about = {**settings, "data": content.data["fingerprint"], **content.said}
-            if others:
-                about["others"] = {need: file_hash(other) for need, other in others.items()}
-            key = records.measurement_key(content.sha256, probe.name, about)
+            key = measurement_key(header, probe.name, settings, hashes)
             if key in finished:
                 todo.done.add(key)
             else:
-                todo.jobs.append(Job(run, path, key, others))
+                todo.jobs.append(Job(run, path, header, key, others))
     return todo
+
+
+def measurement_key(header: Header, probe: str, settings: dict[str, Any], others: Any) -> str:
+    """Key of a measurement: it holds whatever decides the numbers.
+
+    Args:
+        others: SHA-256 of the files of further networks.
+    """
+    about = {**settings, "epoch": header.epoch, "data": header.data, **header.said, "others": others}
+    return records.measurement_key(header.sha256, probe, about)
 
 
 def check_n_data(n_data: int | None) -> None:
@@ -149,20 +162,20 @@ def choose_epochs(found: dict[int, Path], epochs: str) -> dict[int, Path]:
     return {epoch: path for epoch, path in found.items() if epoch in wanted}
 
 
-def _others(probe: Probe, run: Path, content: Checkpoint, source: Source) -> dict[str, Path] | None:
+def _others(probe: Probe, run: Path, header: Header, found: dict[int, Path]) -> dict[str, Path] | None:
     """Files of the other networks that the probe needs; None if this checkpoint has not what it needs."""
     others: dict[str, Path | None] = {}
     for need in probe.needs:
         if need == "quantizers":
-            if content.quant is None:
+            if not header.quantized:
                 return None
         elif need == "teacher":
-            others[need] = find_teacher(run) if content.run.get("init") else None
+            others[need] = find_teacher(run) if header.init else None
         elif need == "previous":
-            before = [path for epoch, path in source.checkpoints(run).items() if epoch < content.epoch]
+            before = [path for epoch, path in found.items() if epoch < header.epoch]
             others[need] = before[-1] if before else None
-    found = {need: path for need, path in others.items() if path is not None}
-    return found if len(found) == len(others) else None
+    there = {need: path for need, path in others.items() if path is not None}
+    return there if len(there) == len(others) else None
 
 
 def measure(
@@ -281,6 +294,11 @@ def measure_one(
     """Load, measure, record one checkpoint."""
     start = time.perf_counter()
     content = todo.source.read_checkpoint(job.path)
+    if content.header != job.header:
+        raise UserError(
+            f"'{job.path}' is not what it was when this command began: it was changed since, or the run.json beside it "
+            "is of another run. Run the command again; if it stays so, put the right run.json there."
+        )
     net = build_network(content, model, sample)
     others = _networks(job, todo.source, model, sample)
     rows = probe(Point(net, sample(content), seed=seed, memory=memory, **others))

@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.checkpoint import CHECKPOINT_NAME, find_runs, read_run
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import read_jsonl
+from fpq_analysis.runs import CHECKPOINT_NAME, find_runs, read_run
 
 COLUMNS = {
     "table": "1 to 5",

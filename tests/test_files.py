@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpq_analysis import UserError, load
-from fpq_analysis.checkpoint import checkpoints, find_runs, read_checkpoint, save_checkpoint
+from fpq_analysis.checkpoint import read_checkpoint, save_checkpoint
 from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl
 from fpq_analysis.models import MODELS, build_model
+from fpq_analysis.runs import checkpoints, find_runs
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -163,7 +164,9 @@ def test_manifest_follows_the_files(tiny_runs, tmp_path):
     save_checkpoint(tmp_path, content)
     (path,) = checkpoints(tmp_path).values()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest == {path.name: read_checkpoint(path).sha256}
+    stat = path.stat()
+    about = {"sha256": read_checkpoint(path).sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    assert manifest == {path.name: about}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fpq_analysis import records
-from fpq_analysis.checkpoint import Checkpoint, file_hash
+from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.landscapes.recipe import Recipe
@@ -33,11 +33,13 @@ from fpq_analysis.measurement import (
     build_network,
     check_n_data,
     describe,
+    measurement_key,
     raise_fault,
     source_of,
 )
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
+from fpq_analysis.runs import file_hash
 
 # Seconds of work a kill may cost; writing every point at once would cost a fast device more than the loss itself.
 FLUSH = 2.0
@@ -119,10 +121,7 @@ def plan(
     for path, others in groups:
         try:
             check_others(recipe, len(others))
-            content = source.read_checkpoint(path)
-            about = {**settings, "data": content.data["fingerprint"], **content.said}
-            about["others"] = [file_hash(other) for other in others]
-            key = records.measurement_key(content.sha256, recipe.name, about)
+            key = measurement_key(source.header(path), recipe.name, settings, [file_hash(other) for other in others])
             done = set() if overwrite else set(_rows(root, path.parent, recipe, key)["quantity"])
         except UserError as fault:
             faults.append((path, fault))

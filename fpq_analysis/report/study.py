@@ -19,6 +19,7 @@ from fpq_analysis import records
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import read_jsonl
 from fpq_analysis.plots.figure5 import totals
+from fpq_analysis.runs import read_manifest
 
 # The order of runs: the float network, then the methods as papers list them, FPQ last; unknown ones between.
 METHODS = ("fp", "noise-features", "noise-weights", "pact", "lsq", "lsq+", "kd", "sam", "", "fpq")
@@ -214,7 +215,7 @@ def read_study(root: str | Path) -> Study:
                 str(about.get("started", "")),
                 about.get("teacher"),
                 _epochs(folder),
-                {str(key): str(value) for key, value in _read_json(folder / "manifest.json").items()},
+                _manifest(folder),
             )
         )
     if not runs:
@@ -223,6 +224,13 @@ def read_study(root: str | Path) -> Study:
             + (faults[0] if faults else "'fpq-analyze train' or 'fpq-analyze demo' makes some.")
         )
     return Study(root, sorted(runs, key=lambda run: run.order), faults)
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    try:
+        return read_manifest(folder)
+    except UserError:  # damaged: as if there were none
+        return {}
 
 
 def number_of(row: dict[str, Any], key: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and where a stopped one goes on (the files themselves: `checkpoint.py`)."""
+"""What a run leaves in its folder, and where a stopped one goes on (the files: `checkpoint.py`, `runs.py`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.data import Dataset
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl, write_json
+from fpq_analysis.runs import checkpoints, read_run, versions
 from fpq_analysis.training.config import TrainConfig
 
 NOTHING = -1
@@ -29,13 +30,13 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
     """
     if run.exists() and not (run.is_dir() and ((run / "run.json").exists() or not any(run.iterdir()))):
         raise UserError(f"'{run}' exists and is not a run. Choose another --out.")
-    existing = ckpt.checkpoints(run) if run.is_dir() else {}
+    existing = checkpoints(run) if run.is_dir() else {}
     if overwrite or not existing:
         return NOTHING
     if not resume:
         raise UserError(f"'{run}' holds a run already. Go on with --resume, or start anew with --overwrite.")
     # A run of an older version knows nothing of newer settings, and was what their defaults are.
-    before, now = {**asdict(TrainConfig()), **ckpt.read_run(run)["config"]}, asdict(config)
+    before, now = {**asdict(TrainConfig()), **read_run(run)["config"]}, asdict(config)
     changed = [key for key in now if now[key] != before[key]]
     if changed:
         key = changed[0]
@@ -57,7 +58,7 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
 
 def clear_after(run: Path, done: int) -> None:
     """Remove what a kill, or a run to be overwritten, left after epoch `done`."""
-    for epoch, path in ckpt.checkpoints(run).items():
+    for epoch, path in checkpoints(run).items():
         if epoch > done:
             path.unlink()
     if done == NOTHING:
@@ -76,7 +77,7 @@ def begin(run: Path, config: TrainConfig, data: Dataset, teacher: str | None) ->
         "config": asdict(config),
         "data": data.describe(),
         "teacher": teacher,
-        "versions": ckpt.versions(),
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -85,7 +86,7 @@ def begin(run: Path, config: TrainConfig, data: Dataset, teacher: str | None) ->
 
 def check_teacher(run: Path, teacher: str | None) -> None:
     """Raise `UserError` if the run was started from another teacher than `teacher`."""
-    before = ckpt.read_run(run).get("teacher", teacher)
+    before = read_run(run).get("teacher", teacher)
     if before != teacher:
         raise UserError(
             f"'{run}' was started from another teacher: the run that --init names has changed since (SHA-256 "

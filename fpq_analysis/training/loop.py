@@ -41,6 +41,7 @@ from fpq_analysis.quantizers import (
     step_sizes,
     weight_codes,
 )
+from fpq_analysis.runs import checkpoints, read_run
 from fpq_analysis.training import folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.csd import Features, check_pair, csd_loss
@@ -288,10 +289,10 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
     teacher_run = Path(config.init)
     if not teacher_run.is_dir():
         raise UserError(f"No run '{config.init}' to start from. Train one first: fpq-analyze train --method fp")
-    epochs = ckpt.checkpoints(teacher_run)
+    epochs = checkpoints(teacher_run)
     if not epochs:
         raise UserError(f"'{config.init}' holds no checkpoint to start from. --init wants the folder of one float run.")
-    wanted = ckpt.read_run(teacher_run)["config"]["epochs"]
+    wanted = read_run(teacher_run)["config"]["epochs"]
     if max(epochs) < wanted:
         raise UserError(
             f"The teacher '{config.init}' is not finished: epoch {max(epochs)} of {wanted}. Finish it first, with the "

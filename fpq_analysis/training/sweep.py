@@ -34,12 +34,12 @@ from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 
-from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.data import DATASETS, Dataset, load_dataset
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.files import read_jsonl
 from fpq_analysis.models import check_model_name
 from fpq_analysis.progress import duration
+from fpq_analysis.runs import read_manifest, read_run
 from fpq_analysis.training import folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.loop import train
@@ -337,7 +337,7 @@ def _finished_epoch(sweep: Sweep, name: str) -> int:
     """The last epoch of a run that counts as done, `folder.NOTHING` before the first."""
     config, run = sweep.runs[name], sweep.out / name
     if (run / "run.json").exists():
-        before = ckpt.read_run(run)["config"]
+        before = read_run(run)["config"]
         config = replace(config, **{key: before[key] for key in LOCATIONS if before.get(key) is not None})
     return folder.last_finished_epoch(config, run, resume=True, overwrite=False)
 
@@ -352,7 +352,7 @@ def _finished_rows(sweep: Sweep, name: str) -> list[dict[str, Any]]:
     """The rows of `train.jsonl` up to the last epoch that counts as done."""
     epoch, run = _finished_epoch(sweep, name), sweep.out / name
     if epoch == sweep.runs[name].epochs and name in sweep.teachers and _teacher_is_there(sweep, name):
-        teacher = ckpt.read_manifest(sweep.out / sweep.teachers[name])
+        teacher = read_manifest(sweep.out / sweep.teachers[name])
         folder.check_teacher(run, teacher[max(teacher)])
     return [row for row in read_jsonl(run / "train.jsonl") if row["epoch"] <= epoch]
 

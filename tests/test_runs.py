@@ -1,0 +1,223 @@
+"""What is known of a run without reading weights: hashes that are taken again only where a file changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpq_analysis import ForeignRuns, UserError, checkpoint, files, measure, records, runs
+from fpq_analysis.measurement import plan
+from fpq_analysis.runs import checkpoints, file_hash, read_header, read_manifest
+from tests.nets import tiny
+
+NET = "tests.nets:tiny"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norm of one bias."""
+
+    name = "norm"
+    version = 1
+    needs = ()
+
+    def __call__(self, point):
+        value = float(point.model.state_dict()["11.bias"].norm())
+        return [{"layer": "all", "quantity": "norm", "value": value, "n_data": len(point.batches[0])}]
+
+
+MODEL = {"n_data": 16, "device": "cpu", "model": NET}
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    """A function after whose call no file may be hashed, nor weights be read."""
+
+    def forbid():
+        def refuse(*args, **kwargs):
+            raise AssertionError("a file was read")
+
+        monkeypatch.setattr(runs, "sha256", refuse)
+        monkeypatch.setattr(torch, "load", refuse)
+
+    return forbid
+
+
+def settle(folder):
+    """Let the files be a minute old, and the manifests know it not."""
+    for number, path in enumerate(sorted(folder.rglob("*.p*t*"))):
+        os.utime(path, (1_000_000_000 + number, 1_000_000_000 + number))
+
+
+def keys(folder, **options):
+    todo = plan(folder, Norm(), n_data=16, **options)
+    return {job.path.name: job.key for job in todo.jobs}, [path.name for path, _ in todo.faults]
+
+
+def test_planning_reads_no_weights(tiny_runs, tmp_path, no_reading):
+    folder = shutil.copytree(tiny_runs, tmp_path / "runs")  # times as they were
+    no_reading()
+    assert len(plan(folder, Norm(), n_data=16).jobs) == 9
+
+
+def test_two_hundred_large_checkpoints(tmp_path, no_reading):
+    """Files of 45 MB that take no room: nothing that grows with them is done."""
+    about = {"config": {"model": "resnet18", "bits": None, "init": None}, "data": {"fingerprint": "f"}}
+    stamps = {}
+    for epoch in range(200):
+        path = tmp_path / f"epoch_{epoch:04d}.pt"
+        with path.open("wb") as file:
+            file.truncate(45_000_000)
+        stamps[path.name] = runs.Stamp(f"{epoch:064x}", 45_000_000, path.stat().st_mtime_ns)
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    runs.write_stamps(tmp_path / "manifest.json", stamps)
+    no_reading()
+    assert len(plan(tmp_path, Norm(), n_data=16).jobs) == 200
+
+
+def test_a_copy_without_its_times_is_hashed_once(tiny_runs, tmp_path, no_reading):
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
+    before = keys(run)
+    settle(run)
+    assert keys(run) == before
+    assert set(json.loads((run / "records" / "files.json").read_text())) == {p.name for p in checkpoints(run).values()}
+    no_reading()
+    assert keys(run) == before
+
+
+def test_manifests_of_before_sizes_and_times(tiny_runs, tmp_path, no_reading):
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
+    before = keys(run)
+    (run / "manifest.json").write_text(json.dumps(read_manifest(run)))
+    settle(run)
+    assert keys(run) == before
+    no_reading()
+    assert keys(run) == before
+
+
+def test_young_files_are_not_remembered(tiny_runs, tmp_path):
+    """On a disk that keeps times in steps of two seconds, they may change once more without one."""
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
+    (run / "manifest.json").unlink()
+    for path in checkpoints(run).values():
+        path.touch()
+    keys(run)
+    assert not (run / "records" / "files.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(tiny_runs, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
+    before = keys(run)
+    settle(run)
+
+    def full(*args):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(runs, "write_stamps", full)
+    assert keys(run) == before
+
+
+def test_a_changed_file_is_a_fault_of_its_own(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
+    path = run / "epoch_0001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    found, faults = keys(run)
+    assert set(found) == {"epoch_0000.pt", "epoch_0002.pt"}
+    assert faults == ["epoch_0001.pt"]
+
+
+@pytest.mark.parametrize("vouched", [True, False])
+def test_a_copy_under_another_epoch_is_named(tiny_runs, tmp_path, vouched):
+    """Before, there were two rows of one epoch."""
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
+    shutil.copy(run / "epoch_0002.pt", run / "epoch_0000.pt")
+    if not vouched:
+        (run / "manifest.json").unlink()
+    todo = plan(run, Norm(), n_data=16)
+    faults = {}
+    from fpq_analysis.measurement import carry_out
+
+    rows = carry_out(todo, Norm(), n_data=16, seed=0, device="cpu", model=NET, on_fault=faults.__setitem__)
+    assert sorted(rows["epoch"]) == [1, 2]
+    (fault,) = faults.values()
+    assert "epoch_0000.pt" in str(fault)
+    if not vouched:
+        assert "is of epoch 2, by what it holds, and of epoch 0 by its name" in str(fault)
+
+
+def test_without_run_json_the_files_speak(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs / "lsq-w4a4", tmp_path / "lsq")
+    before = keys(run)
+    said = read_header(run / "epoch_0002.pt")
+    (run / "run.json").unlink()
+    assert keys(run) == before
+    assert checkpoint.header(run / "epoch_0002.pt") == said
+    (run / "run.json").write_text('{"config": null}')
+    assert keys(run) == before
+
+
+def test_a_run_json_of_another_run_is_noticed(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs / "lsq-w4a4", tmp_path / "lsq")
+    shutil.copy(tiny_runs / "fp" / "run.json", run)
+    with pytest.raises(UserError, match=r"run\.json beside it is of another run"):
+        measure(run, Norm(), **MODEL)
+
+
+def test_files_of_another_program_are_read_once(tmp_path, no_reading):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for epoch in range(3):
+        torch.save(tiny().state_dict(), folder / f"epoch_{epoch}.pth")
+    settle(folder)
+    source = ForeignRuns(folder, NET, "digits")
+    before = keys(source)
+    no_reading()
+    assert keys(source) == before
+    os.utime(folder / "epoch_1.pth")
+    with pytest.raises(AssertionError, match="a file was read"):
+        keys(source)
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_keys_are_those_of_epoch_and_content(tiny_runs, tmp_path_factory, data):
+    """Whatever is touched, copied, renamed or written over: a file has the key of its content and epoch, or none."""
+    run = shutil.copytree(tiny_runs / "fp", tmp_path_factory.mktemp("any") / "fp")
+    if data.draw(st.booleans(), label="without a manifest"):
+        (run / "manifest.json").unlink()
+    truth, _ = keys(run)
+    contents = {name: (run / name).read_bytes() for name in truth}
+    for step in range(data.draw(st.integers(1, 4))):
+        name, other = (data.draw(st.sampled_from(sorted(contents))) for _ in range(2))
+        what = data.draw(st.sampled_from(["touch", "rewrite", "copy", "copy with time", "swap", "plan"]))
+        if what == "touch":
+            os.utime(run / name, (10**9 + step,) * 2)
+        elif what == "rewrite" and (run / name).exists():
+            content = (run / name).read_bytes()
+            (run / name).write_bytes(content)
+        elif what in ("copy", "copy with time") and name != other:
+            (shutil.copy if what == "copy" else shutil.copy2)(run / name, run / other)
+        elif what == "swap" and name != other:
+            (run / name).rename(run / "kept")
+            (run / other).rename(run / name)
+            (run / "kept").rename(run / other)
+        else:
+            keys(run)
+    found, faults = keys(run)
+    for name, content in contents.items():
+        if (run / name).read_bytes() == content:
+            assert found[name] == truth[name]
+        else:
+            assert name in faults or found[name] not in truth.values()
+    sums = {name: files.sha256(run / name) for name in found}
+    assert {name: file_hash(run / name) for name in found} == sums
+    assert not records.done(run, "norm")
