@@ -1,13 +1,90 @@
-"""The one exception that the command line shows as a paragraph instead of a traceback."""
+"""The exceptions that the command line shows as a paragraph instead of a traceback, and how any other becomes one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """Something the user can mend.  The message says what is wrong, the likely cause, and what to do next."""
+
+
+class NothingToDraw(UserError):  # noqa: N818 -- as StopIteration: often no fault
+    """Records hold nothing that this figure shows."""
+
+
+FULL = "Make room, and run the same command again."
+ELSEWHERE = "Choose another place, or change its rights."
+NO_FOLDER = "A file stands where a folder is wanted, or the other way round: move it away, or choose another name."
+CURES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: "The limit on the size of a file (ulimit -f) is too low.",
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: ELSEWHERE,
+    errno.EPERM: ELSEWHERE,
+    errno.ENOTDIR: NO_FOLDER,
+    errno.EEXIST: NO_FOLDER,
+    errno.EISDIR: NO_FOLDER,
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ENOENT: "Is the path right, and is a disk missing?",
+    errno.EMFILE: "Too many files are open at once: raise the limit (ulimit -n).",
+}
+
+
+def refused(path: object, error: OSError, what: str = "written") -> UserError:
+    """What the machine said no to, as an error that names the file.
+
+    Args:
+        what: the file cannot be `written` or `read`.
+    """
+    cure = CURES.get(error.errno or 0, "Is the disk in order?")
+    return UserError(f"'{path}' cannot be {what}: {error.strerror or error}. {cure}")
+
+
+def explained(error: Exception, about: str = "") -> UserError:
+    """Any exception as one to be shown; what nobody foresaw is a fault of the program, and says so.
+
+    Args:
+        about: what was being done, or with which file, as the beginning of a sentence.
+    """
+    if isinstance(error, UserError):
+        return error
+    where = f"{about}: " if about else ""
+    kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:
+        text = f"{where}{error.strerror}{f' ({error.filename!r})' if error.filename else ''}. "
+        found = UserError(text + CURES.get(error.errno, "Is the disk in order?"))
+    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        found = UserError(f"{where}out of memory. Measure on fewer images (--n-data), or end what else is running.")
+    else:
+        found = UserError(
+            f"{where}{kind}: {error} -- this is a fault of the program. Run again with FPQ_DEBUG=1 for the traceback, "
+            "and please report it."
+        )
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def going_on(report: Callable[[UserError], object], about: str) -> Iterator[None]:
+    """Hand whatever goes wrong inside to `report`, so that one bad thing stops nothing else; FPQ_DEBUG=1 stops there.
+
+    Args:
+        about: see `explained`.
+    """
+    try:
+        yield
+    except UserError as error:
+        report(error)
+    except Exception as error:
+        if os.environ.get("FPQ_DEBUG"):
+            raise
+        report(explained(error, about))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

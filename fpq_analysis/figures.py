@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fpq_analysis import records
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import NothingToDraw, UserError, did_you_mean, going_on
 from fpq_analysis.plots import FIGURES, Drawing
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ def draw_figures(
 def _draw(drawing: Drawing, frame: pd.DataFrame, out: Path) -> dict[str, Any]:
     if frame.empty:
         return {"path": None, "note": f"not measured yet; 'fpq-analyze {drawing.command}' does"}
-    try:
-        picture, *_, caption = drawing.write(frame, out)
-    except ValueError as nothing:
-        return {"path": None, "note": f"nothing to draw: {nothing}"}
-    return {"path": picture, "note": caption.read_text().strip()}
+    faults: list[UserError] = []
+    with going_on(faults.append, drawing.title):
+        picture, *_ = drawing.write(frame, out)
+        return {"path": picture, "note": drawing.caption(frame)}
+    what = "nothing to draw" if isinstance(faults[0], NothingToDraw) else "not drawn"
+    return {"path": None, "note": f"{what}: {faults[0]}"}
 
 
 def _measured(

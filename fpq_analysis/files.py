@@ -7,33 +7,50 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fpq_analysis.errors import refused
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what the machine refuses (a full disk, a read-only folder, ...) becomes a `UserError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from error
+
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step; makes the folder if need be.
 
     A reader, or a machine that loses power, sees the whole old file or the whole new one.  If `write` fails (a full
     disk, say), the old file stands and the temporary one is removed.
+
+    Raises:
+        UserError: if the machine does not let it be written.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the rights an ordinary new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not named after `path`: with more letters than its own it might be too long a name.
+        handle, name = tempfile.mkstemp(prefix=".fpq-", suffix=".part", dir=path.parent)
+        part = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp makes the file private; give it the rights an ordinary new file would have.
+            umask = os.umask(0)
+            os.umask(umask)
+            part.chmod(0o666 & ~umask)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -46,25 +63,40 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    atomic_write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append `rows`, one JSON object a line, in a single write that is on disk when this returns."""
+    """Append `rows`, one JSON object a line, in a single write that is on disk when this returns.
+
+    Raises:
+        UserError: if the machine does not let them be written.
+    """
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        # A writer killed in mid-line leaves no newline: start on a fresh line, so that only the torn one is lost.
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                text = "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            # A writer killed in mid-line leaves no newline: start on a fresh line, so that only the torn one is lost.
+            end = file.seek(0, os.SEEK_END)
+            if end > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    text = "\n" + text
+            try:
+                left = memoryview(text.encode())
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # the disk is full: not half a measurement
+                raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from fpq_analysis.files import append_jsonl, read_jsonl
+from fpq_analysis.text import printable
 
 # Columns, in order, of every table of records.
 COLUMNS = {
@@ -143,8 +144,9 @@ def load(root: str | Path, probe: str) -> pd.DataFrame:
 
 
 def run_name(root: Path, run: Path) -> str:
-    """`run` as seen from `root`; its own name if it is the root."""
-    return run.resolve().name if run.resolve() == root.resolve() else str(run.resolve().relative_to(root.resolve()))
+    """`run` as seen from `root`, fit to be shown; its own name if it is the root."""
+    run, root = run.resolve(), root.resolve()
+    return printable(run.name if run == root else str(run.relative_to(root)))
 
 
 def _file(run: Path, probe: str) -> Path:

@@ -167,6 +167,37 @@ def test_a_fault_of_the_program_is_no_traceback(runs, monkeypatch, tmp_path):
     assert "FPQ_DEBUG=1" in result.stderr
 
 
+def test_names_are_shown_as_they_are(runs, tmp_path):
+    """`[red]abc` was shown as `abc`, `a[/b]` was a MarkupError, and an ESC reached the terminal."""
+    names = {"fp": "[red]abc", "lsq-w4a4": "a[[b]/c]", "fpq-w4a4": "\x1b[31m$\\frac$"}
+    for old, new in names.items():
+        (runs / old).rename(runs / new.replace("/", ":"))
+    result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path / "figures", "--epochs", "last")
+    for shown in ("[red]abc", "a[[b]:c]", "\\x1b[31m$\\frac$"):
+        assert shown in result.stdout
+    assert "\x1b" not in result.output
+    (runs / "[red]abc" / "epoch_0001.pt").write_bytes(b"")
+    result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path / "figures", code=1)
+    assert "[red]abc/epoch_0001.pt" in result.stderr
+    call("report", "--ckpt-dir", runs, "-o", tmp_path / "report.html")
+    call("inspect", runs / "[red]abc", code=1)
+
+
+@pytest.mark.parametrize("where", ["figures", "records"])
+def test_a_file_where_a_folder_is_wanted(where, runs, tmp_path):
+    """It was called a fault of the program; what was measured is kept, and the others go on."""
+    path = tmp_path / "figures" if where == "figures" else runs / "fp" / "records"
+    path.write_text("mine")
+    options = ["hessian", "--ckpt-dir", runs, *FAST, "--epochs", "last", "--figures", tmp_path / "figures"]
+    result = call(*options, code=1)
+    text = " ".join(result.stderr.split())
+    assert "A file stands where a folder is wanted" in text
+    assert "fault of the program" not in text
+    assert path.read_text() == "mine"
+    measured = [run.name for run in runs.iterdir() if records.done(run, "hessian_trace")]
+    assert sorted(measured) == (["fp"] if where == "figures" else []) + ["fpq-w4a4", "lsq-w4a4"]
+
+
 def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
     command = [sys.executable, "-m", "fpq_analysis.cli", "hessian", "--ckpt-dir", str(runs), *MODEL, "--device", "cpu"]
     command += ["--figures", str(tmp_path), "--method", "hutchinson", "--n-products", "50"]

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from fpq_analysis import QuantSpec, UserError, calibrate, feature_drift, quantize, records
 from fpq_analysis.cli import app
 from fpq_analysis.comparison import difference
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import drift_caption, drift_figure, drift_layer_figure
 from fpq_analysis.plots.style import COLOURS
 from fpq_analysis.probes import Drift, Point, drift
@@ -344,7 +345,7 @@ def test_twins_scales_nothing_and_caption(frame):
     other = frame.assign(model="resnet18")
     assert len(drift_figure(pd.concat([frame, other])).axes) == 6
     for draw in (drift_figure, drift_layer_figure):
-        with pytest.raises(ValueError, match="no drift"):
+        with pytest.raises(NothingToDraw, match="no drift"):
             draw(pd.DataFrame(columns=list(records.COLUMNS)))
     text = drift_caption(frame)
     for fact in ("jackknife", "24 training images", "standard deviations", "digits", "raw outputs"):

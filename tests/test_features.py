@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fpq_analysis import QuantSpec, UserError, calibrate, feature_statistics, quantize, records
 from fpq_analysis.cli import app
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.models import MODELS, ResNet
 from fpq_analysis.plots import caption3, caption4, figure3, figure4
 from fpq_analysis.plots.figure3 import BOX, MEAN
@@ -326,9 +327,9 @@ class TestFigure3:
         assert len(figure3(frame[frame["method"] == "lsq"]).axes) == 1
         beside = frame[frame["run"] == "fp"].assign(run="a/fp", train_seed=1)
         assert "fp (FP, epoch 2, training seed 0)" in caption3(pd.concat([beside, frame]))
-        with pytest.raises(ValueError, match="no channel statistics"):
+        with pytest.raises(NothingToDraw, match="no channel statistics"):
             figure3(pd.DataFrame(columns=list(records.COLUMNS)))
-        with pytest.raises(ValueError, match="quantized run 'x'"):
+        with pytest.raises(NothingToDraw, match="quantized run 'x'"):
             figure3(frame, "x")
 
     def test_caption(self, frame):
@@ -374,7 +375,7 @@ class TestFigure4:
         assert len(figure4(pact).axes) == 6
         twice = pd.concat([frame, frame[frame["run"] == "lsq-w4a4"].assign(run="again", train_seed=1)])
         assert len(figure4(twice).axes[0].get_legend().get_texts()) == 3
-        with pytest.raises(ValueError, match="no density"):
+        with pytest.raises(NothingToDraw, match="no density"):
             figure4(pd.DataFrame(columns=list(records.COLUMNS)))
 
     def test_caption(self, frame):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -29,7 +30,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         atomic_write(path, fail)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
@@ -52,6 +53,55 @@ save_checkpoint(pathlib.Path({str(run)!r}), {{"epoch": 2, "state_dict": {{"w": t
     assert "File too large" in child.stderr
     assert read_checkpoint(run / "epoch_0002.pt").sha256 == before
     assert not [name for name in os.listdir(run) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda p: atomic_write(p, lambda file: file.write(b"x")), lambda p: append_jsonl(p, [{}])]
+)
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.ENOSPC, "Make room"), (errno.EROFS, "another place"), (errno.EACCES, "another place"), (errno.EIO, "disk")],
+)
+def test_what_the_machine_refuses_has_a_name(write, number, cure, tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=cure) as caught:
+        write(tmp_path / "new" / "a.jsonl")
+    assert str(tmp_path / "new" / "a.jsonl") in str(caught.value)
+    assert os.strerror(number) in str(caught.value)
+    assert all(path.stat().st_size == 0 for path in (tmp_path / "new").iterdir())
+
+
+def test_a_file_in_place_of_a_folder_has_a_name(tmp_path):
+    (tmp_path / "records").write_text("")
+    with pytest.raises(UserError, match="A file stands where a folder is wanted"):
+        append_jsonl(tmp_path / "records" / "a.jsonl", [{}])
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"/a' cannot be written: Is a directory\. A file stands where"):
+        atomic_write(tmp_path / "a", lambda file: file.write(b"x"))
+    with pytest.raises(UserError, match="shorter name"):
+        atomic_write(tmp_path / ("a" * 300), lambda file: file.write(b"x"))
+    longest = tmp_path / ("a" * 255)
+    atomic_write(longest, lambda file: file.write(b"x"))
+    assert longest.read_bytes() == b"x"
+
+
+def test_a_full_disk_takes_no_half_measurement(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, [{"row": 1}])
+    before = path.read_bytes()
+    code = f"""
+import pathlib, resource, signal
+from fpq_analysis.files import append_jsonl
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, {resource.RLIM_INFINITY}))
+append_jsonl(pathlib.Path({str(path)!r}), [{{"row": "x" * 100}}] * 100)
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "UserError" in child.stderr
+    assert "ulimit -f" in child.stderr
+    assert path.read_bytes() == before
 
 
 def test_file_rights_are_the_usual_ones(tmp_path):

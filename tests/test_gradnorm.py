@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpq_analysis import GradNorm, QuantSpec, UserError, calibrate, gradient_norms, quantize, records
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import caption2, figure2
 from fpq_analysis.plots.figure2 import norms
 from fpq_analysis.probes import Point
@@ -343,7 +344,7 @@ class TestFigure2:
         empty = pd.DataFrame(columns=list(COLUMNS)).astype({"quantity": str})
         clean = pd.DataFrame(self.rows("fp", "fp", 1.0))
         for frame in (empty, clean[clean["quantity"].str.endswith("@clean")]):
-            with pytest.raises(ValueError, match="no finite grad_norm_minibatch"):
+            with pytest.raises(NothingToDraw, match="no finite grad_norm_minibatch"):
                 figure2(frame)
 
     def test_from_the_command_line(self, tiny_runs, tmp_path):

@@ -33,6 +33,7 @@ from fpq_analysis import (
 )
 from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.cli import app
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.landscapes import directions, study
 from fpq_analysis.landscapes.survey import Survey
 from fpq_analysis.measurement import Sampler
@@ -607,9 +608,9 @@ def test_lines_are_drawn_with_their_bands(runs):
     for name, line in lines.items():
         np.testing.assert_array_equal(line.get_ydata(), found[name].loss)
     assert axes.get_ylabel() == "Mean loss"
-    with pytest.raises(ValueError, match="no complete plane"):
+    with pytest.raises(NothingToDraw, match="no complete plane"):
         surface_figure(frame)
-    with pytest.raises(ValueError, match="no complete landscape"):
+    with pytest.raises(NothingToDraw, match="no complete landscape"):
         landscape_figure(
             frame[frame["quantity"] != "loss_3"].assign(quantity=lambda f: f["quantity"].replace("rise_3", ""))
         )

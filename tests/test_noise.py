@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fpq_analysis import QuantSpec, UserError, calibrate, noise_response, quantize
 from fpq_analysis.cli import app
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import noise_caption, noise_figure
 from fpq_analysis.plots.noise import fraction
 from fpq_analysis.probes.noise import SIZES, _mean, _relative, _verdicts, controlled
@@ -414,7 +415,7 @@ def test_figure_shows_prediction_and_measurements():
     caption = noise_caption(frame)
     for fact in ("exact", "4 training images", "epoch 2", "95 % interval over the images"):
         assert fact in caption
-    with pytest.raises(ValueError, match="no loss increase"):
+    with pytest.raises(NothingToDraw, match="no loss increase"):
         noise_figure(frame[frame["quantity"] == "none"])
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fpq_analysis import Oscillation, QuantSpec, UserError, load, measure, oscillation, quantize
 from fpq_analysis.cli import app
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import oscillation_caption, oscillation_figure
 from fpq_analysis.probes import Point
 from fpq_analysis.probes.oscillation import threshold_distance
@@ -186,7 +187,7 @@ def test_figure_draws_a_line_a_run_in_both_panels():
     assert len(flipped.get_legend().get_texts()) == 5
     assert len(oscillation_figure(pd.concat([frame, frame.assign(dataset="cifar10")])).axes) == 4
     assert "less than 0.1 steps" in oscillation_caption(frame)
-    with pytest.raises(ValueError, match="no oscillation"):
+    with pytest.raises(NothingToDraw, match="no oscillation"):
         oscillation_figure(frame[frame["quantity"] == "none"])
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from fpq_analysis import UserError, records
+from fpq_analysis.cli.measuring import draw
 from fpq_analysis.comparison import against_baseline, by_epoch, number
-from fpq_analysis.plots import caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
+from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.density import measure_figure
+from fpq_analysis.plots.drift import QUANTITIES
 from fpq_analysis.plots.figure5 import totals
+from fpq_analysis.plots.style import powers_of_ten
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
@@ -145,7 +153,7 @@ def test_figure5_panels_scale_and_twins(frame):
 
 
 def test_figure5_of_nothing():
-    with pytest.raises(ValueError, match="no finite trace"):
+    with pytest.raises(NothingToDraw, match="no finite trace"):
         figure5(pd.DataFrame(columns=list(records.COLUMNS)))
 
 
@@ -176,7 +184,7 @@ def test_density_figure_draws_the_smoothed_measure_and_marks_outliers():
     single = measure_figure(np.array(nodes[:1]), np.array(weights[:1])).axes[0]
     assert np.trapezoid(single.lines[0].get_ydata(), single.lines[0].get_xdata()) == pytest.approx(1, abs=1e-3)
     assert not single.collections  # no error without a second run
-    with pytest.raises(ValueError, match="no spectral density"):
+    with pytest.raises(NothingToDraw, match="no spectral density"):
         density_figure(pd.DataFrame(columns=list(records.COLUMNS)))
 
 
@@ -193,7 +201,7 @@ def test_eigenvalue_figure_draws_every_rank():
         for rank, line in enumerate(axes.lines[:3], 1):
             np.testing.assert_allclose(line.get_ydata(), [-rank, 10 - rank, 20 - rank])
     assert "residuals" in eigenvalue_caption(pd.DataFrame(rows))
-    with pytest.raises(ValueError, match="no finite eigenvalue"):
+    with pytest.raises(NothingToDraw, match="no finite eigenvalue"):
         eigenvalue_figure(pd.DataFrame(columns=list(records.COLUMNS)).astype({"quantity": str}))
 
 
@@ -255,3 +263,70 @@ def test_differences_by_epoch_without_samples_are_the_wider():
         by_epoch(rows["a"][:1], rows["b"])
     with pytest.raises(UserError, match="different data"):
         by_epoch(rows["a"].assign(data="other"), rows["b"])
+
+
+def test_an_old_figure_survives_a_full_disk(frame, tmp_path):
+    """It became 20 kB of rubbish under `ulimit -f`."""
+    paths = save(figure5(frame), tmp_path / "figure5", caption5(frame))
+    before = [path.read_bytes() for path in paths]
+    frame.to_pickle(tmp_path / "frame")
+    code = f"""
+import pandas, resource
+from fpq_analysis.plots import caption5, figure5, save
+frame = pandas.read_pickle({str(tmp_path / "frame")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+save(figure5(frame.assign(value=2 * frame["value"])), {str(tmp_path / "figure5")!r}, caption5(frame))
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "UserError" in child.stderr
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "a$b$c", "[red]abc", "a[/b]", r"\alpha_{", "模型", "%s {} {0}"])
+@pytest.mark.parametrize("number", ["5", "density", "noise", "drift_layers"])
+@pytest.mark.filterwarnings("error")
+def test_names_are_text(name, number, frame, tmp_path):
+    """`$\\frac$` in a run's name killed the report: nothing is mathematics."""
+    if number == "density":
+        frame = pd.DataFrame(
+            [
+                row(name, method=name, quantity=q, samples=[0.0, 1.0, 5.0])
+                for q in ("nodes_1", "weights_1", "nodes_2", "weights_2")
+            ]
+        )
+    if number == "noise":
+        frame = pd.DataFrame(
+            [row(name, method=name, quantity=f"{kind}_1.0") for kind in ("real", "surrogate", "predicted")]
+        )
+    if number == "drift_layers":
+        frame = pd.DataFrame(
+            [row(method=name, quantity=what, layer=layer) for what in QUANTITIES for layer in (name, "all")]
+        )
+    paths = FIGURES[number].write(frame.assign(run=name, model=name, dataset=name), tmp_path)
+    assert all(path.stat().st_size > 0 for path in paths)
+    if number == "drift_layers":
+        texts = [text.get_text() for text in FIGURES[number].draw(frame.assign(model=name)).findobj(Text)]
+        assert any(name in text for text in texts)
+
+
+def test_powers_of_ten():
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(1e-3, 1e12)
+    powers_of_ten(axes.yaxis)
+    labels = axes.yaxis.get_major_formatter().format_ticks([1e-3, 1.0, 1e12])
+    assert labels == ["10⁻³", "10⁰", "10¹²"]
+
+
+def test_a_fault_is_not_nothing_to_draw(frame, tmp_path, monkeypatch, capsys):
+    """An error in pandas made a figure vanish without a word."""
+
+    def broken(records):
+        raise ValueError("cannot reindex on an axis with duplicate labels")
+
+    monkeypatch.setitem(FIGURES, "5", replace(FIGURES["5"], draw=broken))
+    (fault,) = draw("hessian_trace", frame, tmp_path)
+    assert "Figure 5: ValueError: cannot reindex" in str(fault)
+    monkeypatch.setitem(FIGURES, "5", replace(FIGURES["5"], draw=figure5))
+    assert draw("hessian_trace", frame.iloc[:0], tmp_path) == []
+    assert not list(tmp_path.iterdir())

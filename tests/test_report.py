@@ -17,6 +17,7 @@ from scipy import stats
 
 import fpq_analysis
 from fpq_analysis import UserError, measure, records, write_report
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.files import append_jsonl, read_jsonl, write_json
 from fpq_analysis.plots import FIGURES, training_caption, training_figure
 from fpq_analysis.plots.figure5 import totals
@@ -252,7 +253,7 @@ def test_a_full_disk_keeps_the_old_page(measured, tmp_path, monkeypatch):
 
     (tmp_path / "page.html").write_text("old")
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         write_report(measured / "fp", tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "old"
@@ -422,7 +423,7 @@ def test_training_figure_is_the_mean_over_seeds():
     assert (band.min(), band.max()) == pytest.approx((80, 92))
     assert "3 training runs" in training_caption(rows)
     assert "each line is one" in training_caption(rows[rows["run"].str.endswith("0")])
-    with pytest.raises(ValueError, match="no test accuracy"):
+    with pytest.raises(NothingToDraw, match="no test accuracy"):
         training_figure(rows[:0])
 
 

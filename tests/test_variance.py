@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fpq_analysis import OutputVariance, QuantSpec, UserError, calibrate, output_variance, quantize, records
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import caption1, figure1
 from fpq_analysis.plots.figure1 import over_seeds, variances
 from fpq_analysis.probes import Point
@@ -253,7 +254,7 @@ class TestFigure1:
             assert fact in text
 
     def test_nothing(self):
-        with pytest.raises(ValueError, match="no finite logit_variance"):
+        with pytest.raises(NothingToDraw, match="no finite logit_variance"):
             figure1(pd.DataFrame(columns=list(COLUMNS)).astype({"quantity": str}))
 
     def test_from_the_command_line(self, tiny_runs, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import shutil
 import sys
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UserError, explained
+from fpq_analysis.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,13 +38,19 @@ app = typer.Typer(
 
 def say(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def tell(text: str = "") -> None:
+    """A line of results, on stdout."""
+    print(printable(text, keep="\n"))
 
 
 def fail(error: Exception | str) -> None:
     """An error as a paragraph on stderr."""
     width = min(100, columns())
-    say(textwrap.fill(f"Error: {error}", width=width, break_long_words=False, break_on_hyphens=False))
+    text = printable(f"Error: {error}", keep=" \n")
+    say(textwrap.fill(text, width=width, break_long_words=False, break_on_hyphens=False))
 
 
 def columns() -> int:
@@ -63,18 +71,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             say("Stopped. What was finished is kept; the same command goes on from there")
             say("(training: with --resume; measuring: without --overwrite).")
             raise typer.Exit(130) from None
-        except UserError as error:
-            fail(error)
-            raise typer.Exit(1) from None
+        except BrokenPipeError:  # the reader of the output has seen enough: typer ends quietly
+            raise
         except Exception as error:
-            if os.environ.get("FPQ_DEBUG"):
+            if os.environ.get("FPQ_DEBUG") and not isinstance(error, UserError):
                 raise
-            fail(
-                UserError(
-                    f"{type(error).__name__}: {error} -- this is a fault of the program, or of the machine it ran on. "
-                    "Run again with FPQ_DEBUG=1 for the traceback, and please report it."
-                )
-            )
+            fail(explained(error))
             raise typer.Exit(1) from None
 
     return run
@@ -187,12 +189,18 @@ def print_json(frame: pd.DataFrame) -> None:
 
 
 def new_table(columns: dict[str, str]) -> Table:
-    """A plain table; `columns` maps each heading to `left` or `right`."""
+    """A plain table; `columns` maps each heading to `left` or `right`.  Cells that are `str` are shown as they are."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    class Plain(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            plain = (Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells)
+            super().add_row(*plain, **options)
+
+    table = Plain(box=None, pad_edge=False, header_style="bold")
     for name, justify in columns.items():
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(Text(printable(name)), justify=justify)  # type: ignore[arg-type]
     return table
 
 
@@ -205,6 +213,9 @@ def print_table(table: Table) -> None:
 
 def main() -> None:
     """Entry point of `fpq-analyze`."""
+    for stream in (sys.stdout, sys.stderr):  # to one that knows no ±, it is written out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Torch's threads spin while they wait for each other, and beside other work on the same cores those that are waited
     # for do not run meanwhile: small networks took up to thirty times as long.  With GNU's OpenMP they now spin for
     # microseconds and then sleep, which costs nothing on an idle machine; never to spin (OMP_WAIT_POLICY=passive) costs

@@ -22,6 +22,7 @@ from fpq_analysis.cli.app import (
     print_table,
     reads_foreign,
     say,
+    tell,
 )
 from fpq_analysis.errors import UserError
 
@@ -87,6 +88,6 @@ def compare(
         table.add_row(str(difference.epoch), *(number(x, 4) for x in numbers), number(difference.ci95, 2))
     print_table(table)
     say("")
-    print(textwrap.fill(found[-1].sentence(), width=80))
+    tell(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
-    print(f"{how}: {n_data} training images; one training run each.")
+    tell(f"{how}: {n_data} training images; one training run each.")

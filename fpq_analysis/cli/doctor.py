@@ -18,7 +18,9 @@ from fpq_analysis.cli.app import (
     print_table,
     reads_foreign,
     say,
+    tell,
 )
+from fpq_analysis.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +60,7 @@ def doctor(
     else:
         _print_findings(findings)
         if not costs.empty:
-            print()
+            tell()
             _print_forecast(costs, n_data)
     say(f"{len(findings)} checks: {faults} faults, {notes} notes.")
     if faults:
@@ -66,13 +68,13 @@ def doctor(
 
 
 def _print_findings(findings: pd.DataFrame) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     table = new_table({"Check": "left", "Status": "left", "Finding": "left"})
     table.columns[2].overflow = "fold"  # a cure must not be cut
     for row in findings.itertuples(index=False):
-        text = escape(str(row.finding)) + (f"\n[bold]Cure:[/bold] {escape(str(row.cure))}" if row.cure else "")
-        table.add_row(str(row.check), str(row.status), text)
+        cure = ("\n", ("Cure:", "bold"), f" {printable(str(row.cure))}") if row.cure else ()
+        table.add_row(str(row.check), str(row.status), Text.assemble(printable(str(row.finding)), *cure))
     print_table(table)
 
 

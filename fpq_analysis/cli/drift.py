@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fpq_analysis.cli.app import tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 
 if TYPE_CHECKING:
@@ -35,5 +36,5 @@ def print_drift(frame: pd.DataFrame) -> None:
         return
     heads = {"mean_shift": "Mean shift", "decorrelation": "1 - correlation", "wasserstein": "Wasserstein"}
     print_quantities(frame, heads)
-    print("Shift and Wasserstein-1 distance in standard deviations of the float channels;")
-    print("means over channels and convolutions. ±: 95 % over the images, not over runs.")
+    tell("Shift and Wasserstein-1 distance in standard deviations of the float channels;")
+    tell("means over channels and convolutions. ±: 95 % over the images, not over runs.")

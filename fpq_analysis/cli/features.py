@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.app import new_table, print_table, tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def print_features(frame: pd.DataFrame) -> None:
             table.add_row(str(run), str(epoch), *numbers, values.get("quantized_mean", ""))
         table.add_section()
     layers = ", ".join(rows["layer"].unique())
-    print(f"Output of {layers}, means over its channels:")
+    tell(f"Output of {layers}, means over its channels:")
     print_table(table)
-    print("± 95 %: of the mean, over the images.")
-    print("Rounded: the mean behind the quantizer of the layer that comes next.")
+    tell("± 95 %: of the mean, over the images.")
+    tell("Rounded: the mean behind the quantizer of the layer that comes next.")

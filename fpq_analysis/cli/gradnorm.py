@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fpq_analysis.cli.app import tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _print_norms(frame: pd.DataFrame) -> None:
     else:
         text = "The data do not fill a minibatch; a smaller --batch-size gives minibatch norms. "
     text += "All data: norm of their mean gradient, clean. ± 95 %: over minibatches or images, and draws of the noise."
-    print(textwrap.fill(text, width=80))
+    tell(textwrap.fill(text, width=80))
 
 
 _ARMS = {"clean": "Clean", "features": "Features", "weights": "Weights"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.app import new_table, print_table, tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 from fpq_analysis.errors import UserError
 
@@ -96,15 +96,15 @@ def print_traces(frame: pd.DataFrame) -> None:
         table.add_section()
     print_table(table)
     if rows["sem_data"].notna().any():
-        print("± 95 %: over the images measured on, not over training runs.")
+        tell("± 95 %: over the images measured on, not over training runs.")
     if rows["sem_data"].isna().any():
-        print("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
-    print("Clipped: share of the weights outside their quantizer's grid.")
+        tell("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
+    tell("Clipped: share of the weights outside their quantizer's grid.")
     differences = against_baseline(rows)
     if differences:
-        print("\nOn the same images, image by image (± 95 %; one training run each):")
+        tell("\nOn the same images, image by image (± 95 %; one training run each):")
         for difference in differences:
-            print(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
+            tell(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
 
 
 def _print_eigenvalues(frame: pd.DataFrame) -> None:
@@ -124,9 +124,9 @@ def _print_eigenvalues(frame: pd.DataFrame) -> None:
             name = f"{run}, {definition}" if several else str(run)
             table.add_row(name, str(epoch), *(number(x, 4) for x in values), str(int(one["n_products"].iloc[0])))
         table.add_section()
-    print("")
+    tell("")
     print_table(table)
-    print("Each within its residual, stored beside it, of an eigenvalue for these images.")
+    tell("Each within its residual, stored beside it, of an eigenvalue for these images.")
 
 
 def _print_moments(frame: pd.DataFrame) -> None:
@@ -140,7 +140,7 @@ def _print_moments(frame: pd.DataFrame) -> None:
         by_name = one.set_index("quantity")
         cells = [number(float(by_name[c][q]), d) for q in ("trace", "squares") for c, d in (("value", 4), ("sem", 2))]
         table.add_row(str(run), str(epoch), *cells)
-    print("\nMoments of the spectral density:")
+    tell("\nMoments of the spectral density:")
     print_table(table)
 
 
@@ -148,7 +148,7 @@ def _print_sharpness(frame: pd.DataFrame) -> None:
     from fpq_analysis.comparison import number
 
     rows = some_epochs(frame[frame["layer"] == "all"])
-    print("\nSharpness that survives rescaling, at each run's last epoch:")
+    tell("\nSharpness that survives rescaling, at each run's last epoch:")
     table = new_table({"Run": "left", "Epoch": "right", "Quantity": "left", "Value": "right", "± se": "right"})
     for (run, _), group in rows.groupby(["run", "definition"], sort=False):
         last = group[group["epoch"] == group["epoch"].max()]

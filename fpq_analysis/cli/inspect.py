@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, guarded, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import Json, app, guarded, new_table, print_json, print_table, say, tell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,16 +50,14 @@ def inspect(
         return
     _print_fields(fields)
     if len(quantizers):
-        print()
+        tell()
         _print_quantizers(quantizers)
 
 
 def _print_fields(fields: pd.DataFrame) -> None:
-    from rich.markup import escape
-
     table = new_table({"Field": "left", "Value": "left"})
     for field, value in fields.itertuples(index=False):
-        table.add_row(field, escape(value))
+        table.add_row(field, value)
     print_table(table)
 
 

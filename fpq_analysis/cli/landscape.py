@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.cli.app import (
-    fail,
-    new_table,
-    print_json,
-    print_table,
-    say,
-)
+from fpq_analysis.cli.app import fail, new_table, print_json, print_table, say, tell
 from fpq_analysis.cli.measuring import Settings, draw, measuring_command, print_forecast
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UserError, going_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,6 +93,7 @@ def landscape(
         print_forecast(study.forecast(todo, recipe, **where))
         return
     faults: dict[Path, UserError] = {}
+    undrawn: list[UserError] = []
     frame = study.carry_out(todo, recipe, shard=part, on_fault=faults.__setitem__, **where)
     found = terrains(frame)
     if settings.json:
@@ -110,16 +105,18 @@ def landscape(
         say("Points of other shards are missing; when these are done, run the command without --shard to draw.")
     elif found:
         if not settings.json:
-            print(textwrap.fill(landscape_caption(frame), width=80))
-        draw(recipe.name, frame, settings.figures)
+            tell(textwrap.fill(landscape_caption(frame), width=80))
+        undrawn = draw(recipe.name, frame, settings.figures)
         if html and recipe.dim == 2:
             from fpq_analysis.plots.landscape_html import surface_html
 
-            say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
-    for fault in faults.values():
+            with going_on(undrawn.append, "The page"):
+                say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
+    for fault in [*faults.values(), *undrawn]:
         fail(fault)
     if faults:
         say(f"{len(faults)} of {len(todo.jobs) + len(todo.faults)} landscapes could not be drawn.")
+    if faults or undrawn:
         raise typer.Exit(1)
 
 
@@ -148,11 +145,11 @@ def _print(found: list[Terrain]) -> None:
             "-" if terrain.moves != terrain.moves else number(terrain.moves, 2) + (" !" if terrain.aliased else ""),
         )
     print_table(table)
-    print("Dip: the lowest loss on the grid minus the network's own, image by image.")
+    tell("Dip: the lowest loss on the grid minus the network's own, image by image.")
     if any(terrain.moves == terrain.moves for terrain in found):
-        print("Steps: move of the weights in a grid step (RMS), in quantization steps.")
+        tell("Steps: move of the weights in a grid step (RMS), in quantization steps.")
     if any(terrain.aliased for terrain in found):
-        print("!: more than half of one: too coarse a grid for weights that are rounded again.")
+        tell("!: more than half of one: too coarse a grid for weights that are rounded again.")
 
 
 def _with_coordinates(frame: pd.DataFrame) -> pd.DataFrame:

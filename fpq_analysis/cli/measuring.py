@@ -33,11 +33,11 @@ from fpq_analysis.cli.app import (
     reads_foreign,
     say,
 )
+from fpq_analysis.errors import NothingToDraw, UserError, going_on
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fpq_analysis.errors import UserError
     from fpq_analysis.foreign import ForeignRuns
     from fpq_analysis.probes import Probe
 
@@ -146,30 +146,38 @@ def measure_and_show(
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
     if settings.json:
         print_json(pd.concat(frames.values(), ignore_index=True))
-    else:
-        for name, frame in frames.items():
-            show[name](shorten_runs(frame))
+    unshown: list[UserError] = []
     for name, frame in frames.items():
-        draw(name, frame, settings.figures)
-    for fault in dict.fromkeys(map(str, faults.values())):  # once, where it is the same for all
+        if not settings.json:
+            with going_on(unshown.append, f"The table of {name}"):
+                show[name](shorten_runs(frame))
+    for name, frame in frames.items():
+        unshown += draw(name, frame, settings.figures)
+    for fault in dict.fromkeys(map(str, [*faults.values(), *unshown])):  # once, where it is the same for all
         fail(fault)
     if faults:
         say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
     unreached = sum(int((frame["status"] == "tolerance not reached").sum()) for frame in frames.values())
     if unreached:
         say(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
-    if faults or unreached:
+    if faults or unshown or unreached:
         raise typer.Exit(1)
 
 
-def draw(probe: str, frame: pd.DataFrame, folder: Path) -> None:
-    """Write the figures of this probe's records into `folder`; nothing where there is nothing finite."""
+def draw(probe: str, frame: pd.DataFrame, folder: Path) -> list[UserError]:
+    """Write the figures of this probe's records into `folder`; nothing where there is nothing finite.
+
+    Returns:
+        What went wrong.
+    """
     from fpq_analysis.plots import FIGURES
 
+    faults: list[UserError] = []
     for drawing in FIGURES.values():
         if drawing.probe == probe:
-            with contextlib.suppress(ValueError):
+            with going_on(faults.append, drawing.title), contextlib.suppress(NothingToDraw):
                 say(f"{drawing.title}: " + ", ".join(map(str, drawing.write(frame, folder))))
+    return faults
 
 
 def shorten_runs(frame: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.app import new_table, print_table, tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command
 from fpq_analysis.errors import UserError
 
@@ -79,11 +79,11 @@ def print_responses(frame: pd.DataFrame) -> None:
         "the measured increase is relative to that, ± 95 % over the images: with logits linear in the noise; with "
         "rounding residues held (straight-through); in the real network."
     )
-    print(textwrap.fill(say_what, width=80))
-    print("")
+    tell(textwrap.fill(say_what, width=80))
+    tell("")
     for run, group in rows.groupby("run", sort=False):
         one = frame[(frame["run"] == run) & (frame["epoch"] == group["epoch"].iloc[0])]
-        print(textwrap.fill(summary(str(run), one), width=80, subsequent_indent="  "))
+        tell(textwrap.fill(summary(str(run), one), width=80, subsequent_indent="  "))
 
 
 def summary(run: str, rows: pd.DataFrame) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import new_table, print_table
+from fpq_analysis.cli.app import new_table, print_table, tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 
 if TYPE_CHECKING:
@@ -52,6 +52,6 @@ def print_shares(frame: pd.DataFrame) -> None:
         table.add_section()
     print_table(table)
     eps = frame.loc[frame["quantity"] == "eps", "value"].iloc[-1]
-    print(f"Near: less than {eps:g} steps from a rounding threshold ({200 * eps:g} % if spread evenly).")
-    print("Flipped: another whole number than at the checkpoint before.")
-    print("By the step: it would not be another, had its step size stayed.")
+    tell(f"Near: less than {eps:g} steps from a rounding threshold ({200 * eps:g} % if spread evenly).")
+    tell("Flipped: another whole number than at the checkpoint before.")
+    tell("By the step: it would not be another, had its step size stayed.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import CkptDir, app, guarded, say
+from fpq_analysis.cli.app import CkptDir, app, guarded, say, tell
 
 
 @app.command()
@@ -34,4 +34,4 @@ def report(
     for name, command in written.missing:
         say(f"Not measured: {name} ({command})")
     figures = ", ".join(written.figures) or "no figure of measurements"
-    print(f"{written.path}: {written.runs} runs; {figures}")
+    tell(f"{written.path}: {written.runs} runs; {figures}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, guarded, new_table, print_json, print_table
+from fpq_analysis.cli.app import Json, app, guarded, new_table, print_json, print_table, tell
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def tables(
         print_json(frame)
         return
     for number in numbers:
-        print(f"Table {number}: {PAPER[number].title}, {PAPER[number].data}, accuracy in %")
+        tell(f"Table {number}: {PAPER[number].title}, {PAPER[number].data}, accuracy in %")
         _print_one(frame[frame["table"] == number])
     _print_notes(frame, {number: PAPER[number].data for number in numbers})
 
@@ -78,7 +78,7 @@ def _print_one(cells: pd.DataFrame) -> None:
                 numbers += [_number(cell["paper"]), _ours(cell["mean"], cell["sd"])]
             table.add_row(str(row), "" if width == "FP" else f"{width[1]}/{width[3]}", *numbers)
         print_table(table)
-        print()
+        tell()
 
 
 def _short(model: str) -> str:
@@ -118,4 +118,4 @@ def _print_notes(cells: pd.DataFrame, paper_data: dict[int, str]) -> None:
     ):
         if unique[column].sum():
             notes.append(f"{int(unique[column].sum())} {text}")
-    print("\n".join(textwrap.fill(f"{note}.", width=80) for note in notes))
+    tell("\n".join(textwrap.fill(f"{note}.", width=80) for note in notes))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fpq_analysis.cli.app import tell
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 
 if TYPE_CHECKING:
@@ -47,4 +48,4 @@ def _print_variances(frame: pd.DataFrame) -> None:
         f"Variance under noise of sd {at:g} in the normalised image, mean over classes and images; flipped: share of "
         "predictions that change. ± 95 %: over the images, draws of the noise included."
     )
-    print(textwrap.fill(text, width=80))
+    tell(textwrap.fill(text, width=80))

@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots.style import colour, listed, panels, style
+from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.plots.style import colour, listed, panels, powers_of_ten, style
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
@@ -26,11 +27,11 @@ def density_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `hessian_density`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = records[records["quantity"].str.match(r"(nodes|weights)_\d+$") & records["samples"].notna()]
     if rows.empty:
-        raise ValueError("no spectral density among the records")
+        raise NothingToDraw("no spectral density among the records")
     methods = sorted(rows["method"].unique())
     with style():
         for axes, panel in panels(rows, (3.4, 2.7), shared=True):
@@ -42,6 +43,7 @@ def density_figure(records: pd.DataFrame) -> Figure:
                 nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
                 _draw(axes, nodes, weights, tint if last else "0.55", f"epoch {epoch}", last)
             axes.set_yscale("log")
+            powers_of_ten(axes.yaxis)
             axes.set_ylim(bottom=FLOOR)
             axes.legend(loc="upper right")
             axes.set_xlabel("Eigenvalue")
@@ -58,6 +60,7 @@ def measure_figure(nodes: np.ndarray, weights: np.ndarray) -> Figure:
         axes = figure.subplots()
         _draw(axes, nodes, weights, colour("fp", ["fp"]), "", True)
         axes.set_yscale("log")
+        powers_of_ten(axes.yaxis)
         axes.set_ylim(bottom=FLOOR)
         axes.set_xlabel("Eigenvalue")
         axes.set_ylabel("Density")

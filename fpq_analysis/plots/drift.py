@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, look, run_label, style
 
 # Quantity to the label of its axis.
@@ -33,7 +34,7 @@ def drift_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `drift`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = drift_rows(records)
     return _figure(rows[rows["layer"] == "all"], "epoch")
@@ -48,7 +49,7 @@ def drift_layer_figure(records: pd.DataFrame) -> Figure:
 
 def _figure(rows: pd.DataFrame, along: str) -> Figure:
     if rows.empty:
-        raise ValueError("no drift among the records")
+        raise NothingToDraw("no drift among the records")
     bands = list(rows.groupby(["model", "dataset"], sort=True))
     with style():
         # Names of layers need height.
@@ -84,7 +85,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
     else:
         names = list(dict.fromkeys(rows["layer"]))
         axes.set_xlabel("Convolution")
-        step = -(-len(names) // 24)
+        step = max(1, -(-len(names) // 24))
         axes.set_xticks(range(1, len(names) + 1, step))
         axes.set_xticklabels([_short(name) for name in names[::step]], rotation=90, fontsize=6)
         axes.grid(axis="x", visible=False)

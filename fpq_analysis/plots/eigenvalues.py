@@ -7,6 +7,7 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import epoch_axis, listed, look, panels, style
 
 
@@ -26,11 +27,11 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `hessian_eigs`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = eigenvalues(records)
     if rows.empty:
-        raise ValueError("no finite eigenvalue among the records")
+        raise NothingToDraw("no finite eigenvalue among the records")
     methods = sorted(rows["method"].unique())
     with style():
         for axes, panel in panels(rows, (3.2, 2.6), shared=False):

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import colour, label, legend_by_ends, listed, look, style
 
 SD = 0.1  # of the bars, where it was measured
@@ -43,11 +44,11 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
         sd: of the bars; the nearest that was measured.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = variances(records, quantity)
     if rows.empty:
-        raise ValueError(f"no finite {quantity} among the records")
+        raise NothingToDraw(f"no finite {quantity} among the records")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
     with style():
         figure = Figure(figsize=(7.2, 2.9 * len(panels)), layout="constrained")

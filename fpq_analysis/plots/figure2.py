@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, run_label, style
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
@@ -44,11 +45,11 @@ def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> 
         quantity: `grad_norm_minibatch`, or `grad_norm` for that over all data.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     panels = list(_panels(norms(records, quantity)))
     if not panels:
-        raise ValueError(f"no finite {quantity} in noise among the records")
+        raise NothingToDraw(f"no finite {quantity} in noise among the records")
     everything = pd.concat([lines["value"] for _, lines in panels])
     across = min(3, len(panels))
     down = -(-len(panels) // across)

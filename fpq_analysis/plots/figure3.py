@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import colour, label, style
 
 MOST = 32  # channels, as in the paper
@@ -37,16 +38,16 @@ def chosen_runs(records: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
         run: the quantized run; None for the one of FPQ, or else LSQ, or else any, with the lowest bits.
 
     Raises:
-        ValueError: if there is nothing to draw, or no such run.
+        NothingToDraw: if there is nothing to draw, or no such run.
     """
     rows = layer_rows(records)
     rows = rows[rows["quantity"].isin(BOX)]
     if rows.empty:
-        raise ValueError("no channel statistics among the records")
+        raise NothingToDraw("no channel statistics among the records")
     quantized = rows[(rows["bits"] != "FP") & (rows["run"] == run if run is not None else True)]
     if quantized.empty:
         if run is not None:
-            raise ValueError(f"no channel statistics of a quantized run '{run}' among the records")
+            raise NothingToDraw(f"no channel statistics of a quantized run '{run}' among the records")
         return rows[rows["run"] == rows["run"].iloc[0]]
     places = {method: i for i, method in enumerate(PREFERRED)}
     first = min(
@@ -80,7 +81,7 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
         run: the quantized run; None for the one of FPQ, or else LSQ, or else any, with the lowest bits.
 
     Raises:
-        ValueError: if there is nothing to draw, or no such run.
+        NothingToDraw: if there is nothing to draw, or no such run.
     """
     rows = chosen_runs(records, run)
     groups = [group for _, group in rows.groupby("run", sort=False)]

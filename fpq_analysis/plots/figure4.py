@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.figure3 import bits_of, layer_rows
 from fpq_analysis.plots.style import colour, label, listed, style
 
@@ -40,11 +41,11 @@ def figure4(records: pd.DataFrame) -> Figure:
         records: of the probe `features`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = densities(records)
     if rows.empty:
-        raise ValueError("no density of features among the records")
+        raise NothingToDraw("no density of features among the records")
     bands = _bands(rows)
     n_images = max(int(band["quantity"].str.match(r"density_\d+$").groupby(band["run"]).sum().max()) for band in bands)
     methods = sorted(records["method"].unique())

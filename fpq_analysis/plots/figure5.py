@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import (
     band,
     colour,
@@ -42,11 +43,11 @@ def figure5(records: pd.DataFrame) -> Figure:
         records: of the probe `hessian_trace`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = totals(records)
     if rows.empty:
-        raise ValueError("no finite trace among the records")
+        raise NothingToDraw("no finite trace among the records")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
     lines = max(panel.groupby(LINE).ngroups for _, panel in panels)
     with style():

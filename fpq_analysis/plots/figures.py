@@ -31,7 +31,7 @@ class Drawing:
         title: what it is called.
         file: name of its files, without suffix.
         probe: whose records it is drawn from.
-        draw: from these records; raises `ValueError` if there is nothing to draw.
+        draw: from these records; raises `NothingToDraw` if there is nothing to draw.
         caption: what a reader must know beside it, from the same records.
         command: of `fpq-analyze`, that measures it.
         last: whether only the last epoch of each run is drawn, so that the others need not be measured for it.
@@ -49,7 +49,7 @@ class Drawing:
         """Draw records into `folder`: the paths of .png, .pdf and, the caption, .txt.
 
         Raises:
-            ValueError: if there is nothing to draw.
+            NothingToDraw: if there is nothing to draw.
         """
         return save(self.draw(frame), folder / self.file, self.caption(frame))
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import LINES, colour, label, style
 
 COLOURS = "cividis"  # even in lightness, and much the same for all common forms of colour vision
@@ -178,7 +179,7 @@ def landscape_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `landscape`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is no complete landscape with a finite loss.
+        NothingToDraw: if there is no complete landscape with a finite loss.
     """
     planes, lines = by_dimension(records)
     with style():
@@ -211,7 +212,7 @@ def by_dimension(records: pd.DataFrame) -> tuple[list[Terrain], list[list[Terrai
         else:
             lines.setdefault((terrain.first["definition"], terrain.first["estimator"]), []).append(terrain)
     if not planes and not lines:
-        raise ValueError("no complete landscape among the records")
+        raise NothingToDraw("no complete landscape among the records")
     return planes, list(lines.values())
 
 
@@ -297,11 +298,11 @@ def surface_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `landscape`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is no complete plane with a finite loss.
+        NothingToDraw: if there is no complete plane with a finite loss.
     """
     planes, _ = by_dimension(records)
     if not planes:
-        raise ValueError("no complete plane among the records")
+        raise NothingToDraw("no complete plane among the records")
     at, wide = levels([terrain.loss for terrain in planes])
     height = np.log10 if wide else np.asarray
     finite = np.concatenate([terrain.loss[np.isfinite(terrain.loss)] for terrain in planes])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import NothingToDraw, UserError
+from fpq_analysis.files import write_text
 from fpq_analysis.plots.landscape import COLOURS, STAR, Terrain, by_dimension, landscape_caption, levels
 
 # Text around the figure rather than in it, so that lines break where the page ends.
@@ -54,12 +55,12 @@ def surface_html(records: pd.DataFrame, path: str | Path) -> Path:
 
     Raises:
         UserError: if plotly is not installed.
-        ValueError: if there is no complete plane with a finite loss.
+        NothingToDraw: if there is no complete plane with a finite loss.
     """
     check_plotly()
     planes, _ = by_dimension(records)
     if not planes:
-        raise ValueError("no complete plane among the records")
+        raise NothingToDraw("no complete plane among the records")
     at, wide = levels([terrain.loss for terrain in planes])
     ticks: dict[str, Any] = {"tickvals": np.log10(at), "ticktext": [f"{level:g}" for level in at]} if wide else {}
     finite = np.concatenate([terrain.loss[np.isfinite(terrain.loss)] for terrain in planes])
@@ -76,8 +77,7 @@ def surface_html(records: pd.DataFrame, path: str | Path) -> Path:
     caption = landscape_caption(records).replace("Star:", "Diamond:")  # plotly has no star in space
     page = PAGE.format(columns=min(2, len(planes)), figures="\n".join(drawn), caption=html.escape(caption))
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

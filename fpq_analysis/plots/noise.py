@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fpq_analysis.plots.style import colour, listed, panels, style
+from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.plots.style import colour, listed, panels, powers_of_ten, style
 
 # Kind of number: its name in the legend, its marker, filled or not, and where beside its size it stands.
 KINDS = {"real": ("real network", "o", True, 1.05), "surrogate": ("straight-through", "s", False, 0.95)}
@@ -36,11 +37,11 @@ def noise_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `noise`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = responses(records)
     if rows.empty:
-        raise ValueError("no loss increase under noise among the records")
+        raise NothingToDraw("no loss increase under noise among the records")
     methods = sorted(rows["method"].unique())
     with style():
         for axes, panel in panels(rows.assign(estimator=""), (3.2, 2.8), shared=True):
@@ -54,6 +55,7 @@ def noise_figure(records: pd.DataFrame) -> Figure:
 def _draw(axes: Axes, panel: pd.DataFrame, tint: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    powers_of_ten(axes.yaxis)
     lines = {kind: panel[panel["kind"] == kind].sort_values("size") for kind in ("predicted", "linear")}
     predicted = lines["predicted"]
     above = predicted[predicted["value"] > 0]

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import listed, look, run_label, style
 
 PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
@@ -29,11 +30,11 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
         records: of the probe `oscillation`; columns as in `records.COLUMNS`.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     rows = shares(records)
     if rows.empty:
-        raise ValueError("no oscillation among the records")
+        raise NothingToDraw("no oscillation among the records")
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
     subjects = list(rows.groupby(["model", "dataset"], sort=True))
     with style():

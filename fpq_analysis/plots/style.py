@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +14,11 @@ import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from fpq_analysis.files import atomic_write
 
 # Okabe and Ito's palette, which survives the common forms of colour blindness and grey print; the hues are those the
 # paper names where it names any (FP blue, LSQ red, FPQ green).
@@ -30,6 +36,8 @@ OTHER_COLOURS = ("#8C564B", "#7F7F7F", "#B5A300")
 LINES = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 MARKERS = {"FP": "o", "W4A4": "o", "W2A4": "s", "W2A2": "^", "W8A8": "D"}
 NAMES = {"fp": "FP", "lsq": "LSQ", "lsq+": "LSQ+", "pact": "PACT", "kd": "KD", "sam": "SAM", "fpq": "FPQ"}
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @contextmanager
@@ -49,6 +57,7 @@ def style() -> Iterator[None]:
         "lines.markersize": 3.5,
         "pdf.fonttype": 42,  # text stays text in PDF
         "svg.fonttype": "none",
+        "text.parse_math": False,  # names of runs, layers and the like are text, with or without a dollar
         "savefig.bbox": "tight",
     }
     with mpl.rc_context(ours):
@@ -127,6 +136,12 @@ def log_if_wide(axes: Axes, low: float, high: float, numbers: str = "{x:g}") -> 
     return wide
 
 
+def powers_of_ten(axis: Axis) -> None:
+    """Label a logarithmic axis 10⁻³, 10⁻², ...: in plain text, as mathtext is off."""
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"10{f'{math.log10(x):.0f}'.translate(SUPERSCRIPTS)}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def legend_by_ends(axes: Axes, ends: list[tuple[float, Any]]) -> None:
     """A legend on the right in the order of the lines' right ends, so that it can be read without matching colours.
 
@@ -162,12 +177,25 @@ def panels(rows: pd.DataFrame, size: tuple[float, float], shared: bool) -> Itera
 
 
 def save(figure: Figure, path: str | Path, caption: str) -> list[Path]:
-    """Write `path` with the suffixes .png and .pdf, and its caption as .txt; returns the three paths."""
+    """Write `path` with the suffixes .png and .pdf, and its caption as .txt; returns the three paths.
+
+    All is drawn before anything is written, and each file is replaced in one step.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path.with_suffix(suffix) for suffix in (".png", ".pdf", ".txt")]
-    with style():
-        figure.savefig(written[0])
-        figure.savefig(written[1], metadata={"CreationDate": None})
-    written[2].write_text(caption + "\n")
-    return written
+    picture, page = (rendered(figure, form) for form in ("png", "pdf"))
+    for suffix, content in ((".png", picture), (".pdf", page), (".txt", f"{caption}\n".encode())):
+        atomic_write(path.with_suffix(suffix), lambda file, content=content: file.write(content))  # type: ignore[misc]
+    return [path.with_suffix(suffix) for suffix in (".png", ".pdf", ".txt")]
+
+
+def rendered(figure: Figure, form: str, **options: Any) -> bytes:
+    """The figure as `png`, `pdf` or `svg`, in the project's style; equal figures give equal bytes."""
+    file = io.BytesIO()
+    undated = {"pdf": {"CreationDate": None}}
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a name in a script the font has not
+        figure.savefig(file, format=form, metadata=undated.get(form), **options)
+    return file.getvalue()

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, listed, look, style
 
 
@@ -20,10 +21,10 @@ def training_figure(rows: pd.DataFrame) -> Figure:
             dataset, bits, epoch, test_accuracy (0 to 1).
 
     Raises:
-        ValueError: if there is nothing to draw.
+        NothingToDraw: if there is nothing to draw.
     """
     if rows.empty:
-        raise ValueError("no test accuracy among the rows")
+        raise NothingToDraw("no test accuracy among the rows")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
     with style():
         figure = Figure(figsize=(5.2 * len(panels), 3.0), layout="constrained")

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from fpq_analysis import __version__
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import atomic_write
+from fpq_analysis.files import write_text
 from fpq_analysis.plots.style import NAMES
 from fpq_analysis.report import tables
 from fpq_analysis.report.citations import bibtex
@@ -92,7 +92,7 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
             version=__version__,
         )
     )
-    atomic_write(path, lambda file: file.write(page.encode()))
+    write_text(path, page)
     return Report(path, len(study.runs), [picture.title for picture in drawn], missing, notes)
 
 

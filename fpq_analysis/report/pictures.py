@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpq_analysis.plots import FIGURES, Drawing, style, training_caption, training_figure
+from fpq_analysis.errors import NothingToDraw, going_on
+from fpq_analysis.plots import FIGURES, Drawing, training_caption, training_figure
+from fpq_analysis.plots.style import rendered
 from fpq_analysis.report.findings import variant
 from fpq_analysis.report.study import Study, number_of
 
@@ -60,13 +61,15 @@ def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
         frame = study.records(drawing.probe)
         if (frame["definition"] == study.definition).any():
             frame = frame[frame["definition"] == study.definition]
-        try:
-            figure = drawing.draw(frame) if len(frame) else None
-        except ValueError:  # nothing to draw
-            figure = None
-        if figure is None:
+        if frame.empty:
             missing.append(drawing)
-        else:
+            continue
+        with going_on(lambda fault: study.faults.append(str(fault)), drawing.title):
+            try:
+                figure = drawing.draw(frame)
+            except NothingToDraw:
+                missing.append(drawing)
+                continue
             drawn.append(picture(drawing.title, drawing.file, figure, drawing.caption(frame)))
     return drawn, missing
 
@@ -91,18 +94,12 @@ def picture(title: str, name: str, figure: Figure, caption: str) -> Picture:
     """`figure` as markup; `name` is its own in the page."""
     alt = describe(title, figure)
     # Ids that matplotlib makes come from the salt: fixed, so that equal records give equal pages.
-    with style(), mpl.rc_context({"svg.hashsalt": name}):
-        file = io.BytesIO()
-        figure.savefig(file, format="svg")
-        try:
-            markup, width = inline(file.getvalue(), name, alt)
-        except ElementTree.ParseError:  # a run's name with characters that XML has not
-            markup, width = Markup(), 72 * figure.get_figwidth()
-        if not markup or len(file.getvalue()) > MAX_SVG:
-            file = io.BytesIO()
-            figure.savefig(file, format="png", dpi=200)
-            data = base64.b64encode(file.getvalue()).decode()
-            markup = Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alt)
+    with mpl.rc_context({"svg.hashsalt": name}):
+        svg = rendered(figure, "svg")
+    markup, width = inline(svg, name, alt)
+    if len(svg) > MAX_SVG:
+        data = base64.b64encode(rendered(figure, "png", dpi=200)).decode()
+        markup = Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alt)
     return Picture(f"figure-{name}", title, caption, alt, width, markup)
 
 
