@@ -29,11 +29,11 @@ def test_products_equal_the_dense_hessian(net):
     model, x, y = net
     parameters = dict(model.named_parameters())
     dense = dense_hessian(model, list(parameters.values()), x, y)
-    v = torch.randn(len(dense), 3, dtype=torch.float64)
+    v = torch.randn(3, len(dense), dtype=torch.float64)
     for micro_batch in (1, 2, 100):  # ragged, and whole
         operator = HessianOperator(model, F.cross_entropy, as_batches((x, y), micro_batch), parameters)
-        torch.testing.assert_close(operator.matmat(v), dense @ v, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(operator.matvec(v[:, 0]), dense @ v[:, 0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(operator.products(v), v @ dense, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(operator.matvec(v[0]), dense @ v[0], rtol=1e-10, atol=1e-12)
         assert operator.shape == tuple(dense.shape)
         assert operator.n_products == 4
 
@@ -52,8 +52,8 @@ def test_products_equal_curvlinops():
     parameters = dict(model.named_parameters())
     ours = HessianOperator(model, F.cross_entropy, as_batches((x, y), 3), parameters)
     theirs = HessianLinearOperator(model, nn.CrossEntropyLoss(), list(parameters.values()), as_batches((x, y), 3))
-    v = torch.randn(ours.size, 2, dtype=torch.float64)
-    torch.testing.assert_close(ours.matmat(v), theirs @ v, rtol=1e-10, atol=1e-12)
+    v = torch.randn(2, ours.size, dtype=torch.float64)
+    torch.testing.assert_close(ours.products(v), (theirs @ v.T).T, rtol=1e-10, atol=1e-12)
 
 
 class Unused(nn.Module):
@@ -135,8 +135,8 @@ def test_gauss_newton_equals_curvlinops():
     parameters = dict(model.named_parameters())
     ours = GaussNewtonOperator(model, F.cross_entropy, as_batches((x, y), 3), parameters)
     theirs = GGNLinearOperator(model, nn.CrossEntropyLoss(), list(parameters.values()), as_batches((x, y), 3))
-    v = torch.randn(ours.size, 2, dtype=torch.float64)
-    torch.testing.assert_close(ours.matmat(v), theirs @ v, rtol=1e-10, atol=1e-12)
+    v = torch.randn(2, ours.size, dtype=torch.float64)
+    torch.testing.assert_close(ours.products(v), (theirs @ v.T).T, rtol=1e-10, atol=1e-12)
 
 
 @given(networks())
@@ -204,10 +204,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
     x, y = torch.randn(11, 1, 8, 8, dtype=torch.float64), torch.randint(4, (11,))
     parameters = dict(hungry.named_parameters())
     operator = HessianOperator(hungry, F.cross_entropy, [(x, y)], parameters)
-    v = torch.randn(operator.size, 2, dtype=torch.float64)
-    truth = HessianOperator(hungry.body, F.cross_entropy, [(x, y)], parameters).matmat(v)
+    v = torch.randn(2, operator.size, dtype=torch.float64)
+    truth = HessianOperator(hungry.body, F.cross_entropy, [(x, y)], parameters).products(v)
     for _ in range(2):  # the second time starts with what fitted
-        torch.testing.assert_close(operator.matmat(v), truth, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(operator.products(v), truth, rtol=1e-10, atol=1e-12)
     assert [len(batch[0]) for batch in operator.batches] == [3, 3, 3, 2]
     for n_labels in (None, 2):
         found = []
@@ -218,31 +218,46 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
         torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize(("batches", "graphs"), [(1, 1), (4, 4), (5, 10)])
-def test_graphs_of_few_micro_batches_are_kept(batches, graphs, monkeypatch):
-    """And dropped where memory runs out."""
+@pytest.mark.parametrize("room", [None, 0.5, 0])
+def test_graphs_are_kept_as_far_as_memory_goes(room, monkeypatch):
+    """And dropped where it runs out; the product is the same."""
     torch.manual_seed(0)
     model = tiny(4).double().eval()
     x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(4, (20,))
-    size = 20 // batches
-    data = list(zip(x.split(size), y.split(size), strict=True))
-    operator = HessianOperator(model, F.cross_entropy, data, dict(model.named_parameters()))
+    data = list(zip(x.split(5), y.split(5), strict=True))
+    parameters = dict(model.named_parameters())
+    roomy = HessianOperator(model, F.cross_entropy, data, parameters)
+    v = torch.randn(roomy.size, dtype=torch.float64)
+    truth = roomy.matvec(v)
+    limit = None if room is None else int(room * roomy.graph_bytes)
+    operator = HessianOperator(model, F.cross_entropy, data, parameters, graph_bytes=limit)
     built = []
     build = operator._graph
     monkeypatch.setattr(operator, "_graph", lambda batch: built.append(batch) or build(batch))
-    v = torch.randn(operator.size, dtype=torch.float64)
-    first = operator.matvec(v)
-    assert torch.equal(operator.matvec(v), first)
-    assert len(built) == graphs
-    if batches == 4:
-        product = operator._product
-        failing = iter([True])
-        monkeypatch.setattr(
-            operator, "_product", lambda *args: product(*args) if not next(failing, False) else _out_of_memory()
-        )
-        torch.testing.assert_close(operator.matvec(v), first, rtol=1e-12, atol=1e-14)
-        assert [len(x) for x, _ in operator.batches] == [3, 2, 3, 2, 3, 2, 3, 2]
-        assert len(operator._kept) == 0
+    for _ in range(2):
+        assert torch.equal(operator.matvec(v), truth)
+    assert len(built) == {None: 4, 0.5: 2 + 2 * 2, 0: 8}[room]
+    assert operator.graph_bytes <= (roomy.graph_bytes if limit is None else limit)
+
+    product = operator._product
+    failing = iter([True])
+    monkeypatch.setattr(
+        operator, "_product", lambda *args: product(*args) if not next(failing, False) else _out_of_memory()
+    )
+    before = operator.graph_bytes
+    torch.testing.assert_close(operator.matvec(v), truth, rtol=1e-12, atol=1e-14)
+    assert [len(x) for x, _ in operator.batches] == [3, 2, 3, 2, 3, 2, 3, 2]
+    assert operator.graph_bytes <= before / 2
+
+
+def test_graphs_are_charged_for_what_they_save_and_not_for_the_weights():
+    """A linear layer of a million weights, and one image: what its graph saves is some vectors."""
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 3))
+    operator = HessianOperator(
+        model, F.cross_entropy, [(torch.randn(1, 1000), torch.tensor([0]))], dict(model.named_parameters())
+    )
+    operator.matvec(torch.randn(operator.size))
+    assert 4 * 1000 <= operator.graph_bytes <= 4 * 50_000
 
 
 def _out_of_memory():
@@ -267,7 +282,7 @@ def test_fused_attention_is_measured():
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).double().eval()
     data = (torch.randn(4, 3, 8, dtype=torch.float64), torch.randint(3, (4,)))
     operator = prepare(model, data).operator()
-    u, v = torch.randn(operator.size, 2, dtype=torch.float64).unbind(1)
+    u, v = torch.randn(2, operator.size, dtype=torch.float64)
     assert float(u @ operator.matvec(v)) == pytest.approx(float(v @ operator.matvec(u)), rel=1e-10)
     assert hessian_trace(model, data, n_products=20).method == "deflated"
 
@@ -317,5 +332,5 @@ def test_a_real_resnet20_agrees_with_curvlinops():
     subject = prepare(model, (x, y), micro_batch=5)
     ours, parameters = subject.operator(), list(subject.parameters.values())
     theirs = HessianLinearOperator(subject.view, nn.CrossEntropyLoss(), parameters, subject.data)
-    v = torch.randn(ours.size, 2, dtype=torch.float64)
-    torch.testing.assert_close(ours.matmat(v), theirs @ v, rtol=1e-8, atol=1e-10)
+    v = torch.randn(2, ours.size, dtype=torch.float64)
+    torch.testing.assert_close(ours.products(v), (theirs @ v.T).T, rtol=1e-8, atol=1e-10)

@@ -1,16 +1,19 @@
-"""Work in micro-batches that become smaller when memory runs out."""
+"""Work in micro-batches that become smaller when memory runs out, and what of it is kept while there is enough."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UserError
 
 T = TypeVar("T")
+SHARE = 0.5  # of the free memory, for graphs that are kept: bases and the work itself need the rest
 
 
 def each(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor, ...]], T]) -> Iterator[T]:
@@ -52,3 +55,67 @@ def _split(batch: tuple[Tensor, ...], most: int) -> list[tuple[Tensor, ...]]:
 def _out_of_memory(error: RuntimeError) -> bool:
     """CUDA has a class for it; the CPU's allocator has only words."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class GraphStore:
+    """Graphs of micro-batches, kept for the next product while all of them fit into their share of memory.
+
+    Args:
+        variables: on the device of the work; graphs save them too, and are not charged for it.
+        limit: bytes they may take; None for `SHARE` of what is free when the first one is built.
+
+    Attributes:
+        taken: bytes they take.
+    """
+
+    def __init__(self, variables: list[Tensor], limit: int | None = None) -> None:
+        self.variables = variables
+        self.limit = limit
+        self.taken = 0
+        self._kept: dict[int, tuple[Tensor, Any]] = {}  # by the identity of a micro-batch's inputs, which are held too
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def of(self, batch: tuple[Tensor, ...], build: Callable[[tuple[Tensor, ...]], Any]) -> Any:
+        """The graph that was kept of this micro-batch, or a new one."""
+        if id(batch[0]) in self._kept:
+            return self._kept[id(batch[0])][1]
+        if self.limit is None:
+            self.limit = int(SHARE * free_memory(self.variables[0].device))
+        if self.taken >= self.limit:
+            return build(batch)
+        saved: dict[int, int] = {}
+
+        def weigh(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda t: t):
+            graph = build(batch)
+        for variable in self.variables:
+            saved.pop(variable.untyped_storage().data_ptr(), None)
+        size = sum(saved.values())
+        if self.taken + size <= self.limit:
+            self.taken += size
+            self._kept[id(batch[0])] = batch[0], graph
+        return graph
+
+    def clear(self) -> None:
+        """Let go of all graphs, and keep fewer from now on."""
+        self._kept.clear()
+        self.limit = self.taken // 2
+        self.taken = 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on the CPU no more than the control group allows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup")
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, or "max": no limit of its own
+        return free

@@ -1,8 +1,11 @@
 """Curvature matrices of a mean loss as linear operators on flat vectors: Hessian, Gauss-Newton, Fisher.
 
 All are means over samples, are differentiated (never by differences), and go through the data in micro-batches that
-count by their number of samples, so that a ragged last one is not overrated.  What can be built once for all vectors
-of a product, the graph of the gradient or of the outputs, is; of few micro-batches it is kept for later products.
+count by their number of samples, so that a ragged last one is not overrated.  What can be built once for all vectors,
+the graph of the gradient or of the outputs, is kept for later products as far as memory allows: a product then costs
+about two gradients, and without it nearly four.
+
+Flat vectors are rows, of the variables one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import label_uniforms, sampled_factor
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import GraphStore, each
 from fpq_analysis.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,9 +28,6 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MAX_DENSE_BYTES = 2**33
-# Micro-batches whose graphs are kept, if there are no more of them: 128 CIFAR images, which of ResNet-20 take 0.65 GB.
-# Without the graph a product takes half as long again.
-KEPT_GRAPHS = 4
 
 
 class CurvatureOperator(ABC):
@@ -39,7 +39,14 @@ class CurvatureOperator(ABC):
         n_data: samples; n_products: products with single vectors so far.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, batches: Sequence[Batch], parameters: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: Sequence[Batch],
+        parameters: dict[str, Tensor],
+        graph_bytes: int | None = None,
+    ) -> None:
         """Take what is to be differentiated; nothing is computed yet.
 
         Args:
@@ -47,6 +54,8 @@ class CurvatureOperator(ABC):
             loss: (outputs, targets) to the *mean* over the batch.
             batches: micro-batches, on the model's device; they are halved when memory runs out.
             parameters: the variables, by name; flat vectors hold them in this order.
+            graph_bytes: memory for the graphs of micro-batches that are kept between products; None for half of what
+                is free when the first one is built.
         """
         self.model = model
         self.loss = loss
@@ -60,7 +69,12 @@ class CurvatureOperator(ABC):
         self.device = self.parameters[0].device
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.slices = {name: slice(end - size, end) for name, size, end in zip(parameters, sizes, ends, strict=True)}
-        self._kept: list[tuple[Tensor, Any]] = []  # inputs and graph of a micro-batch
+        self._graphs = GraphStore(self.parameters, graph_bytes)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the graphs kept between products take."""
+        return self._graphs.taken
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,10 +83,10 @@ class CurvatureOperator(ABC):
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v for a flat vector (n,)."""
-        return self.matmat(v.unsqueeze(1)).squeeze(1)
+        return self.products(v[None])[0]
 
-    def matmat(self, v: Tensor) -> Tensor:
-        """A V for (n, k); the columns share what does not depend on them.
+    def products(self, v: Tensor) -> Tensor:
+        """A v for every row v of (k, n): (k, n); the rows share what does not depend on them.
 
         Raises:
             UserError: if there is not enough memory for a single sample.
@@ -80,35 +94,25 @@ class CurvatureOperator(ABC):
         out = torch.zeros_like(v)
 
         def add(batch: tuple[Tensor, ...]) -> None:
-            part = torch.zeros_like(v)
             try:
-                graph = self._graph_of(batch)
-                for column in range(v.shape[1]):
-                    for where, product in zip(self.slices.values(), self._product(graph, v[:, column]), strict=True):
-                        if product is not None:
-                            part[where, column] = product.detach().reshape(-1)
+                graph = self._graphs.of(batch, self._graph)
+                parts = [self._product(graph, row) for row in v]
             except RuntimeError:
-                self._kept.clear()  # they may be what memory is wanting for
+                self._graphs.clear()  # they may be what memory is wanting for
                 raise
-            out.add_(part)
+            for row, part in zip(out, parts, strict=True):
+                for where, product in zip(self.slices.values(), part, strict=True):
+                    if product is not None:
+                        row[where].add_(product.detach().reshape(-1))
 
         with full_precision(), torch.enable_grad():
             for _ in each(self.batches, add):
                 pass
-        self.n_products += v.shape[1]
+        self.n_products += len(v)
         return out
 
-    def _graph_of(self, batch: tuple[Tensor, ...]) -> Any:
-        for inputs, graph in self._kept:
-            if inputs is batch[0]:
-                return graph
-        graph = self._graph(batch)
-        if len(self.batches) <= KEPT_GRAPHS:
-            self._kept.append((batch[0], graph))
-        return graph
-
     def dense(self, at_once: int = 64) -> Tensor:
-        """The whole matrix, a product a column.
+        """The whole matrix, a product a row.
 
         Raises:
             UserError: if it would take more than 8 GiB.
@@ -116,7 +120,8 @@ class CurvatureOperator(ABC):
         if self.size**2 * self.dtype.itemsize > MAX_DENSE_BYTES:
             raise UserError(f"A dense matrix of {self.size:,} variables does not fit; restrict it to some by `select`.")
         identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
-        return torch.cat([self.matmat(columns) for columns in identity.split(at_once, 1)], 1)
+        # Row i of the products is A e_i, a column of A: they differ where a custom backward makes it asymmetric.
+        return torch.cat([self.products(rows) for rows in identity.split(at_once)]).T
 
     def to_scipy(self) -> LinearOperator:
         """The operator for SciPy's solvers; vectors travel through the CPU."""
@@ -124,7 +129,7 @@ class CurvatureOperator(ABC):
 
         def matmat(v: Any) -> Any:
             columns = torch.as_tensor(v, dtype=self.dtype, device=self.device)
-            return self.matmat(columns.reshape(self.size, -1)).cpu().numpy()
+            return self.products(columns.reshape(self.size, -1).T.contiguous()).T.cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, dtype=dtype)

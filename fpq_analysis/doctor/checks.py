@@ -245,9 +245,9 @@ def _differentiate_twice(patient: Patient) -> Finding:
 def _symmetric(patient: Patient) -> Finding:
     exact = patient.precise
     operator = HessianOperator(exact.model, exact.loss, exact.data, exact.variables)
-    both = patient.random(torch.zeros(operator.size, 2, dtype=operator.dtype, device=operator.device))
+    both = patient.random(torch.zeros(2, operator.size, dtype=operator.dtype, device=operator.device))
     try:
-        (u, v), (hu, hv) = both.T, operator.matmat(both).T
+        (u, v), (hu, hv) = both, operator.products(both)
     except RuntimeError:
         return Finding(NOTE, "Not checked, as there is no second derivative.")
     scale = float(hu.norm() * v.norm() + hv.norm() * u.norm()) / len(u) ** 0.5  # what the lengths alone would give

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.operator import KEPT_GRAPHS, Loss
+from fpq_analysis.curvature.memory import SHARE, free_memory
+from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.doctor.patient import admit, same_random_state
 
 FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
@@ -66,9 +67,12 @@ def forecast_measurements(
         vector = patient.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))
         seconds, peak = _measure(lambda: operator().matvec(vector), where)
         kept = operator()  # and its graph
-        later = seconds
-        if len(sizes) <= KEPT_GRAPHS:
-            later, peak = _measure(lambda: kept.matvec(vector), where)[0], peak * len(sizes)
+        later = _measure(lambda: kept.matvec(vector), where)[0]
+        graphs = kept.graph_bytes * scale
+        if graphs <= SHARE * free_memory(where):
+            peak += graphs / wider
+        else:
+            later = seconds
     for name, products in PRODUCTS.items():
         basis = (products - 1) * vector.nbytes  # Lanczos keeps its vectors, for reorthogonalisation
         rows.append((name, (seconds + (products - 1) * later) * scale, peak * wider + basis))

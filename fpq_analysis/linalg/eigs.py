@@ -1,12 +1,9 @@
-"""Extreme eigenpairs of a symmetric matrix: Rayleigh-Ritz in a space that grows by residuals.
+"""Extreme eigenpairs of a symmetric matrix, by the Lanczos process with thick restarts.
 
-The space is the Krylov space of Lanczos (1950): from one vector, the residuals of all Ritz pairs are parallel to its
-next one.  The vector is random, or a sum of the eigenvectors of a matrix nearby: a sum, because giving these one by one
-costs a product each before anything new is seen, which on networks was more than a cold start took.
-
-The basis V is fully orthogonalised and W = A V is kept, so that the projected matrix V^T W, the Ritz pairs and their
-residuals W y - theta V y cost no further product.  When the basis is full it is restarted from the best Ritz vectors
-(thick restart: Wu, Simon 2000).
+The start is random, or a sum of the eigenvectors of a matrix nearby: a sum, because giving these one by one costs a
+product each before anything new is seen, which on networks was more than a cold start took.  No Ritz vector is formed
+before the last one has converged: their residuals are known without.  When the basis is full it is restarted from the
+best of them (Wu, Simon 2000).
 """
 
 from __future__ import annotations
@@ -17,14 +14,19 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.linalg.matrix import Matrix, check_symmetric, inner, norms, orthonormalize, random_normal
+from fpq_analysis.linalg.lanczos import Lanczos
+from fpq_analysis.linalg.matrix import Matrix, random_normal
+from fpq_analysis.linalg.rows import combined, norms
 
 WHICH = ("LA", "SA", "LM")
-# V and W together may take so many bytes.
+# The basis may take so many bytes.
 MAX_BASIS_BYTES = 2**31
 # Ritz vectors beyond the wanted ones that are kept for a restart: they hold what comes next.
 GUARDS = 2
 FRESH = 0.1  # share of the random vector in a warm start
+# Residuals of so little of the largest value, the guards' among them, are those of a space that has closed: rounding
+# grows by as much as the vectors that came before it were short.
+CLOSED = 1e-9
 TRIAL = 5  # steps from a fresh random vector where the space has closed
 
 
@@ -34,7 +36,7 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) float64.
-        vectors: (n, k), orthonormal.
+        vectors: (k, n), orthonormal.
         residuals: (k,) float64, |A v - value v|: an eigenvalue lies within it around each value.  From the products
             that the basis was made of, and so true to their rounding.
         converged: (k,) bool, whether the residual is within the tolerance, or within rounding.
@@ -71,7 +73,7 @@ def eigenpairs(
         start: (n,), `start` of a matrix nearby; some of the random vector is mixed in, so that no eigenvector that is
             new is shut out.
         max_products: the most products; pairs may then be left unconverged.
-        max_basis: columns of the basis at most; None for what 2 GiB hold.
+        max_basis: rows of the basis at most; None for what 2 GiB hold.
 
     Raises:
         UserError: for an unknown end, more pairs than dimensions, or a matrix that is not finite or not symmetric.
@@ -80,57 +82,38 @@ def eigenpairs(
     n = matrix.size
     if not 1 <= k <= n:
         raise UserError(f"{k} eigenvalues are asked of a matrix with {n} rows.")
-    roomiest = MAX_BASIS_BYTES // (2 * n * matrix.dtype.itemsize) if max_basis is None else max_basis
+    roomiest = MAX_BASIS_BYTES // (n * matrix.dtype.itemsize) if max_basis is None else max_basis
     most = min(n, max(roomiest, k + GUARDS + 2))
-    v = w = torch.empty(n, 0, dtype=matrix.dtype, device=matrix.device)
-    projected = torch.zeros(0, 0, dtype=torch.float64)
-    new = random_normal(matrix, 1, generator)
+    first = random_normal(matrix, 1, generator)[0]
     if start is not None:
-        new = start[:, None].to(new) + FRESH * new / float(norms(new))
-    used = trial = 0
+        first = start.to(first) + FRESH * first / float(norms(first[None]))
+    lanczos = Lanczos(matrix, start=first)
+    trial = 0
     while True:
-        new, _ = orthonormalize(new, v)
-        if new.shape[1]:
-            seen = matrix.matmat(new)
-            v, w = torch.cat([v, new], 1), torch.cat([w, seen], 1)
-            projected = torch.cat([torch.cat([projected, inner(new, w[:, :-1])]), inner(v, seen)], 1)
-            check_symmetric(projected, v.dtype)
-            used += 1
-        pairs, spare, residuals, closed = _ritz(v, w, projected, k, which, tol, used)
-        unconverged = (~pairs.converged).nonzero().flatten().tolist()
-        found = len(pairs.values) == k and not unconverged
-        if (found and (not closed or trial == TRIAL)) or used >= max_products or v.shape[1] == n:
-            return pairs
+        lanczos.extend(1)
+        values, coefficients, residuals = lanczos.ritz()
+        floor = 50 * torch.finfo(matrix.dtype).eps * float(values.abs().max())
+        kept = _order(values, which)[: k + GUARDS]
+        values, coefficients, residuals = values[kept], coefficients[:, kept], residuals[kept]
+        converged = residuals[:k] <= torch.clamp(tol * values[:k].abs(), min=floor)
+        found = len(converged) == k and bool(converged.all())
+        closed = lanczos.ended or bool((residuals <= max(floor, CLOSED * float(values.abs().max()))).all())
+        if (found and (not closed or trial == TRIAL)) or lanczos.n_products >= max_products or len(lanczos) == n:
+            break
+        if len(lanczos) >= most:
+            lanczos.restart(coefficients, values)
         # An invariant subspace may lack what its start did not contain, as further copies of an eigenvalue: a fresh
         # random vector is tried for some steps.
-        new = w[:, -1:] if found and trial else residuals[:, unconverged[:1]]
+        if lanczos.ended or (found and trial == 0):
+            lanczos.turn(generator)
         trial = trial + 1 if found else 0
-        if v.shape[1] >= most:
-            v, w = v @ spare, w @ spare
-            projected = inner(v, w)
-        if not new.shape[1] or not orthonormalize(new, v)[0].shape[1]:
-            new = random_normal(matrix, 1, generator)
-
-
-def _ritz(
-    v: Tensor, w: Tensor, projected: Tensor, k: int, which: str, tol: float, used: int
-) -> tuple[Eigenpairs, Tensor, Tensor, bool]:
-    """The wanted Ritz pairs; and of those a restart keeps: coordinates, residual vectors, whether all are exact."""
-    values, coordinates = torch.linalg.eigh((projected + projected.T) / 2)
-    largest = float(values.abs().max())
-    kept = _order(values, which)[: k + GUARDS]
-    values, coordinates = values[kept], coordinates[:, kept].to(v)
-    vectors = v @ coordinates
-    residuals = w @ coordinates - vectors * values.to(v)
-    sizes = norms(residuals)
-    floor = 50 * torch.finfo(v.dtype).eps * largest
-    k = min(k, len(values))
-    converged = sizes[:k] <= torch.clamp(tol * values[:k].abs(), min=floor)
+    vectors = combined(coefficients[:, :k].T, lanczos.q)
     # The smaller of the wanted ones converge last, and get more weight.
-    start = vectors[:, :k] @ (1 / values[:k].abs().clamp(min=1e-3 * largest or 1.0)).to(v)
-    start = start / float(norms(start[:, None]))
-    pairs = Eigenpairs(values[:k], vectors[:, :k], sizes[:k], converged, used, start)
-    return pairs, coordinates, residuals, bool((sizes <= floor).all())
+    largest = float(values.abs().max())
+    weights = 1 / values[:k].abs().clamp(min=1e-3 * largest or 1.0)
+    start = combined(weights[None], vectors)[0]
+    start /= float(norms(start[None]))
+    return Eigenpairs(values[:k], vectors, residuals[:k], converged, lanczos.n_products, start)
 
 
 def _order(values: Tensor, which: str) -> Tensor:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from scipy import stats
 from torch import Tensor
-
-from fpq_analysis.linalg.matrix import wide, widest
 
 # Fewer draws tell too little of their own spread: with a skewed distribution, as probes of a matrix with one large
 # eigenvalue have, intervals from 10 draws hold the truth in 86 % of cases instead of 95, from 30 in 91.
@@ -90,8 +87,3 @@ def more_draws(draws: int, value: float, sem: float, tol: float) -> int:
     """
     needed = 1.1 * draws * (sem / (tol * abs(value))) ** 2 if value else math.inf
     return int(min(max(needed - draws, draws / 4 + 1), 1e9))
-
-
-def block_sums(x: Tensor, blocks: list[slice]) -> Tensor:
-    """Sums over slices of the first axis of (n, k): (k, blocks) in float64 on the CPU."""
-    return wide(torch.stack([x[block].sum(0, dtype=widest(x)) for block in blocks], 1))

@@ -1,14 +1,14 @@
 """Hutchinson's trace estimator (Hutchinson 1990), plain or with a subspace taken out exactly.
 
 A probe v of random signs gives v . A v, whose mean is the trace.  Its variance is twice the squared norm of the
-off-diagonal part of A, which a few large eigenvalues dominate.  With an orthonormal basis Q of a subspace that holds
-most of these, P = Q Q^T and M = I - P,
+off-diagonal part of A, which a few large eigenvalues dominate.  With an orthonormal basis Q (rows) of a subspace that
+holds most of these, P = Q^T Q and M = I - P,
 
     Tr A = Tr(A P) + Tr(M A M),       v . M A M v = (M v) . A (M v),
 
-the first part is known from Z = A Q, and probes see the second alone.  The estimate stays unbiased whatever Q is, as
-long as it does not depend on the probes.  Hutch++ (Meyer et al. 2021) takes Q from a sketch, two products a column;
-here it may also be the basis of a Lanczos process, one product a column and nearer to the extreme eigenvectors.
+the first part is known from A Q^T, and probes see the second alone.  The estimate stays unbiased whatever Q is, as
+long as it does not depend on the probes.  Hutch++ (Meyer et al. 2021) takes Q from a sketch, two products a row; here
+it may also be the basis of a Lanczos process, one product a row and nearer to the extreme eigenvectors.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from fpq_analysis.linalg.estimate import (
     FIRST,
     MAX_PRODUCTS,
     Estimate,
-    block_sums,
     more_draws,
 )
-from fpq_analysis.linalg.matrix import Matrix, inner, random_signs
+from fpq_analysis.linalg.matrix import Matrix, random_signs
+from fpq_analysis.linalg.rows import block_sums, combined, inner
 
 AT_ONCE = 8  # probes in one product: they share the gradient's graph, and take memory
 FIRST_RANK = 16
-# The basis and its products may take so many bytes.
+# The basis, and the products where they are kept, may take so many bytes.
 MAX_BASIS_BYTES = 2**31
 
 
 class Subspace(Protocol):
-    """An orthonormal basis `q` (n, m) and `z` = A q, that grows by `COST` products a column; `ended` when it cannot."""
+    """An orthonormal basis `q` (m, n) of which A Q^T is known; grows by `COST` products a row; `ended` if it cannot."""
 
     COST: int
-    q: Tensor
-    z: Tensor
     ended: bool
 
+    def __len__(self) -> int: ...
+    @property
+    def q(self) -> Tensor: ...
     @property
     def n_products(self) -> int: ...
 
-    def extend(self, columns: int) -> None: ...
+    def extend(self, rows: int) -> None: ...
+    def moved(self, coefficients: Tensor) -> Tensor: ...
+    def traces(self, blocks: list[slice]) -> Tensor: ...
 
 
 def hutchinson(
@@ -97,19 +100,19 @@ def deflated_hutchinson(
         subspace.extend(min(largest, max(1, n_products // (2 * subspace.COST))))
         used = subspace.n_products
         draws = _draw(matrix, blocks, generator, max(2, n_products - used), subspace)
-        known = _known(subspace, blocks)
-        return Estimate.of_draws(draws, used + len(draws), known=known, rank=subspace.q.shape[1])
+        known = subspace.traces(blocks)
+        return Estimate.of_draws(draws, used + len(draws), known=known, rank=len(subspace))
 
     subspace.extend(min(FIRST_RANK, largest))
     # The first probes and their products are kept: when the subspace grows they are projected anew, at no product.
     v = random_signs(matrix, FIRST, generator)
-    av = _products(matrix, v)
+    av = in_parts(matrix, v)
     draws = _projected(v, av, subspace, blocks)
     before = math.inf  # products the last, smaller subspace would have taken in all
     while True:
-        rank = subspace.q.shape[1]
+        rank = len(subspace)
         used = subspace.n_products + len(draws)
-        estimate = Estimate.of_draws(draws, used, known=_known(subspace, blocks), rank=rank, tol=tol)
+        estimate = Estimate.of_draws(draws, used, known=subspace.traces(blocks), rank=rank, tol=tol)
         room = max_products - used
         if estimate.converged or room < 1:
             return estimate
@@ -132,22 +135,18 @@ def _draw(
     parts = []
     for start in range(0, n, AT_ONCE):
         v = random_signs(matrix, min(AT_ONCE, n - start), generator)
-        parts.append(_projected(v, matrix.matmat(v), subspace, blocks))
+        parts.append(_projected(v, matrix.products(v), subspace, blocks))
     return torch.cat(parts)
-
-
-def _products(matrix: Matrix, v: Tensor) -> Tensor:
-    return torch.cat([matrix.matmat(part) for part in v.split(AT_ONCE, 1)], 1)
 
 
 def _projected(v: Tensor, av: Tensor, subspace: Subspace | None, blocks: list[slice]) -> Tensor:
     """Samples (M v)_b . (A M v)_b, (k, blocks): unbiased for the blocks of A M, and in sum for M A M."""
     if subspace is not None:
-        inside = inner(subspace.q, v).to(v)
-        v, av = v - subspace.q @ inside, av - subspace.z @ inside
-    return block_sums(v * av, blocks)
+        inside = inner(subspace.q, v)
+        v, av = v - combined(inside.T, subspace.q), av - subspace.moved(inside)
+    return block_sums(v, av, blocks)
 
 
-def _known(subspace: Subspace, blocks: list[slice]) -> Tensor:
-    """Traces of the blocks of A P, (blocks,)."""
-    return block_sums((subspace.q * subspace.z).sum(1, keepdim=True), blocks)[0]
+def in_parts(matrix: Matrix, v: Tensor) -> Tensor:
+    """Products with the rows of (k, n), so many at once that they share the gradient's graph and fit into memory."""
+    return torch.cat([matrix.products(part) for part in v.split(AT_ONCE)])

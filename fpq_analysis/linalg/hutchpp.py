@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from fpq_analysis.linalg.matrix import Matrix, orthonormalize, random_signs
+from fpq_analysis.linalg.matrix import Matrix, random_signs
+from fpq_analysis.linalg.rows import Basis, block_sums, combined
 
 
 class Sketch:
-    """An orthonormal basis Q of the range of A S, with Z = A Q; two products a column.
+    """An orthonormal basis Q of the range of A S, with Z = A Q^T; two products a row.
 
     Attributes:
-        q, z: (n, m).
+        q, z: (m, n); z is the products of the rows of q.
         ended: the range is exhausted.
-        n_products: products so far; COST: products a column.
+        n_products: products so far; COST: products a row.
     """
 
     COST = 2
@@ -21,16 +23,34 @@ class Sketch:
     def __init__(self, matrix: Matrix, *, generator: torch.Generator) -> None:
         self.matrix = matrix
         self.generator = generator
-        self.q = self.z = torch.empty(matrix.size, 0, dtype=matrix.dtype, device=matrix.device)
+        self._basis = Basis(matrix.size, matrix.dtype, matrix.device)
+        self.z = self._basis.rows
         self.ended = False
         self.n_products = 0
 
-    def extend(self, columns: int) -> None:
-        """Grow the basis by `columns`; by fewer where the range ends."""
-        columns = min(columns, self.matrix.size - self.q.shape[1])
-        seen = self.matrix.matmat(random_signs(self.matrix, columns, self.generator))
-        new, _ = orthonormalize(seen, self.q)
-        self.ended = new.shape[1] < columns
-        self.q = torch.cat([self.q, new], 1)
-        self.z = torch.cat([self.z, self.matrix.matmat(new)], 1)
-        self.n_products += columns + new.shape[1]
+    def __len__(self) -> int:
+        return len(self._basis)
+
+    @property
+    def q(self) -> Tensor:
+        """(m, n), a view."""
+        return self._basis.rows
+
+    def extend(self, rows: int) -> None:
+        """Grow the basis by `rows`; by fewer where the range ends."""
+        before = len(self)
+        rows = min(rows, self.matrix.size - before)
+        self._basis.reserve(before + rows)
+        self._basis.extend(self.matrix.products(random_signs(self.matrix, rows, self.generator)))
+        new = self.q[before:]
+        self.ended = len(new) < rows
+        self.z = torch.cat([self.z, self.matrix.products(new)]) if len(new) else self.z
+        self.n_products += rows + len(new)
+
+    def moved(self, coefficients: Tensor) -> Tensor:
+        """A Q^T C for C (m, k), as rows (k, n)."""
+        return combined(coefficients.T, self.z)
+
+    def traces(self, blocks: list[slice]) -> Tensor:
+        """Traces of the diagonal blocks of A Q^T Q, (blocks,)."""
+        return block_sums(self.q, self.z, blocks).sum(0)

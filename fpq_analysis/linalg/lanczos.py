@@ -1,24 +1,33 @@
-"""The Lanczos process with full reorthogonalisation (Lanczos 1950; Paige 1972 on why the plain one loses its way)."""
+"""The Lanczos process with full reorthogonalisation (Lanczos 1950; Paige 1972 on why the plain one loses its way).
+
+One basis is kept and nothing else of its size.  The products follow from it: with T = Q A Q^T tridiagonal and r the
+vector that comes next,
+
+    A Q^T = Q^T T + beta r e_m^T ,
+
+so a Ritz pair (theta, Q^T s) has the residual beta |s_m|, known without forming its vector.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fpq_analysis.linalg.matrix import Matrix, inner, norms, random_normal, wide
+from fpq_analysis.linalg.matrix import Matrix, check_symmetric, random_normal
+from fpq_analysis.linalg.rows import Basis, block_sums, combined, inner, norms
+
+AT_ONCE = 8  # rows that are worked out side by side: they take memory
 
 
 class Lanczos:
-    """An orthonormal basis Q of the Krylov space of a start vector, with Z = A Q, and T = Q^T A Q tridiagonal.
+    """An orthonormal basis Q of the Krylov space of a start vector, and the matrix projected into it.
 
-    Grown by `extend`, a product a column.  Every new column is orthogonalised against all before it, twice: without
-    that, converged eigenvalues come back as ghosts.
+    Grown by `extend`, a product a row.  A product is first rid of the rows it must hold by symmetry, and the rest of
+    its rounding along all others, once more where that was much; without it, converged eigenvalues come back as ghosts.
 
     Attributes:
-        q, z: (n, m).
-        alpha: (m,), diagonal of T; beta: (m,), beside it, the last one being the norm of what comes next.
         ended: the Krylov space is exhausted; an invariant subspace was found.
-        n_products: products so far; COST: products a column.
+        n_products: products so far; COST: products a row.
     """
 
     COST = 1
@@ -29,47 +38,119 @@ class Lanczos:
         """Either a `start` vector (n,), or a `generator` for one of random direction."""
         if start is None:
             assert generator is not None
-            start = random_normal(matrix, 1, generator)[:, 0]
+            start = random_normal(matrix, 1, generator)[0]
         self.matrix = matrix
-        self.q = self.z = start.new_empty(matrix.size, 0)
-        self.alpha: list[float] = []
-        self.beta: list[float] = []
-        self.next = start / float(norms(start))
+        self.n_products = 0
         self.ended = False
+        self.beta = 0.0  # length of what comes next, before it was brought to one
+        # The last row is what comes next, and has no product yet.
+        self._basis = Basis(matrix.size, start.dtype, start.device)
+        self._basis.append(start / float(norms(start[None])))
+        # H[i, j] for i <= j is q_i . A q_j as measured; below the diagonal stands what it must be if A is symmetric.
+        self._h = torch.zeros(0, 0, dtype=torch.float64)
+        self._due = torch.zeros(0, dtype=torch.float64)  # couplings of the next row to those before it, by symmetry
 
-    def extend(self, steps: int) -> None:
-        """Grow the basis by `steps` columns; by fewer where the space ends."""
-        steps = min(steps, self.matrix.size - len(self.alpha))
-        done = len(self.alpha)
-        q = torch.cat([self.q, self.q.new_empty(self.matrix.size, steps)], 1)
-        z = torch.cat([self.z, self.z.new_empty(self.matrix.size, steps)], 1)
-        for m in range(done, done + steps):
-            if self.ended:
-                break
-            q[:, m] = self.next
-            w = self.matrix.matmat(q[:, m : m + 1])
-            z[:, m] = w[:, 0]
-            self.alpha.append(float(inner(q[:, m : m + 1], w)))
-            for _ in range(2):
-                w = w - q[:, : m + 1] @ inner(q[:, : m + 1], w).to(w)
-            norm = float(norms(w))
-            self.beta.append(norm)
-            scale = max(map(abs, (*self.alpha, *self.beta)))
-            self.ended = not norm > 100 * torch.finfo(w.dtype).eps * scale
-            if not self.ended:
-                self.next = w[:, 0] / norm
-        self.q, self.z = q[:, : len(self.alpha)], z[:, : len(self.alpha)]
+    def __len__(self) -> int:
+        return len(self._h)
 
     @property
-    def n_products(self) -> int:
-        return len(self.alpha)
+    def q(self) -> Tensor:
+        """(m, n), a view."""
+        return self._basis.rows[: len(self)]
 
-    def tridiagonal(self) -> Tensor:
-        """T, (m, m) in float64 on the CPU."""
-        beta = torch.tensor(self.beta[:-1], dtype=torch.float64)
-        return torch.diag(torch.tensor(self.alpha, dtype=torch.float64)) + beta.diag(1) + beta.diag(-1)
+    def reserve(self, rows: int) -> None:
+        """Make room for a basis of so many rows."""
+        self._basis.reserve(min(rows, self.matrix.size) + 1)
+
+    def extend(self, steps: int) -> None:
+        """Grow the basis by `steps` rows; by fewer where the space ends.
+
+        Raises:
+            UserError: if the matrix turns out not to be finite or not symmetric.
+        """
+        steps = min(steps, self.matrix.size - len(self))
+        self.reserve(len(self) + steps)
+        for _ in range(steps):
+            if self.ended:
+                break
+            self._step()
+
+    def _step(self) -> None:
+        basis, m = self._basis, len(self)
+        w = self.matrix.products(basis.rows[m:])
+        self.n_products += 1
+        column = torch.zeros(m + 1, 1, dtype=torch.float64)
+        # The first kind of row is few (two, or those kept at a restart), and takes most of the product with it.
+        first = int(self._due.nonzero()[0]) if bool(self._due.any()) else m
+        near = basis.rows[first:]
+        column[first:] = inner(near, w)
+        w.addmm_(column[first:].T.to(w), near, alpha=-1)
+        before = float(norms(w))
+        column += basis.remove_from(w)
+        after = float(norms(w))
+        if after < before / 2:
+            column += basis.remove_from(w)
+            after = float(norms(w))
+        h = torch.zeros(m + 1, m + 1, dtype=torch.float64)
+        h[:m, :m] = self._h
+        h[m, :m] = self._due
+        h[:, m] = column[:, 0]
+        check_symmetric(h, w.dtype)
+        self._h, self.beta = h, after
+        self._due = torch.zeros(m + 1, dtype=torch.float64)
+        self._due[m] = after
+        scale = max(float(h.abs().max()), after)
+        self.ended = not after > 100 * torch.finfo(w.dtype).eps * scale
+        if not self.ended:
+            basis.append(w[0].div_(after))
+
+    def restart(self, coefficients: Tensor, values: Tensor) -> None:
+        """Keep only Ritz vectors and what comes next (thick restart: Wu, Simon 2000).
+
+        Args:
+            coefficients: (m, k) of the Ritz vectors in the basis; values: (k,) theirs.
+        """
+        k = coefficients.shape[1]
+        going_on = torch.zeros(k + 1, len(self) + 1, dtype=torch.float64)
+        going_on[:k, :-1], going_on[k, -1] = coefficients.T, 1
+        self._basis.keep(going_on if len(self._basis) > len(self) else going_on[:k, :-1])
+        self._h = values.double().diag()
+        self._due = self.beta * coefficients[-1].double()
+
+    def turn(self, generator: torch.Generator) -> None:
+        """Go on with a random vector outside of the basis; a no-op if the basis is everything."""
+        self._basis.rows = self._basis.rows[: len(self)]
+        self._basis.extend(random_normal(self.matrix, 1, generator))
+        self.beta, self._due = 0.0, torch.zeros_like(self._due)
+        self.ended = len(self._basis) == len(self)
+
+    def projected(self) -> Tensor:
+        """Q A Q^T, (m, m) in float64 on the CPU, symmetric."""
+        return (self._h + self._h.T) / 2
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values (m,) upwards, coefficients (m, m) of their vectors as columns, and lengths (m,) of residuals."""
+        values, coefficients = torch.linalg.eigh(self.projected())
+        return values, coefficients, self.beta * coefficients[-1].abs()
 
     def quadrature(self) -> tuple[Tensor, Tensor]:
         """Nodes and weights (m,) of the Gauss rule for the start vector's spectral measure (Golub, Welsch 1969)."""
-        nodes, vectors = torch.linalg.eigh(wide(self.tridiagonal()))
-        return nodes, vectors[0].square()
+        values, coefficients, _ = self.ritz()
+        return values, coefficients[0].square()
+
+    def moved(self, coefficients: Tensor) -> Tensor:
+        """A Q^T C for C (m, k), as rows (k, n), without a product."""
+        rows = self._basis.rows
+        image = torch.zeros(len(rows), coefficients.shape[1], dtype=torch.float64)
+        image[: len(self)] = self.projected() @ coefficients
+        if len(rows) > len(self):
+            image[-1] = self.beta * coefficients[-1]
+        return combined(image.T, rows)
+
+    def traces(self, blocks: list[slice]) -> Tensor:
+        """Traces of the diagonal blocks of A Q^T Q, (blocks,)."""
+        total = torch.zeros(len(blocks), dtype=torch.float64)
+        every = torch.eye(len(self), dtype=torch.float64)
+        for some, rows in zip(every.split(AT_ONCE, 1), self.q.split(AT_ONCE), strict=True):
+            total += block_sums(rows, self.moved(some), blocks).sum(0)
+        return total

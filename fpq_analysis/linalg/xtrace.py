@@ -26,13 +26,13 @@ from fpq_analysis.linalg.estimate import (
     FIRST,
     MAX_PRODUCTS,
     Estimate,
-    block_sums,
     degrees_of_freedom,
     mean_and_error,
     reached,
 )
-from fpq_analysis.linalg.hutchinson import AT_ONCE
-from fpq_analysis.linalg.matrix import Matrix, inner, norms, orthonormalize, random_normal, random_signs, wide
+from fpq_analysis.linalg.hutchinson import in_parts
+from fpq_analysis.linalg.matrix import Matrix, random_normal, random_signs
+from fpq_analysis.linalg.rows import Basis, block_sums, combined, inner, norms
 
 TINY = 1e-300
 
@@ -55,19 +55,20 @@ def xtrace(
     """
     most = 2 * min(matrix.size // 2, max_products // 2)
     total = min(n_products if tol is None else 2 * FIRST, most)
-    omega = y = q = z = torch.empty(matrix.size, 0, dtype=matrix.dtype, device=matrix.device)
-    r = torch.zeros(0, 0, dtype=matrix.dtype, device=matrix.device)
+    omega = y = z = torch.empty(0, matrix.size, dtype=matrix.dtype, device=matrix.device)
+    basis = Basis(matrix.size, matrix.dtype, matrix.device, max(2, total // 2))
+    r = torch.zeros(0, 0, dtype=torch.float64)
     while True:
-        new = random_normal(matrix, max(2, total // 2) - omega.shape[1], generator)
+        new = random_normal(matrix, max(2, total // 2) - len(omega), generator)
         # Kept at length sqrt(n), as random signs have it.
-        omega = torch.cat([omega, new * (math.sqrt(matrix.size) / norms(new)).to(new)], 1)
-        seen = _products(matrix, omega[:, y.shape[1] :])
-        y = torch.cat([y, seen], 1)
-        fresh, r_new = orthonormalize(seen, q)
-        q = torch.cat([q, fresh], 1)
-        z = torch.cat([z, _products(matrix, fresh)], 1) if fresh.shape[1] else z
+        omega = torch.cat([omega, new * (math.sqrt(matrix.size) / norms(new)).to(new)[:, None]])
+        seen = in_parts(matrix, omega[len(y) :])
+        y = torch.cat([y, seen])
+        before = len(basis)
+        r_new = basis.extend(seen)
+        z = torch.cat([z, in_parts(matrix, basis.rows[before:])]) if len(basis) > before else z
         r = torch.cat([torch.nn.functional.pad(r, (0, 0, 0, len(r_new) - len(r))), r_new], 1)
-        estimate = _xtrace(omega, y, q, z, r, blocks, tol)
+        estimate = _xtrace(omega, y, basis.rows, z, r, blocks, tol)
         if tol is None or estimate.converged or total >= most:
             return estimate
         total = min(2 * total, most)
@@ -76,18 +77,20 @@ def xtrace(
 def _xtrace(
     omega: Tensor, y: Tensor, q: Tensor, z: Tensor, r: Tensor, blocks: list[slice], tol: float | None
 ) -> Estimate:
-    n, k = omega.shape
-    s = _lost_directions(wide(r))
-    small = _Small(n, s, inner(q, omega), inner(q, y), inner(q, z), norms(omega).square(), wide((omega * y).sum(0)))
+    k, n = omega.shape
+    s = _lost_directions(r)
+    whole = [slice(0, n)]
+    products = block_sums(omega, y, whole)[:, 0]
+    small = _Small(n, s, inner(q, omega), inner(q, y), inner(q, z), norms(omega).square(), products)
     without = torch.stack([small.estimates(without=j) for j in range(k)])
 
-    inside = small.inside(without=None).to(q)
-    v, av = omega - q @ inside, y - z @ inside
-    draws = block_sums(v * av, blocks) * small.stretch(norms(v).square(), None)[:, None]
+    inside = small.inside(without=None)
+    v, av = omega - combined(inside.T, q), y - combined(inside.T, z)
+    draws = block_sums(v, av, blocks) * small.stretch(norms(v).square(), None)[:, None]
     for index, block in enumerate(blocks):
-        known = inner(q[block], z[block])
+        known = inner(q[:, block], z[:, block])
         draws[:, index] += known.trace() - (s * (known @ s)).sum(0)
-    return _leave_one_out(draws, without, k + q.shape[1], q.shape[1], tol)
+    return _leave_one_out(draws, without, k + len(q), len(q), tol)
 
 
 def _lost_directions(r: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class _Small:
     Attributes:
         n: size of the matrix.
         s: (r, k), see above; r is the rank.
-        c, d, t: Q^T Omega, Q^T Y, Q^T Z.
+        c, d, t: Q Omega^T, Q Y^T, Q Z^T (rows are vectors).
         lengths, products: |omega_i|^2 and omega_i . A omega_i.
     """
 
@@ -170,10 +173,10 @@ def xnystrace(
     """
     most = min(matrix.size, max_products)
     total = min(n_products if tol is None else FIRST, most)
-    omega = y = torch.empty(matrix.size, 0, dtype=matrix.dtype, device=matrix.device)
+    omega = y = torch.empty(0, matrix.size, dtype=matrix.dtype, device=matrix.device)
     while True:
-        omega = torch.cat([omega, random_signs(matrix, max(2, total) - omega.shape[1], generator)], 1)
-        y = torch.cat([y, _products(matrix, omega[:, y.shape[1] :])], 1)
+        omega = torch.cat([omega, random_signs(matrix, max(2, total) - len(omega), generator)])
+        y = torch.cat([y, in_parts(matrix, omega[len(y) :])])
         estimate = _xnystrace(omega, y, blocks, tol)
         if tol is None or estimate.converged or total >= most:
             return estimate
@@ -183,7 +186,7 @@ def xnystrace(
 def _xnystrace(omega: Tensor, y: Tensor, blocks: list[slice], tol: float | None) -> Estimate:
     # A small multiple of the identity keeps H well conditioned, also where A has fewer dimensions than there are test
     # vectors.  The estimate is then that of A + shift I, without bias, and the shift is taken off at the end.
-    n, k = y.shape
+    k, n = y.shape
     shift = torch.finfo(y.dtype).eps ** 0.5 * float(norms(y).norm()) / math.sqrt(k)
     y = y + shift * omega
     h, w = inner(omega, y), inner(y, y)
@@ -195,10 +198,10 @@ def _xnystrace(omega: Tensor, y: Tensor, blocks: list[slice], tol: float | None)
 
     inverse = torch.linalg.inv(h)
     diagonal = inverse.diagonal()
-    solved = y @ inverse.to(y)
-    left = solved / diagonal.to(y)  # Y h_i / (H^-1)_ii, (n, k)
-    nystrom = block_sums((y * solved).sum(1, keepdim=True), blocks)
-    draws = nystrom - block_sums(left.square(), blocks) * diagonal[:, None] + block_sums(omega * left, blocks)
+    solved = combined(inverse, y)
+    left = solved / diagonal.to(y)[:, None]  # Y h_i / (H^-1)_ii, (k, n)
+    nystrom = block_sums(y, solved, blocks).sum(0)
+    draws = nystrom - block_sums(left, left, blocks) * diagonal[:, None] + block_sums(omega, left, blocks)
     sizes = torch.tensor([block.stop - block.start for block in blocks], dtype=torch.float64)
     return _leave_one_out(draws - shift * sizes, without, k, k, tol)
 
@@ -208,10 +211,6 @@ def _from_gram(h: Tensor, w: Tensor) -> Tensor:
     inverse = torch.linalg.inv(h)
     squares = ((inverse @ w) * inverse.T).sum(1)  # |Y h_i|^2
     return (inverse * w).sum() + (1 - squares) / inverse.diagonal()
-
-
-def _products(matrix: Matrix, v: Tensor) -> Tensor:
-    return torch.cat([matrix.matmat(part) for part in v.split(AT_ONCE, 1)], 1)
 
 
 def _leave_one_out(draws: Tensor, without: Tensor, n_products: int, rank: int, tol: float | None) -> Estimate:

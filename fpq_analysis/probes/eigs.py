@@ -103,7 +103,7 @@ def hessian_eigs(
     vectors = None
     if eigenvectors:
         shapes = {name: p.shape for name, p in subject.parameters.items()}
-        vectors = {name: found.vectors[place].T.reshape(-1, *shapes[name]) for name, place in matrix.slices.items()}
+        vectors = {name: found.vectors[:, place].reshape(-1, *shapes[name]) for name, place in matrix.slices.items()}
     return EigenEstimate(
         found.values.numpy(),
         found.residuals.numpy(),

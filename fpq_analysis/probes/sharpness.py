@@ -305,13 +305,13 @@ class _Scaled:
         self.hessian = hessian
         self.size, self.dtype, self.device = hessian.size, hessian.dtype, hessian.device
         self.slices = hessian.slices
-        self.scale = torch.empty(self.size, 1, dtype=self.dtype, device=self.device)
+        self.scale = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for name, place in self.slices.items():
             self.scale[place] = norms[name]
 
-    def matmat(self, v: Tensor) -> Tensor:
-        """D H D V for V (size, k)."""
-        return self.scale * self.hessian.matmat(self.scale * v)
+    def products(self, v: Tensor) -> Tensor:
+        """D H D v for every row v of (k, size)."""
+        return self.hessian.products(self.scale * v).mul_(self.scale)
 
 
 # --- Moves of every parameter, relative to itself ---
