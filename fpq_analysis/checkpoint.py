@@ -32,6 +32,8 @@ from fpq_analysis.runs import checkpoints as checkpoints
 from fpq_analysis.runs import find_runs as find_runs
 
 FORMAT = 1
+MEASURED = "float32"
+COUNTER = "num_batches_tracked"  # of BatchNorm, not in files of before PyTorch 0.4.1 and without use in eval mode
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class Checkpoint:
         """What can be known of it without its weights."""
         quantized, init = self.quant is not None, self.run.get("init")
         return Header(self.epoch, self.sha256, self.model["name"], self.data["fingerprint"], quantized, init)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights; everything is measured in float32, which is said where they are of another."""
+        kinds = sorted({str(t.dtype).removeprefix("torch.") for t in self.state_dict.values() if t.is_floating_point()})
+        return MEASURED if kinds in ([], [MEASURED]) else f"{' and '.join(kinds)}, measured in {MEASURED}"
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this checkpoint's state.
@@ -113,6 +121,16 @@ def load_state(
             f"{whose} does not fit the model {what}: {len(missing)} tensors missing, {len(surplus)} unknown, "
             f"{len(reshaped)} of another shape (for example, {example}). {cure}"
         )
+    other = [key for key in own if _kind(state[key]) != _kind(own[key]) and not key.endswith(COUNTER)]
+    if other:
+        key = other[0]
+        raise UserError(
+            f"{whose} stores '{key}' as {_name(state[key])}, and the model {what} has {_name(own[key])} there "
+            f"({len(other)} tensors so). Whole numbers are most likely codes of a packed or quantized export, which "
+            "mean nothing without the scales and the rule they go with. Save the state_dict() of the network in "
+            "floating point, before it is converted."
+        )
+    state = {key: value.to(own[key].dtype) for key, value in state.items()}
     bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise UserError(
@@ -121,6 +139,15 @@ def load_state(
             "with a smaller --lr."
         )
     model.load_state_dict(state)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """What a cast would not keep: a step between these, or from a floating point number, is no rounding."""
+    return "floating point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def save_checkpoint(run: Path, checkpoint: dict[str, Any]) -> Path:

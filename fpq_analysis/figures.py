@@ -100,8 +100,7 @@ def _measured(
 
         if drawing.probe in PROBES:
             probe = PROBES[drawing.probe]()
-            todo = measurement.plan(
-                ckpt_dir, probe, n_data=where["n_data"], seed=where["seed"], epochs="last" if drawing.last else "all"
-            )
+            what = {name: where[name] for name in ("n_data", "seed", "model")}
+            todo = measurement.plan(ckpt_dir, probe, epochs="last" if drawing.last else "all", **what)
             return measurement.carry_out(todo, probe, on_fault=on_fault, **where)
     return records.load(Path(ckpt_dir), drawing.probe)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis import checkpoint as ckpt
-from fpq_analysis.checkpoint import Checkpoint
+from fpq_analysis.checkpoint import COUNTER, Checkpoint
 from fpq_analysis.data import load_dataset, parse_normalization
 from fpq_analysis.errors import UserError
+from fpq_analysis.factories import factory_name
 from fpq_analysis.models import build_model, call_factory, check_model_name
 from fpq_analysis.quantizers import QuantSpec, quantize
 from fpq_analysis.runs import Header, Stamp, check_same, known_stamp, remember
@@ -32,7 +33,6 @@ WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrap
 AFTER_EPOCH = re.compile(r"(?<![a-z])ep(?:och)?[-_=. ]*(\d+)", re.IGNORECASE)
 # Not a part of a decimal number, nor of a hash.
 WHOLE_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d+(?![\da-z]|\.\d)", re.IGNORECASE)
-COUNTER = "num_batches_tracked"  # of BatchNorm, not in files of before PyTorch 0.4.1 and without use in eval mode
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,6 @@ class ForeignRuns(os.PathLike[str]):
             )
         channels = _channels(state)
         remember(path, replace(stamp, channels=channels))
-        # Half precision is widened here: everything is measured in float32.
-        state = {key: t.float() if t.is_floating_point() else t for key, t in state.items()}
         return self._describe(path, state, stamp.sha256, channels)
 
     def _describe(self, path: Path, state: dict[str, Tensor], digest: str, channels: int) -> ForeignCheckpoint:
@@ -161,7 +159,7 @@ class ForeignRuns(os.PathLike[str]):
 
     @property
     def _name(self) -> str:
-        return self.model if isinstance(self.model, str) else f"{self.model.__module__}:{self.model.__qualname__}"
+        return self.model if isinstance(self.model, str) else factory_name(self.model)
 
     def _feed(self, channels: int) -> dict[str, Any]:
         return {"image_size": self.image_size, "channels": channels, "normalize": self.normalize}
@@ -349,7 +347,7 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[
     batches that an old file lacks are taken from `own`.
 
     Raises:
-        UserError: if several prefixes fit, or a tensor of whole numbers stands where the model has floating point.
+        UserError: if several prefixes fit.
     """
     state = {WRAPPED.sub("", key): value for key, value in state.items()}
     wanted = [key for key in own if not key.endswith(COUNTER)]
@@ -362,12 +360,6 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[
         )
     prefix = "" if not best or "" in best else best[0]
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    whole = [k for k, v in own.items() if k in found and v.is_floating_point() and not found[k].is_floating_point()]
-    if whole:
-        raise UserError(
-            f"'{path}' stores '{whole[0]}' as {found[whole[0]].dtype}, and the model has floating point there. A file "
-            "of whole numbers needs a rule to read them by; save the state_dict() of the network in floating point."
-        )
     counters = {key: value for key, value in own.items() if key.endswith(COUNTER)}
     return counters | found
 

@@ -13,12 +13,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fpq_analysis import checkpoint, records
+from fpq_analysis import __version__, checkpoint, records
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import UserError
+from fpq_analysis.factories import factory_name, source_hash
 from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
+from fpq_analysis.models import MODELS, find_factory
 from fpq_analysis.probes import Point, Probe
 from fpq_analysis.progress import Progress
 from fpq_analysis.runs import Header, file_hash, find_teacher
@@ -84,6 +86,7 @@ def plan(
     seed: int = 0,
     epochs: str = "all",
     overwrite: bool = False,
+    model: str | None = None,
 ) -> Plan:
     """List the measurements of `probe` on the checkpoints at or below `ckpt_dir` that have what the probe needs.
 
@@ -91,14 +94,17 @@ def plan(
 
     Args:
         epochs: of each run, see `choose_epochs`.
+        model: see `measure`.
 
     Raises:
-        UserError: if there is no checkpoint, `epochs` makes no sense, or `n_data` is too small for an error over the
-            data.
+        UserError: if there is no checkpoint, `epochs` makes no sense, `n_data` is too small for an error over the data,
+            or there is no such model.
     """
     check_n_data(n_data)
     root = Path(ckpt_dir)
     settings = {**asdict(probe), "version": probe.version, "n_data": n_data, "seed": seed}  # type: ignore[call-overload]
+    if model is not None:
+        find_factory(model)  # an error of the command, not of each file
     source = source_of(ckpt_dir)
     todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
     found = {run: source.checkpoints(run) for run in source.find_runs(root)}
@@ -115,10 +121,10 @@ def plan(
                 if others is None:
                     continue
                 hashes = {need: file_hash(other) for need, other in others.items()}
+                key = measurement_key(header, probe.name, settings, hashes, model)
             except UserError as fault:
                 todo.faults.append((path, fault))
                 continue
-            key = measurement_key(header, probe.name, settings, hashes)
             if key in finished:
                 todo.done.add(key)
             else:
@@ -126,14 +132,33 @@ def plan(
     return todo
 
 
-def measurement_key(header: Header, probe: str, settings: dict[str, Any], others: Any) -> str:
+def measurement_key(header: Header, probe: str, settings: dict[str, Any], others: Any, model: str | None) -> str:
     """Key of a measurement: it holds whatever decides the numbers.
 
     Args:
         others: SHA-256 of the files of further networks.
+        model: see `measure`.
     """
-    about = {**settings, "epoch": header.epoch, "data": header.data, **header.said, "others": others}
-    return records.measurement_key(header.sha256, probe, about)
+    name, code = network_code(header, model)
+    about = {"epoch": header.epoch, "data": header.data, "network": name, "factory": code, **header.said}
+    return records.measurement_key(header.sha256, probe, {**settings, **about, "others": others})
+
+
+def network_code(header: Header, model: str | None) -> tuple[str, str | None]:
+    """The name of the network that a checkpoint is measured as, and the hash of the code that makes it.
+
+    None for a network of this package, which goes by the probe's version, and for one of the user's that `model` does
+    not allow to import: it cannot be measured.
+
+    Raises:
+        UserError: if the factory cannot be imported.
+    """
+    factory = header.model if header.said else model or header.model  # what was said of a foreign file holds
+    allowed = header.said or model is not None
+    name = factory if isinstance(factory, str) else factory_name(factory)
+    if factory in MODELS or not allowed:
+        return name, None
+    return name, source_hash(find_factory(factory) if isinstance(factory, str) else factory)
 
 
 def check_n_data(n_data: int | None) -> None:
@@ -198,7 +223,8 @@ def measure(
         ckpt_dir: a run, or a folder of runs; for another program's checkpoints a `ForeignRuns`.
         epochs: of each run: `all`, `last`, or numbers with commas between.
         data_root: where the data set lies, if not where it was when the run was trained.
-        model: for a network of your own, `package.module:factory`.
+        model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
+            changed, it is measured anew.
 
     Returns:
         The records of this probe with these settings on the checkpoints that are there now, old and new (columns:
@@ -207,7 +233,7 @@ def measure(
     Raises:
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
-    todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, epochs=epochs, overwrite=overwrite)
+    todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, epochs=epochs, overwrite=overwrite, model=model)
     return carry_out(todo, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
 
 
@@ -303,8 +329,7 @@ def measure_one(
     others = _networks(job, todo.source, model, sample)
     rows = probe(Point(net, sample(content), seed=seed, memory=memory, **others))
     common = {
-        **describe(content),
-        "checkpoint": content.sha256,
+        **describe(content, model, sample.device),
         "probe": probe.name,
         "seed": seed,
         "settings": todo.settings,
@@ -333,17 +358,24 @@ def _networks(job: Job, source: Source, model: str | None, sample: Sampler) -> d
     return {need: build_network(source.read_checkpoint(path), model, sample) for need, path in job.others.items()}
 
 
-def describe(content: Checkpoint) -> dict[str, Any]:
-    """The columns that say which checkpoint a row is about."""
+def describe(content: Checkpoint, model: str | None, device: torch.device) -> dict[str, Any]:
+    """The columns that say which checkpoint a row is about, and what measured it."""
     quant = content.quant
+    name, code = network_code(content.header, model)
     return {
         "method": content.run["method"],
-        "model": content.model["name"],
+        "model": name,
+        "factory": code,
         "dataset": content.data["name"],
         "bits": f"W{quant['weight_bits']}A{quant['act_bits']}" if quant else "FP",
         "train_seed": content.run["seed"],
         "data": content.data["fingerprint"],
         "epoch": content.epoch,
+        "checkpoint": content.sha256,
+        "package": __version__,
+        "torch": str(torch.__version__),
+        "device": str(device),
+        "dtype": content.dtype,
     }
 
 

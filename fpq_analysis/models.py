@@ -252,21 +252,32 @@ def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: 
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, in_channels=in_channels)
-    check_model_name(name)
     if not allow_import:
+        check_model_name(name)
         raise UserError(
             f"The checkpoint was made with the user's own model '{name}', and code named by a file is not run. "
             f"If you trust that module, say so: --model {name}"
         )
+    return call_factory(find_factory(name), name, num_classes, in_channels)
+
+
+def find_factory(name: str) -> Callable[..., Any]:
+    """One of `MODELS`, or the function or class that `package.module:factory` names; its module is imported.
+
+    Raises:
+        UserError: if the name is unknown, or cannot be imported.
+    """
+    check_model_name(name)
+    if name in MODELS:
+        return MODELS[name]
     module_name, _, attribute = name.partition(":")
     try:
-        factory: Any = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"Cannot import the model '{name}': {error}. Give package.module:factory, where the package is installed "
             "or lies in a folder on PYTHONPATH."
         ) from error
-    return call_factory(factory, name, num_classes, in_channels)
 
 
 def call_factory(factory: Callable[..., Any], name: str, num_classes: int, in_channels: int) -> nn.Module:

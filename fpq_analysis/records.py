@@ -23,6 +23,7 @@ COLUMNS = {
     "run": "the run's folder, as seen from the folder asked for (known when reading, not stored)",
     "method": "training method",
     "model": "network",
+    "factory": "hash of the code that makes it, see `factories.source_hash`; None for a network of this package",
     "dataset": "data it was trained and measured on",
     "data": "fingerprint of these data: equal only if every image is",
     "bits": "WxAy, or FP",
@@ -42,9 +43,15 @@ COLUMNS = {
     "n_products": "backward passes or Hessian-vector products over them",
     "seed": "of the sample and of the probes",
     "settings": "hash of probe, its version and settings, sample and seed: what may be drawn in one figure",
-    "key": "hash of checkpoint, probe, its version and settings, and data: what makes two measurements the same",
+    "key": "hash of checkpoint, epoch, network, probe, its version and settings, and data: what makes two measurements "
+    "the same",
     "status": "ok, or what is wrong",
     "last": "true on a measurement's last row: without it the measurement was torn off, and is done again",
+    "package": "version of fpq-analysis that measured; like the next three, None in records of before",
+    "torch": "version of torch",
+    "device": "where it was computed: cpu, cuda, ...",
+    "dtype": "of the weights in the file, and where it is another, what they were measured in",
+    "through": "of a landscape through several checkpoints, the others' hashes",
     "seconds": "time of the whole measurement",
     "samples": "the parts of the value: for each sample alone, in the order of the draw (paired comparisons), or for "
     "each channel, node or bin, as the quantity says; None if unknown",
@@ -127,7 +134,8 @@ def load(root: str | Path, probe: str) -> pd.DataFrame:
     """What was measured by `probe` at or below `root`, from the records alone: no checkpoint is needed.
 
     A figure must not mix settings.  For each definition of the Hessian, those that most checkpoints were measured with
-    are kept, and of several such ones the newest.
+    are kept, and of several such ones the newest; of an epoch that was measured several times with these (of another
+    factory of the network, or by an older version), the newest measurement.
 
     Returns:
         As `read`; empty if there are no such records.
@@ -135,6 +143,9 @@ def load(root: str | Path, probe: str) -> pd.DataFrame:
     root = Path(root)
     runs = sorted(path.parent.parent for path in root.rglob(f"records/{probe}.jsonl"))
     frame = read(root, runs, probe)
+    measured = frame.drop_duplicates(["run", "key"], keep="last")
+    newest = measured.drop_duplicates(["run", "settings", "epoch", "through"], keep="last")
+    frame = frame.merge(newest[["run", "key"]], on=["run", "key"])
     kept = []
     for _, rows in frame.groupby(frame["definition"].fillna(""), sort=False):
         measurements = rows.groupby("settings", sort=False)["key"].nunique()  # rows may speak of other checkpoints too

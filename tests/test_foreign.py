@@ -208,7 +208,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
         ({k: v for k, v in tiny().state_dict().items() if k != "3.weight"}, r"1 tensors missing.*'3.weight'"),
         ({**tiny().state_dict(), "12.bias": torch.ones(1)}, r"0 tensors missing, 1 unknown.*'12.bias'"),
         ({**tiny().state_dict(), "0.weight": torch.full((8, 1, 3, 3), torch.nan)}, "NaN or infinity in 1 of"),
-        ({**tiny().state_dict(), "3.weight": torch.ones(8, 8, 3, 3, dtype=torch.uint8)}, "'3.weight' as torch.uint8"),
+        ({**tiny().state_dict(), "3.weight": torch.ones(8, 8, 3, 3, dtype=torch.uint8)}, "'3.weight' as uint8"),
         (
             {f"{net}.{k}": v for net in ("student", "teacher") for k, v in tiny().state_dict().items()},
             "several networks of this form, under 'student.' and 'teacher.'",
@@ -400,7 +400,7 @@ def test_beside_a_run_of_ours(tiny_runs, tmp_path):
         save(tmp_path / "theirs" / f"{epoch}.pt", state)
     own = measure(tmp_path / "ours", HessianTrace(), model=NET, **FAST)
     runs = ForeignRuns(tmp_path, NET, "digits")
-    assert len(plan(runs, HessianTrace(), n_data=16).done) == 3  # ours keep their key
+    assert len(plan(runs, HessianTrace(), n_data=16, model=NET).done) == 3  # ours keep their key
     frame = measure(runs, HessianTrace(), model=NET, **FAST)
     totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]
     assert sorted(totals["train_seed"].unique()) == ["0", "unknown"]

@@ -26,13 +26,15 @@ ROOMS = {
     "quantizers": set(),
     "curvature": {"linalg"},
     "runs": set(),
+    "factories": set(),
     "checkpoint": {"models", "quantizers", "runs"},
-    "foreign": {"checkpoint", "data", "models", "quantizers", "runs"},
+    "foreign": {"checkpoint", "data", "factories", "models", "quantizers", "runs"},
     "training": {"data", "models", "quantizers", "checkpoint", "devices", "progress", "runs"},
     "probes": {"curvature", "linalg", "models", "quantizers"},
     "records": set(),
     "comparison": set(),
-    "measurement": {"checkpoint", "data", "devices", "foreign", "probes", "progress", "records", "runs"},
+    "measurement": {"checkpoint", "data", "devices", "factories", "foreign", "models", "probes", "progress"}
+    | {"records", "runs", "__version__"},
     "landscapes": {"checkpoint", "curvature", "devices", "foreign", "measurement", "models", "probes", "progress"}
     | {"quantizers", "records", "runs"},
     "plots": {"records"},

@@ -75,13 +75,8 @@ def landscape(
 
         check_plotly()
     part = parse_shard(shard) if shard else (1, 1)
-    about: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed}
-    where: dict[str, Any] = {
-        **about,
-        "device": settings.device,
-        "data_root": settings.data_root,
-        "model": settings.model,
-    }
+    about: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed, "model": settings.model}
+    where: dict[str, Any] = {**about, "device": settings.device, "data_root": settings.data_root}
     todo = study.plan(
         settings.ckpt_dir, recipe, through=ends, epoch=epoch, shard=part, overwrite=settings.overwrite, **about
     )

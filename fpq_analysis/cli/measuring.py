@@ -119,8 +119,8 @@ def measure_and_show(
     from fpq_analysis import measurement
     from fpq_analysis.probes.point import NEEDS
 
-    sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed}
-    where = {**sample, "device": settings.device, "data_root": settings.data_root, "model": settings.model}
+    sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed, "model": settings.model}
+    where = {**sample, "device": settings.device, "data_root": settings.data_root}
     found: dict[str, list[pd.DataFrame]] = {}
     faults: dict[Path, UserError] = {}
     forecasts, checkpoints = [], 0
@@ -151,6 +151,9 @@ def measure_and_show(
         if not settings.json:
             with going_on(unshown.append, f"The table of {name}"):
                 show[name](shorten_runs(frame))
+    stored = pd.concat([frame["dtype"] for frame in frames.values()]).dropna()
+    for kind in sorted({str(kind) for kind in stored if "measured in" in str(kind)}):
+        say(f"Weights in some of the files: {kind}.")
     for name, frame in frames.items():
         unshown += draw(name, frame, settings.figures)
     for fault in dict.fromkeys(map(str, [*faults.values(), *unshown])):  # once, where it is the same for all

@@ -95,6 +95,7 @@ def plan(
     seed: int = 0,
     shard: Shard = (1, 1),
     overwrite: bool = False,
+    model: str | None = None,
 ) -> Plan:
     """List the landscapes and the grid points of each that are not there; see `measure_landscapes`.
 
@@ -121,7 +122,7 @@ def plan(
     for path, others in groups:
         try:
             check_others(recipe, len(others))
-            key = measurement_key(source.header(path), recipe.name, settings, [file_hash(other) for other in others])
+            key = measurement_key(source.header(path), recipe.name, settings, list(map(file_hash, others)), model)
             done = set() if overwrite else set(_rows(root, path.parent, recipe, key)["quantity"])
         except UserError as fault:
             faults.append((path, fault))
@@ -203,12 +204,9 @@ def measure_landscapes(
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
     recipe = recipe or Recipe()
-    todo = plan(
-        ckpt_dir, recipe, through=through, epoch=epoch, n_data=n_data, seed=seed, shard=shard, overwrite=overwrite
-    )
-    return carry_out(
-        todo, recipe, n_data=n_data, seed=seed, shard=shard, device=device, data_root=data_root, model=model
-    )
+    sample: dict[str, Any] = {"n_data": n_data, "seed": seed, "shard": shard, "model": model}
+    todo = plan(ckpt_dir, recipe, through=through, epoch=epoch, overwrite=overwrite, **sample)
+    return carry_out(todo, recipe, device=device, data_root=data_root, **sample)
 
 
 def carry_out(
@@ -262,12 +260,12 @@ def _do(
     content = todo.source.read_checkpoint(job.path)
     survey = _survey(job, todo.source, content, recipe, sample, seed=seed, model=model)
     common = {
-        **describe(content),
-        "checkpoint": content.sha256,
+        **describe(content, model, sample.device),
         "probe": recipe.name,
         "seed": seed,
         "settings": todo.settings,
         "key": job.key,
+        "through": "+".join(map(file_hash, job.others)) if recipe.plane == "checkpoints" else None,
     }
     if "axis_1" in set(before["quantity"]):
         _check_same(survey, before)
@@ -295,8 +293,8 @@ def _survey(
     job: Job, source: Source, content: Checkpoint, recipe: Recipe, sample: Sampler, *, seed: int, model: str | None
 ) -> Survey:
     others = _Networks(source, job.others, content, model)
-    abouts = [{**describe(one), "checkpoint": one.sha256} for one in map(source.read_checkpoint, job.others)]
-    centre = {**describe(content), "checkpoint": content.sha256}
+    abouts = [describe(one, model, sample.device) for one in map(source.read_checkpoint, job.others)]
+    centre = describe(content, model, sample.device)
     abouts = [*abouts, centre] if recipe.plane == "pca" else [centre, *abouts]
     net = build_network(content, model, sample)
     return Survey(net, sample(content), recipe, others=others, abouts=abouts, seed=seed)
