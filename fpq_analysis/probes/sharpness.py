@@ -309,9 +309,9 @@ class _Scaled:
         for name, place in self.slices.items():
             self.scale[place] = norms[name]
 
-    def products(self, v: Tensor) -> Tensor:
+    def products(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """D H D v for every row v of (k, size)."""
-        return self.hessian.products(self.scale * v).mul_(self.scale)
+        return self.hessian.products(self.scale * v, out).mul_(self.scale)
 
 
 # --- Moves of every parameter, relative to itself ---
