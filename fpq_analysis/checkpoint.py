@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import atomic_write
+from fpq_analysis.files import atomic_write, bad_member
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import QuantSpec, quantize
 from fpq_analysis.runs import (
@@ -163,14 +163,20 @@ def save_checkpoint(run: Path, checkpoint: dict[str, Any]) -> Path:
     return path
 
 
-def load_tensors(path: Path) -> Any:
+def load_tensors(path: Path, *, known: bool = False) -> Any:
     """`torch.load` on the CPU, tensors and primitives only.
+
+    Args:
+        known: whether the file is known to be as it was written; else the archive's own checksums are compared, which
+            torch does not do.
 
     Raises:
         UserError: if the file is not there, is damaged, or wants to run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        bad = None if known else bad_member(path)
+        if bad is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"No checkpoint '{path}'.") from error
     except Exception as error:
@@ -184,6 +190,10 @@ def load_tensors(path: Path) -> Any:
             f"'{path}' cannot be read: it is cut short or damaged ({type(error).__name__}). Copy it again "
             "from its source, or train the run anew with --overwrite."
         ) from error
+    raise UserError(
+        f"'{path}' is damaged: its part '{bad}' has not the checksum that the archive holds of it. Copy it again from "
+        "its source, or train the run anew with --overwrite."
+    )
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -197,8 +207,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"No checkpoint '{path}'.")
     stamp = Stamp.of(path)
-    check_manifest(path, stamp.sha256)
-    content = load_tensors(path)
+    content = load_tensors(path, known=check_manifest(path, stamp.sha256))
     check_same(path, stamp)
     if not is_ours(content):
         raise UserError(

@@ -23,7 +23,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import read_jsonl, sha256
+from fpq_analysis.files import has_checksums, read_jsonl, sha256
 from fpq_analysis.foreign import find_state, foreign_epochs
 from fpq_analysis.runs import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run
 
@@ -52,9 +52,18 @@ def inspect_checkpoint(path: str | Path) -> pd.DataFrame:
         how = f"safetensors.torch.load_file('{path.name}')"
         scalars = sum(math.prod(entry["shape"]) for entry in header.values())
         kind = ("kind", "foreign state dict, safetensors")
-        return _frame([kind, *about, ("tensors", str(len(header))), ("scalars", f"{scalars:,}"), _how_to_use(how)])
+        return _frame(
+            [
+                kind,
+                *about,
+                _intact(path, about),
+                ("tensors", str(len(header))),
+                ("scalars", f"{scalars:,}"),
+                _how_to_use(how),
+            ]
+        )
     content = _load(path)
-    about.append(("safe", "yes: tensors and plain values only"))
+    about += [_intact(path, about), ("safe", "yes: tensors and plain values only")]
     if ckpt.is_ours(content):
         kind = ("kind", "fpq-analyze checkpoint")
         return _frame([kind, *about, *_ours(content), *_versions(path.parent), *_tensors(content["state_dict"])])
@@ -142,6 +151,15 @@ def _about(path: Path) -> list[tuple[str, str]]:
     return [("size", f"{path.stat().st_size:,} bytes"), ("sha256", digest), ("manifest", status)]
 
 
+def _intact(path: Path, about: list[tuple[str, str]]) -> tuple[str, str]:
+    """Whether the file, which could be read, is known to be as it was written."""
+    if ("manifest", "ok") in about:
+        return "intact", "yes: it has the SHA-256 of manifest.json"
+    if has_checksums(path):
+        return "intact", "yes: its parts have the checksums that it holds of them"
+    return "intact", "not known: it holds no checksums, so a flipped bit would not be seen"
+
+
 def _load(path: Path) -> Any:
     """The content of a file of tensors and plain values."""
     if not path.is_file():
@@ -150,6 +168,8 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings(action="ignore"):  # torch's, on the file's form
             return ckpt.load_tensors(path)
     except UserError as error:
+        if error.__cause__ is None:  # it says all there is
+            raise
         names = unsafe_names(path)
         if not names:
             raise _damaged(path, error.__cause__ or error) from error

@@ -557,7 +557,7 @@ def test_landscapes_by_command(tmp_path, monkeypatch):
     for epoch in (1, 2, 3):
         torch.manual_seed(epoch)
         save(run / f"checkpoint_{epoch}.pth.tar", {"state_dict": shufflenet_v2_x0_5(num_classes=10).state_dict()})
-    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: None)
+    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: [])
     network = "torchvision.models:shufflenet_v2_x0_5"
     common = ["--model", network, "--data", "digits", "--image-size", 16, "--n-data", 8, "--device", "cpu"]
     here = ["--ckpt-dir", tmp_path, "--points", 5]
