@@ -43,7 +43,7 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
     generator = torch.Generator().manual_seed(seed)
     try:
         with full_precision(), torch.enable_grad():
-            prove_parameters(model, batches[0][0][:1], parameters)
+            prove_parameters(model, batches[0][0][:GRADIENT_IMAGES], parameters)
             for image in spread(batches, GRADIENT_IMAGES).split(1):
                 _check_first_derivatives(model, image, parameters, layers, generator)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -184,7 +184,8 @@ def prove(model: nn.Module, run: Callable[[], Tensor], variables: Callable[[], d
         inputs = [depends.get(before, 0) for before, _ in node.next_functions]
         depends[node] = reduce(or_, inputs, bits.get(id(getattr(node, "variable", None)), 0))
         if any(inputs):
-            found = _fault(node, inputs, calls.get(node), of_slices.get(node._sequence_nr()))
+            hidden = of_slices.get(node._sequence_nr()) if _operation(node) == "CopySlices" else None
+            found = _fault(node, inputs, calls.get(node), hidden)
             if found:
                 what, why, which = found
                 name = list(named)[(which & -which).bit_length() - 1]
