@@ -5,8 +5,8 @@
 Half of the networks are piecewise linear by construction, half have one bend: a smooth activation, a product of what
 one layer gives with itself, a layer called twice, a custom Function ... (`tests/hidden.py`).  Layers and inputs of half
 of them are of sizes from 1e-8 to 1e8; they are of float64, float32 and bfloat16.  Printed are bent networks that were
-certified, piecewise linear ones that were not, and, of those in float64, the largest difference of the exact trace from
-that of a dense Hessian.
+certified, piecewise linear ones that were not, and, of those in float64 throughout, the largest difference of the exact
+trace from that of a dense Hessian.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         counts[f"{kind}, certified"] += 1
         if bend:
             print(f"{seed}: '{bend}' certified")
-        elif x.dtype == torch.float64:
+        elif x.dtype == torch.float64 and not any(getattr(module, "name", "") == "cast" for module in model):
             try:
                 truth = float(dense_hessian(model, list(parameters.values()), x, y).trace())
             except RuntimeError:  # hardsigmoid has no second derivative in torch

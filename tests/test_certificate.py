@@ -70,10 +70,14 @@ def test_bends_that_numbers_do_not_show(model, x):
 
 
 def test_an_operation_in_place_elsewhere_gives_its_name_to_no_other():
-    """What a Function does in place, without a gradient, comes just before the next node."""
-    model, x, _, bend = network(1027)
-    assert bend == "celu"
-    assert "'celu'" in reason(model, x)
+    """RReLU writes its noise, without a gradient, just before the next node is made."""
+    model = nn.Sequential(nn.Linear(6, 6), PIECEWISE["Clip"](), nn.RReLU(), nn.CELU(), nn.Linear(6, 3)).double()
+    assert "'celu' in '3' (CELU)" in reason(model, inputs().double())
+
+
+def test_squares_that_overflow_are_no_reason():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    assert reason(model, inputs(size=1e25)) == ""
 
 
 @pytest.mark.parametrize("seeds", [range(i, i + 50) for i in range(0, 200, 50)], ids=str)
