@@ -272,7 +272,7 @@ def test_the_damaged_part_is_named(tiny_runs, tmp_path):
     content = torch.load(tiny_runs / "fp" / "epoch_0001.pt")["state_dict"]
     torch.save(content, tmp_path / "epoch_1.pt")
     written = bytearray((tmp_path / "epoch_1.pt").read_bytes())
-    weight = content["3.weight"].numpy().tobytes()
+    weight = content["11.weight"].numpy().tobytes()
     place = written.index(weight) + len(weight) // 2
     written[place] ^= 64
     (tmp_path / "epoch_1.pt").write_bytes(written)

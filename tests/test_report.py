@@ -155,7 +155,7 @@ def test_numbers_are_those_of_the_files(measured, written):
         assert found.column("Runs", "Accuracy")[run] == rows[-1]["test_accuracy"]
         assert found.column("Runs", "Best")[run] == max(row["test_accuracy"] for row in rows)
         assert found.column("Runs", "Epochs")[run] == 2
-        digest = json.loads((measured / run / "manifest.json").read_text())["epoch_0002.pt"]
+        digest = json.loads((measured / run / "manifest.json").read_text())["epoch_0002.pt"]["sha256"]
         assert found.column("Runs", "Checkpoint")[run] == digest[:12]
         assert found.column("Checkpoints", "SHA-256 of the last checkpoint")[run] == digest
     assert found.column("Runs", "Clipped")["fp"] == "–"

@@ -188,8 +188,8 @@ def print_json(frame: pd.DataFrame) -> None:
     print(frame.to_json(orient="records", lines=True), end="")
 
 
-def new_table(columns: dict[str, str]) -> Table:
-    """A plain table; `columns` maps each heading to `left` or `right`.  Cells that are `str` are shown as they are."""
+def new_table(columns: dict[str, str] | list[tuple[str, str]]) -> Table:
+    """A plain table; `columns` are headings with `left` or `right`.  Cells that are `str` are shown as they are."""
     from rich.table import Table
     from rich.text import Text
 
@@ -199,7 +199,7 @@ def new_table(columns: dict[str, str]) -> Table:
             super().add_row(*plain, **options)
 
     table = Plain(box=None, pad_edge=False, header_style="bold")
-    for name, justify in columns.items():
+    for name, justify in columns.items() if isinstance(columns, dict) else columns:
         table.add_column(Text(printable(name)), justify=justify)  # type: ignore[arg-type]
     return table
 
