@@ -7,8 +7,10 @@ these differences.  It speaks of these two trained networks; how the *methods* d
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -56,6 +58,19 @@ class Difference:
             f"{self.run}'s trace is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than {self.baseline}'s "
             f"{where} ({percent:.0f} % of {number(self.baseline_value, 3)})."
         )
+
+
+def told_apart(ours: Path, theirs: Path) -> tuple[str, str]:
+    """Names of two folders: their own, or as many of the folders around them as it takes to differ.
+
+    Raises:
+        UserError: if both are one folder.
+    """
+    a, b = ours.resolve(), theirs.resolve()
+    if a == b:
+        raise UserError(f"'{ours}' and '{theirs}' are one run, which differs from itself in nothing. Name two.")
+    length = next(n for n in itertools.count(1) if a.parts[-n:] != b.parts[-n:])
+    return str(Path(*a.parts[-length:])), str(Path(*b.parts[-length:]))
 
 
 def number(x: float, digits: int) -> str:

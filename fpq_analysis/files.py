@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fpq_analysis.errors import UserError, refused
+from fpq_analysis.errors import refused
 
 
 @contextlib.contextmanager
@@ -21,15 +22,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refused(path, error) from error
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """The same, of a file that is read."""
-    try:
-        yield
-    except OSError as error:
-        raise refused(path, error, "read") from error
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -108,43 +100,15 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 raise
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: if it holds anything else, or cannot be read.
-    """
-    try:
-        with reading(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' is damaged: it is not a JSON object. Restore it from a copy.")
-    return content
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; torn or damaged lines are left out, a missing file has no rows.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    return [row for row in read_lines(path) if row is not None]
-
-
-def read_lines(path: Path) -> list[dict[str, Any] | None]:
-    """As `read_jsonl`, with None in the place of a damaged line."""
-    if not path.exists():
-        return []
-    with reading(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    rows: list[dict[str, Any] | None] = []
-    for line in filter(None, text.split("\n")):
-        rows.append(None)
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            rows[-1] = row if isinstance(row, dict) else None
+    """The rows of a JSONL file; torn or damaged lines are left out, a missing file has no rows."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
     return rows
 
 
@@ -152,3 +116,23 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bad_member(path: Path) -> str | None:
+    """The first part of a zip archive that has not the checksum (CRC-32) written beside it; None if all have it.
+
+    Archives that hold no checksums (all zero, as `torch.serialization.set_crc32_options(False)` leaves them) and files
+    of another form give None too, see `has_checksums`.
+    """
+    if not has_checksums(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def has_checksums(path: Path) -> bool:
+    """Whether a flipped bit in this file can be seen without another copy of it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(member.CRC for member in archive.infolist())

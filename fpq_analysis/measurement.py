@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from fpq_analysis import __version__, checkpoint, records
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import peak_memory, pick_device
-from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
+from fpq_analysis.errors import UserError
 from fpq_analysis.factories import factory_name, source_hash
 from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
 from fpq_analysis.models import MODELS, find_factory
@@ -76,6 +75,9 @@ class Plan:
     faults: list[tuple[Path, UserError]]
 
 
+Fault = Callable[[Path, UserError], None]
+
+
 def plan(
     ckpt_dir: str | os.PathLike[str],
     probe: Probe,
@@ -105,34 +107,28 @@ def plan(
         find_factory(model)  # an error of the command, not of each file
     source = source_of(ckpt_dir)
     todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
-
-    def fault_of(path: Path) -> Callable[[UserError], None]:
-        return lambda fault: todo.faults.append((path, fault))
-
-    found: dict[Path, dict[int, Path]] = {}
-    for run in source.find_runs(root):
-        with going_on(fault_of(run), f"'{run}'"):
-            found[run] = source.checkpoints(run)
+    found = {run: source.checkpoints(run) for run in source.find_runs(root)}
     chosen = {run: choose_epochs(paths, epochs) for run, paths in found.items()}
-    if not any(chosen.values()) and not todo.faults:
+    if not any(chosen.values()):
         last = max((max(paths) for paths in found.values() if paths), default=0)
         raise UserError(f"No run in '{root}' has a checkpoint of epoch {epochs}; their last is {last}.")
     for run, paths in chosen.items():
-        finished: set[str] = set()
-        with going_on(fault_of(run), f"'{run}'"):
-            finished = set() if overwrite else records.done(run, probe.name)
+        finished = set() if overwrite else records.done(run, probe.name)
         for path in paths.values():
-            with going_on(fault_of(path), f"'{path}'"):
+            try:
                 header = source.header(path)
                 others = _others(probe, run, header, found[run])
                 if others is None:
                     continue
                 hashes = {need: file_hash(other) for need, other in others.items()}
                 key = measurement_key(header, probe.name, settings, hashes, model)
-                if key in finished:
-                    todo.done.add(key)
-                else:
-                    todo.jobs.append(Job(run, path, header, key, others))
+            except UserError as fault:
+                todo.faults.append((path, fault))
+                continue
+            if key in finished:
+                todo.done.add(key)
+            else:
+                todo.jobs.append(Job(run, path, header, key, others))
     return todo
 
 
@@ -218,7 +214,6 @@ def measure(
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
-    on_fault: Fault | None = None,
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
 
@@ -230,7 +225,6 @@ def measure(
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
             changed, it is measured anew.
-        on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
 
     Returns:
         The records of this probe with these settings on the checkpoints that are there now, old and new (columns:
@@ -240,8 +234,7 @@ def measure(
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
     todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, epochs=epochs, overwrite=overwrite, model=model)
-    where = {"device": device, "data_root": data_root, "model": model}
-    return carry_out(todo, probe, n_data=n_data, seed=seed, on_fault=on_fault, **where)  # type: ignore[arg-type]
+    return carry_out(todo, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
 
 
 def carry_out(
@@ -268,10 +261,12 @@ def carry_out(
     memory: dict[Path, dict[str, Any]] = {}
     with Progress(len(todo.jobs), probe.name) as progress:
         for job in todo.jobs:
-            memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
-            with going_on(partial(report, job.path), f"'{job.path}'"):
+            try:
+                memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
                 measure_one(job, probe, sample, todo, seed=seed, model=model, memory=memory[job.run])
                 keys.add(job.key)
+            except UserError as fault:
+                report(job.path, fault)
             progress.advance()
     return records.read(todo.root, todo.source.find_runs(todo.root), probe.name, keys)
 
@@ -382,6 +377,11 @@ def describe(content: Checkpoint, model: str | None, device: torch.device) -> di
         "device": str(device),
         "dtype": content.dtype,
     }
+
+
+def raise_fault(path: Path, fault: UserError) -> None:
+    """What is done with a checkpoint that cannot be measured, unless said otherwise."""
+    raise fault
 
 
 class Sampler:

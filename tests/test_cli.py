@@ -246,8 +246,7 @@ def test_other_data_than_trained_on(runs, tmp_path):
             content["data"]["fingerprint"] = "0" * 16
             torch.save(content, path)
         (run / "manifest.json").unlink()
-        about = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps({**about, "data": content["data"]}))
+        (run / "run.json").unlink()  # it would say another thing, which is a fault of its own
     result = call("hessian", "--ckpt-dir", runs / "fp", *FAST, "--figures", tmp_path, code=1)
     assert "not those the checkpoint was trained on" in " ".join(result.stderr.split())
 
@@ -290,6 +289,29 @@ def test_compare(runs):
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
     assert "no folder" in call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr.lower()
+
+
+def test_compare_runs_of_one_name(runs, tmp_path):
+    """Run B's trace stood under "Difference"."""
+    named = (("fp", "a"), ("lsq-w4a4", "b"))
+    pair = [shutil.copytree(runs / name, tmp_path / side / "Difference") for name, side in named]
+    options = [*FAST, "--definition", "float"]
+    rows = [json.loads(line) for line in call("compare", *pair, *options, "--json").stdout.splitlines()]
+    names = {(row["run"], row["baseline"]) for row in rows}
+    assert names == {("a/Difference", "b/Difference")}
+    result = call("compare", *pair, *options)
+    lines = result.stdout.splitlines()
+    assert words(lines[0]).split() == ["Epoch", "a/Difference", "b/Difference", "Difference", "±", "95", "%"]
+    for line, row in zip(lines[1:4], rows, strict=True):
+        epoch, ours, theirs, difference, _ = line.split()
+        assert int(epoch) == row["epoch"]
+        wanted = (row["baseline_value"] + row["value"], row["baseline_value"], row["value"])
+        assert [float(x) for x in (ours, theirs, difference)] == pytest.approx(wanted, rel=1e-2)
+    assert "a/Difference" in words(result.stdout.split("Difference", 3)[-1])
+    assert "are one run" in words(call("compare", pair[0], pair[0] / ".", *options, code=1).stderr)
+    copy = shutil.copytree(pair[0], tmp_path / "c" / "Difference")
+    rows = [json.loads(line) for line in call("compare", pair[0], copy, *options, "--json").stdout.splitlines()]
+    assert [row["value"] for row in rows] == [0, 0, 0]
 
 
 def test_a_tolerance_draws_as_few_images_as_it_takes(runs, tmp_path):

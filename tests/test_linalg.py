@@ -49,11 +49,12 @@ class Mirrored:
         """In float64."""
         return self._mirror(self.d * self._mirror(v.double()))
 
-    def products(self, v: torch.Tensor) -> torch.Tensor:
+    def products(self, v: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self.n_products += len(v)
         y = self.exact(v)
         error = torch.randn(y.shape, generator=self.generator) / self.size**0.5
-        return (y + self.noise * y.norm(dim=1, keepdim=True) * error).float()
+        y = (y + self.noise * y.norm(dim=1, keepdim=True) * error).float()
+        return y if out is None else out.copy_(y)
 
     def _mirror(self, v: torch.Tensor) -> torch.Tensor:
         return v - 2 * (v @ self.u)[:, None] * self.u

@@ -11,7 +11,6 @@ import pytest
 
 from fpq_analysis import TrainConfig, UserError, paper_tables
 from fpq_analysis.tables import COLUMNS, PAPER
-from tests.nets import DIGITS
 from tests.test_cli import call
 
 
@@ -22,7 +21,7 @@ def run(root, name, accuracies, **settings):
         options = {"bits": "W4A4", "init": "fp", **options}
     config = asdict(TrainConfig(**options))
     (root / name).mkdir(parents=True)
-    (root / name / "run.json").write_text(json.dumps({"config": config, "data": DIGITS}))
+    (root / name / "run.json").write_text(json.dumps({"config": config}))
     rows = [{"epoch": epoch, "test_accuracy": value / 100} for epoch, value in enumerate(accuracies)]
     (root / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for epoch in range(len(accuracies)):

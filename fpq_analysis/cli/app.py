@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,18 +51,6 @@ def fail(error: Exception | str) -> None:
     width = min(100, columns())
     text = printable(f"Error: {error}", keep=" \n")
     say(textwrap.fill(text, width=width, break_long_words=False, break_on_hyphens=False))
-
-
-def fail_all(faults: Mapping[Path, Exception]) -> None:
-    """Each error once, with the files it is about; exit with 1 if there is any."""
-    files: dict[str, list[Path]] = {}
-    for path, fault in faults.items():
-        files.setdefault(str(fault), []).append(path)
-    for text, paths in files.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        fail(text if str(paths[0]) in text else f"'{paths[0]}'{more}: {text}")
-    if faults:
-        raise typer.Exit(1)
 
 
 def columns() -> int:
@@ -200,8 +188,8 @@ def print_json(frame: pd.DataFrame) -> None:
     print(frame.to_json(orient="records", lines=True), end="")
 
 
-def new_table(columns: dict[str, str]) -> Table:
-    """A plain table; `columns` maps each heading to `left` or `right`.  Cells that are `str` are shown as they are."""
+def new_table(columns: dict[str, str] | list[tuple[str, str]]) -> Table:
+    """A plain table; `columns` are headings with `left` or `right`.  Cells that are `str` are shown as they are."""
     from rich.table import Table
     from rich.text import Text
 
@@ -211,7 +199,7 @@ def new_table(columns: dict[str, str]) -> Table:
             super().add_row(*plain, **options)
 
     table = Plain(box=None, pad_edge=False, header_style="bold")
-    for name, justify in columns.items():
+    for name, justify in columns.items() if isinstance(columns, dict) else columns:
         table.add_column(Text(printable(name)), justify=justify)  # type: ignore[arg-type]
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ from fpq_analysis.cli.app import (
     NData,
     Seed,
     app,
-    fail_all,
     guarded,
     new_table,
     print_json,
@@ -26,6 +25,9 @@ from fpq_analysis.cli.app import (
     tell,
 )
 from fpq_analysis.errors import UserError
+
+if TYPE_CHECKING:
+    from fpq_analysis.measurement import Source
 
 
 @app.command()
@@ -54,11 +56,12 @@ def compare(
     import pandas as pd
 
     from fpq_analysis import measurement
-    from fpq_analysis.comparison import by_epoch, number
+    from fpq_analysis.comparison import by_epoch, number, told_apart
     from fpq_analysis.plots.figure5 import totals
     from fpq_analysis.probes import HessianTrace
 
-    faults: dict[Path, UserError] = {}
+    pair = [_one_run(folder, measurement.source_of(folder)) for folder in (run_a, run_b)]
+    names = told_apart(*pair)
     traces = [
         totals(
             measurement.measure(
@@ -69,25 +72,19 @@ def compare(
                 device=device,
                 data_root=data_root,
                 model=model,
-                on_fault=faults.__setitem__,
             )
         )
         for run in (run_a, run_b)
     ]
-    if any(frame.empty for frame in traces):
-        fail_all(faults)
-    for run, frame in zip((run_a, run_b), traces, strict=True):
-        if frame["run"].nunique() != 1:
-            names = ", ".join(sorted(frame["run"].unique())[:3])
-            raise UserError(f"'{run}' holds more than one run, or none ({names}); name one of them.")
-    found = by_epoch(*traces)
+    for run, frame in zip(pair, traces, strict=True):
+        if frame.empty:
+            raise UserError(f"No checkpoint of '{run}' has a finite trace, so there is nothing to compare.")
+    found = by_epoch(*(frame.assign(run=name) for frame, name in zip(traces, names, strict=True)))
     if json:
         print_json(pd.DataFrame([vars(difference) | {"ci95": difference.ci95} for difference in found]))
-        fail_all(faults)
         return
-    table = new_table(
-        {"Epoch": "right", found[0].run: "right", found[0].baseline: "right", "Difference": "right", "± 95 %": "right"}
-    )
+    headings = ("Epoch", *names, "Difference", "± 95 %")  # a run may be called like another column
+    table = new_table([(heading, "right") for heading in headings])
     for difference in found:
         ours = difference.baseline_value + difference.value
         numbers = (ours, difference.baseline_value, difference.value)
@@ -97,4 +94,11 @@ def compare(
     tell(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
     tell(f"{how}: {n_data} training images; one training run each.")
-    fail_all(faults)
+
+
+def _one_run(folder: Path, source: Source) -> Path:
+    found = source.find_runs(folder)
+    if len(found) > 1:
+        held = ", ".join(sorted(run.name for run in found)[:3])
+        raise UserError(f"'{folder}' holds more than one run ({held}); name one of them.")
+    return found[0]

@@ -17,7 +17,7 @@ from fpq_analysis.cli.app import (
     NData,
     Seed,
     app,
-    fail_all,
+    fail,
     guarded,
     print_json,
     reads_foreign,
@@ -70,6 +70,7 @@ def figures(
     )
     if json:
         print_json(drawn.assign(path=[path and str(path) for path in drawn["path"]]))
-    fail_all(faults)
-    if drawn["path"].isna().any():
+    for fault in faults.values():
+        fail(fault)
+    if faults or drawn["path"].isna().any():
         raise typer.Exit(1)

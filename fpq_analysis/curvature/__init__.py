@@ -2,7 +2,8 @@
 
 from fpq_analysis.curvature.batches import as_batches
 from fpq_analysis.curvature.certificate import certify
-from fpq_analysis.curvature.exact import NotExactError, per_sample_traces
+from fpq_analysis.curvature.exact import per_sample_traces
+from fpq_analysis.curvature.graph import NotExactError
 from fpq_analysis.curvature.operator import (
     CurvatureOperator,
     FisherOperator,

@@ -16,14 +16,13 @@ pass.
 
 A layer's share of the norm of a sample's gradient is || D^T P ||_F^2, D (positions x outputs) the gradient at the
 layer's output and P (positions x inputs) the patches it saw; or, where positions are few, the sum of (D D^T) * (P P^T),
-whose second factor serves all classes.  `certificate.py` checks the condition.
+whose second factor serves all classes.  `graph.py` proves the condition, for every graph that occurs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,13 +32,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.graph import NotExactError, prove_parameters, structure, wanting
 from fpq_analysis.curvature.memory import each
 
 FORWARDS = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, _BatchNorm, nn.SyncBatchNorm)}
-
-
-class NotExactError(Exception):
-    """The model is outside the condition; the message names the layer and the reason."""
 
 
 def cross_entropy_factor(logits: Tensor) -> Tensor:
@@ -124,19 +120,25 @@ def per_sample_traces(
         The sum over parameters, averaged over samples (and draws), is the trace.
 
     Raises:
-        NotExactError: if a variable belongs to a layer without an exact form here, or a layer runs twice.
+        NotExactError: if a variable belongs to a layer without an exact form here, or a layer runs twice, or there is
+            no proof that the logits are piecewise linear in each variable.
         UserError: if there is not enough memory for a single sample.
     """
     layers = find_layers(model, parameters)
     passes = n_labels or 0
+    proven = set()  # another batch may take another way through the model
 
     def measure(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         nonlocal passes
         x = batch[0]
-        with full_precision(), torch.enable_grad(), frozen(model):
+        with full_precision(), torch.enable_grad(), wanting(model):
             passes = passes or exact_passes(model, x)
             with Recorder(layers, parameters, derivatives or {}, passes) as recorder:
                 logits = recorder.run(model, x)
+            graph = structure(logits)
+            if graph not in proven:
+                prove_parameters(model, x, parameters)
+                proven.add(graph)
             with torch.no_grad():
                 z = logits.detach()
                 factor = cross_entropy_factor(z) if n_labels is None else sampled_factor(z, batch[1], balanced=True)
@@ -159,7 +161,7 @@ def exact_passes(model: nn.Module, inputs: Tensor) -> int:
     Raises:
         NotExactError: if the model does not give logits.
     """
-    return _check_logits(model(inputs[:1]), 1).shape[1] - 1
+    return check_logits(model(inputs[:1]), 1).shape[1] - 1
 
 
 def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn.Module]:
@@ -192,23 +194,11 @@ def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn
     return layers
 
 
-def _check_logits(logits: Tensor, n: int) -> Tensor:
+def check_logits(logits: Tensor, n: int) -> Tensor:
+    """`logits`, if they are (n, C) with C > 1; otherwise `NotExactError`."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2:
         raise NotExactError("the model's output is not one row of two or more logits for each input")
     return logits
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter wants a gradient, so that backward passes reach activations only."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
 
 
 class Recorder:
@@ -242,7 +232,7 @@ class Recorder:
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
         """The logits (B, C) with a graph that ends at the layers' outputs."""
         self.n = len(x)
-        logits = _check_logits(model(x), len(x))
+        logits = check_logits(model(x), len(x))
         idle = [name for name in self.layers if name not in self.seen]
         if idle:
             raise NotExactError(f"the layer '{idle[0]}' did not run in the forward pass")

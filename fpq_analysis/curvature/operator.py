@@ -85,31 +85,36 @@ class CurvatureOperator(ABC):
         """A v for a flat vector (n,)."""
         return self.products(v[None])[0]
 
-    def products(self, v: Tensor) -> Tensor:
-        """A v for every row v of (k, n): (k, n); the rows share what does not depend on them.
+    def products(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """A v for every row v of (k, n): (k, n), in `out` if given; the rows share what does not depend on them.
 
         Raises:
             UserError: if there is not enough memory for a single sample.
         """
-        out = torch.zeros_like(v)
+        result = torch.empty_like(v) if out is None else out
+        begun = False
 
         def add(batch: tuple[Tensor, ...]) -> None:
+            nonlocal begun
             try:
                 graph = self._graphs.of(batch, self._graph)
                 parts = [self._product(graph, row) for row in v]
             except RuntimeError:
                 self._graphs.clear()  # they may be what memory is wanting for
                 raise
-            for row, part in zip(out, parts, strict=True):
+            for row, part in zip(result, parts, strict=True):
                 for where, product in zip(self.slices.values(), part, strict=True):
                     if product is not None:
-                        row[where].add_(product.detach().reshape(-1))
+                        row[where].add_(product.reshape(-1)) if begun else row[where].copy_(product.reshape(-1))
+                    elif not begun:
+                        row[where].zero_()
+            begun = True
 
         with full_precision(), torch.enable_grad():
             for _ in each(self.batches, add):
                 pass
         self.n_products += len(v)
-        return out
+        return result
 
     def dense(self, at_once: int = 64) -> Tensor:
         """The whole matrix, a product a row.

@@ -45,7 +45,7 @@ class Lanczos:
         self.beta = 0.0  # length of what comes next, before it was brought to one
         # The last row is what comes next, and has no product yet.
         self._basis = Basis(matrix.size, start.dtype, start.device)
-        self._basis.append(start / float(norms(start[None])))
+        self._basis.extend(start[None].clone())
         # H[i, j] for i <= j is q_i . A q_j as measured; below the diagonal stands what it must be if A is symmetric.
         self._h = torch.zeros(0, 0, dtype=torch.float64)
         self._due = torch.zeros(0, dtype=torch.float64)  # couplings of the next row to those before it, by symmetry
@@ -77,7 +77,8 @@ class Lanczos:
 
     def _step(self) -> None:
         basis, m = self._basis, len(self)
-        w = self.matrix.products(basis.rows[m:])
+        w = basis.room()
+        self.matrix.products(basis.rows[m:], out=w)
         self.n_products += 1
         column = torch.zeros(m + 1, 1, dtype=torch.float64)
         # The first kind of row is few (two, or those kept at a restart), and takes most of the product with it.
@@ -102,7 +103,8 @@ class Lanczos:
         scale = max(float(h.abs().max()), after)
         self.ended = not after > 100 * torch.finfo(w.dtype).eps * scale
         if not self.ended:
-            basis.append(w[0].div_(after))
+            w.div_(after)
+            basis.accept()
 
     def restart(self, coefficients: Tensor, values: Tensor) -> None:
         """Keep only Ritz vectors and what comes next (thick restart: Wu, Simon 2000).
@@ -119,7 +121,7 @@ class Lanczos:
 
     def turn(self, generator: torch.Generator) -> None:
         """Go on with a random vector outside of the basis; a no-op if the basis is everything."""
-        self._basis.rows = self._basis.rows[: len(self)]
+        self._basis.drop(len(self))
         self._basis.extend(random_normal(self.matrix, 1, generator))
         self.beta, self._due = 0.0, torch.zeros_like(self._due)
         self.ended = len(self._basis) == len(self)

@@ -24,8 +24,8 @@ class Matrix(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def products(self, v: Tensor) -> Tensor:
-        """A v for every row v of (k, size): (k, size), which the caller may overwrite."""
+    def products(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """A v for every row v of (k, size): (k, size), in `out` where it is given; the caller may overwrite it."""
         ...
 
 
@@ -39,10 +39,10 @@ class DenseMatrix:
         self.device = a.device
         self.n_products = 0
 
-    def products(self, v: Tensor) -> Tensor:
+    def products(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """A v for every row v of (k, size)."""
         self.n_products += len(v)
-        return v @ self.a.T
+        return torch.mm(v, self.a.T, out=out)
 
 
 def random_signs(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:

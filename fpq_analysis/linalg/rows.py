@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers whose products are added up in the rows' own type: at 16,384, a sum of squares is off by 1e-6 at most, and
+# Numbers whose products are added up in the rows' own type: a sum of squares is then off by less than 1e-6, and
 # smaller pieces cost more in calls.
-PIECE = 8192
+PIECE = 32768
 NORM_PIECE = 512  # `vector_norm` adds up one by one, and is in no hurry
 FIRST_CAPACITY = 64
 
@@ -81,19 +81,26 @@ class Basis:
             larger[: len(self)] = self.rows
             self._memory, self.rows = larger, larger[: len(self)]
 
-    def append(self, row: Tensor) -> None:
-        """Add (n,), of unit length and orthogonal to all others."""
+    def room(self) -> Tensor:
+        """(1, n): where the next row will stand, for it to be worked out there."""
         if len(self) == len(self._memory):
             self.reserve(2 * len(self))
-        self._memory[len(self)] = row
+        return self._memory[len(self) : len(self) + 1]
+
+    def accept(self) -> None:
+        """What stands in the room is a row from now on: of unit length, and orthogonal to all others."""
         self.rows = self._memory[: len(self) + 1]
+
+    def drop(self, rows: int) -> None:
+        """Keep the first `rows` alone."""
+        self.rows = self._memory[:rows]
 
     def keep(self, coefficients: Tensor) -> None:
         """Replace the rows by (k, m) orthonormal combinations of them, k <= m, in place."""
         kept = len(coefficients)
         for piece in self.rows.split(PIECE, 1):
             piece[:kept] = combined(coefficients, piece)
-        self.rows = self._memory[:kept]
+        self.drop(kept)
 
     def remove_from(self, v: Tensor) -> Tensor:
         """Take out of the rows of `v` (k, n), in place, what lies in the basis: coefficients (m, k)."""
@@ -125,5 +132,6 @@ class Basis:
                 before = after
             if after > tiny * whole and after > 0:
                 r[len(self), column] = after
-                self.append(w[0].div_(after))
+                torch.div(w, after, out=self.room())
+                self.accept()
         return r[: len(self)]

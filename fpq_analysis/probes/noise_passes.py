@@ -328,7 +328,7 @@ def _choose(subject: Subject, sites: Sites) -> tuple[str, int]:
         if not subject.cross_entropy:
             raise NotExactError("the loss is not the cross-entropy")
         layers = {name: layer for name, (layer, _) in sites.items()}
-        certify_features(subject.view, subject.data, layers, torch.Generator().manual_seed(0))
+        certify_features(subject.view, subject.data, layers)
         method, _ = exact_or_sampled(subject, None)
     except NotExactError:
         return "hutchinson", N_PROBES

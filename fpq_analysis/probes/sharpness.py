@@ -130,7 +130,7 @@ class Sharpness:
     n_flips: int = N_FLIPS
 
     name = "sharpness"
-    version = 1  # part of a record's key: raise it when the numbers change
+    version = 2  # part of a record's key: raise it when the numbers change
     needs = ()
 
     def __post_init__(self) -> None:
@@ -264,15 +264,12 @@ def _scaled_traces(subject: Subject, seed: int) -> tuple[Rows, dict[str, Any]]:
 def _by_sample(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Rows, dict[str, Any]]:
     method, _ = exact_or_sampled(subject, None)
     n_labels = N_LABELS if method == "sampled" else None
-    unchecked = certify(subject.view, subject.data, subject.parameters)
+    certify(subject.view, subject.data, subject.parameters)
     generator = torch.Generator().manual_seed(seed)
     passes = n_labels or exact_passes(subject.view, subject.data[0][0])
     parts = per_sample_traces(subject.view, subject.data, subject.parameters, n_labels=n_labels, generator=generator)
     scaled = ({name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts)
     found = collected(scaled, passes)
-    for layer in unchecked:
-        if found.value(layer) != 0:
-            raise NotExactError(f"'{layer}' had no effect on the images the certificate tried, but has on others")
 
     def row(name: str, layer: str) -> dict[str, Any]:
         value, sem, over_data = found.value(layer), found.sem(layer), _error_over(found.traces[layer])
@@ -309,9 +306,9 @@ class _Scaled:
         for name, place in self.slices.items():
             self.scale[place] = norms[name]
 
-    def products(self, v: Tensor) -> Tensor:
+    def products(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """D H D v for every row v of (k, size)."""
-        return self.hessian.products(self.scale * v).mul_(self.scale)
+        return self.hessian.products(self.scale * v, out).mul_(self.scale)
 
 
 # --- Moves of every parameter, relative to itself ---

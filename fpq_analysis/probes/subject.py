@@ -20,7 +20,7 @@ from fpq_analysis.curvature import (
     check_samples_apart,
     select,
 )
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.batches import Batch, merged
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
@@ -40,6 +40,7 @@ class Subject:
         data: micro-batches on its device.
         loss: (outputs, targets) to the mean; cross_entropy: whether it is that.
         parameters: the variables, by name.
+        micro_batch: the most samples at once, if that was asked for.
     """
 
     view: nn.Module
@@ -47,6 +48,7 @@ class Subject:
     loss: Loss
     cross_entropy: bool
     parameters: dict[str, Tensor]
+    micro_batch: int | None = None
 
     @property
     def n_data(self) -> int:
@@ -68,7 +70,7 @@ class Subject:
             UserError: for an unknown kind, or a Fisher matrix of another loss than the cross-entropy.
         """
         check_operator(kind)
-        data = self.data
+        data = merged(self.data) if self.micro_batch is None else self.data
         if data[0][0].device.type == "cpu":
             # Second derivatives of channels-last convolutions take up to twice as long on a CPU.
             self.view.to(memory_format=torch.contiguous_format)
@@ -113,7 +115,7 @@ def prepare(
     named = dict(sorted(named.items(), key=lambda item: layers.index(layer_of(item[0]))))
     function, cross_entropy = _loss(loss)
     _check_data(view, data, cross_entropy)
-    return Subject(view, data, function, cross_entropy, named)
+    return Subject(view, data, function, cross_entropy, named, micro_batch)
 
 
 def check_operator(kind: str) -> None:
