@@ -47,7 +47,7 @@ def test_train_then_hessian(tmp_path):
     assert [json.loads(line)["epoch"] for line in result.stdout.splitlines()] == [0, 1]
     assert (tmp_path / "checkpoints" / "tests.nets.tiny-digits-lsq-w4a4-s0" / "epoch_0001.pt").exists()
     result = call("hessian", *FAST)
-    assert "0 done, 4 to do" in result.stderr
+    assert "0 done, 4 to do" in words(result.stderr)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     for suffix in (".png", ".pdf", ".txt"):
         assert (tmp_path / "figures" / f"figure5{suffix}").stat().st_size > 0
@@ -55,10 +55,10 @@ def test_train_then_hessian(tmp_path):
 
 def test_hessian_measures_once(runs, tmp_path):
     arguments = ["hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path / "figures"]
-    assert "0 done, 9 to do" in call(*arguments).stderr
+    assert "0 done, 9 to do" in words(call(*arguments).stderr)
     first = records.read(runs, sorted(runs.iterdir()), "hessian_trace")
     result = call(*arguments, "--json")
-    assert "9 done, 0 to do" in result.stderr
+    assert "9 done, 0 to do" in words(result.stderr)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == len(first)
     totals = [row for row in rows if row["layer"] == "all" and row["quantity"] == "trace"]
@@ -69,8 +69,8 @@ def test_hessian_measures_once(runs, tmp_path):
     for total in totals:
         parts = [r["value"] for r in rows if r["key"] == total["key"] and r["layer"] != "all"]
         assert sum(parts) == pytest.approx(total["value"], rel=1e-5)
-    assert "0 done, 9 to do" in call(*arguments, "--definition", "latent", "--dry-run").stderr
-    assert "0 done, 9 to do" in call(*arguments, "--overwrite", "--dry-run").stderr
+    assert "0 done, 9 to do" in words(call(*arguments, "--definition", "latent", "--dry-run").stderr)
+    assert "0 done, 9 to do" in words(call(*arguments, "--overwrite", "--dry-run").stderr)
 
 
 def test_sentence_about_fpq_and_lsq(runs, tmp_path):
@@ -97,9 +97,9 @@ def test_a_damaged_checkpoint_among_good_ones(runs, tmp_path):
     path = runs / "fp" / "epoch_0001.pt"
     path.write_bytes(path.read_bytes()[:1000])
     result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path, code=1)
-    assert "8 to do, 1 unreadable" in result.stderr
+    assert "8 to do, 1 unreadable" in words(result.stderr)
     assert "epoch_0001.pt" in result.stderr
-    assert "1 of 9 checkpoints could not be measured" in result.stderr
+    assert "1 of 9 checkpoints could not be measured" in words(result.stderr)
     assert len(records.done(runs / "fp", "hessian_trace")) == 2
 
 
@@ -220,7 +220,7 @@ def test_ctrl_c_keeps_what_was_measured(runs, tmp_path):
 def test_help_has_an_example(command):
     result = call(*command, "--help")
     if command:
-        assert f"fpq-analyze {command[0]}" in result.output
+        assert f"fpq-analyze {command[0]}" in words(result.output)
 
 
 def test_help_is_quick():
@@ -229,7 +229,7 @@ def test_help_is_quick():
 
 
 def test_dry_run_trains_nothing(tmp_path):
-    assert "lr = 0.5" in call("train", "--lr", 0.5, "--dry-run").stderr
+    assert "lr = 0.5" in words(call("train", "--lr", 0.5, "--dry-run").stderr)
     assert not list(tmp_path.iterdir())
 
 
@@ -262,7 +262,7 @@ def test_everything_at_once(runs, tmp_path):
     for name in ("figure5", "eigenvalues", "density"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
     again = call(*arguments, "--json")
-    assert again.stderr.count("1 done, 0 to do") == 11  # three definitions of each, but latent sharpness
+    assert words(again.stderr).count("1 done, 0 to do") == 11  # three definitions of each, but latent sharpness
     rows = [json.loads(line) for line in again.stdout.splitlines()]
     values = {(row["definition"], row["epoch"]): row["value"] for row in rows if row["quantity"] == "eigenvalue_1"}
     assert len(values) == 3
@@ -288,7 +288,7 @@ def test_compare(runs):
         assert row["sem"] == pytest.approx(float(gap.std()) / len(gap) ** 0.5, rel=1e-4, abs=1e-5 * theirs["value"])
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
-    assert "no folder" in call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr.lower()
+    assert "no folder" in words(call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr).lower()
 
 
 def test_compare_runs_of_one_name(runs, tmp_path):

@@ -179,7 +179,7 @@ def test_bad_input(tiny_runs, tmp_path, monkeypatch):
     for to in ("onnx", "safetensors"):
         with pytest.raises(UserError, match="float network"):
             export(fp, to, out=tmp_path / "x", model=TINY)
-    assert "did you mean 'onnx'" in call("export", fp, "--to", "onx", code=1).stderr
+    assert "did you mean 'onnx'" in words(call("export", fp, "--to", "onx", code=1).stderr)
     assert "No checkpoint" in words(call("export", tmp_path / "nothing.pt", code=1).stderr)
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint" in words(call("export", tmp_path / "empty", code=1).stderr)

@@ -397,5 +397,5 @@ def test_the_command(tiny_runs, tmp_path):
     assert "9 done, 0 to do" in CliRunner().invoke(app, arguments).stderr
     result = CliRunner().invoke(app, [*arguments, "--layer", "relu7"], env={"COLUMNS": "80"})
     assert result.exit_code == 1
-    assert result.stderr.count("no layer 'relu7'") == 1  # not once for each of nine checkpoints
-    assert "9 of 9 checkpoints" in result.stderr
+    assert words(result.stderr).count("no layer 'relu7'") == 1  # not once for each of nine checkpoints
+    assert "9 of 9 checkpoints" in words(result.stderr)

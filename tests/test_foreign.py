@@ -520,11 +520,11 @@ OPTIONS = ("--model", NET, "--data", "digits", "--normalize", "none", "--n-data"
 
 def test_commands(own, tmp_path):
     result = call("hessian", "--ckpt-dir", own, *OPTIONS, "--figures", tmp_path / "figures")
-    assert "0 done, 2 to do" in result.stderr
+    assert "0 done, 2 to do" in words(result.stderr)
     assert "best.pth' is left out" in words(result.stderr)
     assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [["own", "1"], ["own", "2"]]
     assert "training seed unknown" in (tmp_path / "figures" / "figure5.txt").read_text()
-    assert "2 done, 0 to do" in call("hessian", "--ckpt-dir", own, *OPTIONS, "--dry-run").stderr
+    assert "2 done, 0 to do" in words(call("hessian", "--ckpt-dir", own, *OPTIONS, "--dry-run").stderr)
     call("figures", "5", "--ckpt-dir", own, *OPTIONS, "--out", tmp_path / "again")
     captions = [(tmp_path / folder / "figure5.txt").read_text() for folder in ("figures", "again")]
     assert captions[0] == captions[1]
@@ -583,7 +583,7 @@ def test_measurements_of_quantized_networks(tmp_path, command):
     options = ["--model", NET, "--data", "digits", "--bits", "W4A4", "--device", "cpu"]
     size = ["--n-data", 8, "--n-draws", 2, "--sizes", "1"] if command == "noise" else []
     result = call(command, "--ckpt-dir", tmp_path, *options, *size, "--figures", tmp_path / "figures")
-    assert "0 done, 1 to do" in result.stderr  # the last epoch; the one with another before it
+    assert "0 done, 1 to do" in words(result.stderr)  # the last epoch; the one with another before it
     assert "own" in result.stdout
 
 
@@ -601,7 +601,7 @@ def test_measurements_of_quantized_networks_say_so(own):
 
 def test_doctor_and_inspect(own):
     result = call("doctor", own / "epoch_2.pth", *OPTIONS)
-    assert "0 faults" in result.stderr
+    assert "0 faults" in words(result.stderr)
     assert "--data NAME" in words(call("inspect", own / "epoch_2.pth").stdout)
     assert inspect_run(own)["epoch"].tolist() == [1, 2]
     nested = save(own / "epoch_3.pth", {"model": {"state_dict": tiny().state_dict()}})

@@ -354,7 +354,7 @@ class TestFigure2:
         result = call(*few, "--batch-size", 8)
         assert all(len(line) <= 80 for line in result.stdout.splitlines())
         assert "minibatches of 8" in words(result.stdout)
-        assert "9 done, 0 to do" in call(*few, "--batch-size", 8).stderr
+        assert "9 done, 0 to do" in words(call(*few, "--batch-size", 8).stderr)
         frame = records.load(runs, "gradnorm")
         assert set(frame[frame["method"] == "fp"]["quantity"].str.partition("@")[2]) == {"clean"}
         (axes,) = figure2(frame).axes

@@ -97,7 +97,7 @@ def test_a_run(run):
     (run / "epoch_0001.pt").write_bytes(b"other")
     frame = inspect_run(run).set_index("epoch")
     assert frame["hash"].to_dict() == {0: "missing", 1: "differs", 2: "ok"}
-    assert "2 of 3 checkpoints" in call(run, code=1).stderr
+    assert "2 of 3 checkpoints" in words(call(run, code=1).stderr)
     (run / "manifest.json").unlink()
     assert set(inspect_run(run)["hash"]) == {"not recorded"}
 

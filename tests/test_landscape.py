@@ -43,6 +43,7 @@ from fpq_analysis.plots.landscape_html import surface_html
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import latent_derivatives, view
 from tests.nets import tiny
+from tests.words import words
 
 FAST = {"n_data": 24, "device": "cpu", "model": "tests.nets:tiny"}
 
@@ -645,7 +646,7 @@ def test_command(runs, tmp_path, monkeypatch):
     common = ["--model", "tests.nets:tiny", "--n-data", 24, "--device", "cpu", "--figures", tmp_path]
     here = ["--ckpt-dir", shutil.copytree(runs / "fpq-w4a4", tmp_path / "run"), "--points", 3, *common]
     result = call(*here, "--weights", "requantized")
-    assert "0 points done, 9 to do" in result.stderr
+    assert "0 points done, 9 to do" in words(result.stderr)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     assert "Aliased" in result.stdout
     for name in ("landscape", "surface"):
@@ -659,7 +660,7 @@ def test_command(runs, tmp_path, monkeypatch):
     assert "without --shard" in " ".join(call(*here, "--span", 0.5, "--shard", "1/2").stderr.split())
     both = ["--through", runs / "lsq-w4a4", "--through", runs / "fpq-w4a4"]
     call(*both, "--points", 5, *common)
-    assert "two planes" in call(*both, "--plane", "pca", *common, code=1).stderr
+    assert "two planes" in words(call(*both, "--plane", "pca", *common, code=1).stderr)
     assert "no checkpoint of epoch 9" in " ".join(call(*here, "--epoch", 9, code=1).stderr.split())
     monkeypatch.setattr("fpq_analysis.plots.landscape_html.find_spec", lambda name: None)
     assert "fpq-analysis[html]" in "".join(call(*here, "--html", code=1).stderr.split("\n"))

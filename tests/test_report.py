@@ -27,6 +27,7 @@ from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study
 from fpq_analysis.report.tables import digits_beside, duration, shown
 from tests.test_cli import call
+from tests.words import words
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 N = 32
@@ -220,8 +221,8 @@ def test_no_torch_is_loaded_and_equal_files_give_an_equal_page(measured, written
 def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
     shutil.copytree(tiny_runs, tmp_path / "my runs")
     result = call("report", "--ckpt-dir", "my runs", "-o", "page.html")
-    assert "Not measured: Figure 5 (fpq-analyze hessian --ckpt-dir 'my runs')" in result.stderr
-    assert "page.html: 3 runs; no figure of measurements" in result.stdout
+    assert "Not measured: Figure 5 (fpq-analyze hessian --ckpt-dir 'my runs')" in words(result.stderr)
+    assert "page.html: 3 runs; no figure of measurements" in words(result.stdout)
     found = Page((tmp_path / "page.html").read_text())
     assert "Trace" not in [text for text, _ in found.tables["Runs"][0]]
     assert "figure-training" in found.ids
@@ -230,7 +231,7 @@ def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
 
 
 def test_help_has_an_example():
-    assert "fpq-analyze report --ckpt-dir" in call("report", "--help").output
+    assert "fpq-analyze report --ckpt-dir" in words(call("report", "--help").output)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fpq_analysis.runs import checkpoints
 from fpq_analysis.training import read_sweep, run_sweep, sweep_status
 from fpq_analysis.training.sweep import DONE, FAILED, WAITS, parse_shard, parse_sweep, summary
 from tests.test_cli import call
+from tests.words import words
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -134,16 +135,16 @@ def test_bad_files(text, message):
 
 
 def test_bad_files_on_the_command_line(tmp_path, study):
-    assert "No file" in call("train", "--config", tmp_path / "nothing.toml", code=1).stderr
+    assert "No file" in words(call("train", "--config", tmp_path / "nothing.toml", code=1).stderr)
     (tmp_path / "torn.toml").write_text("[run")
-    assert "is not TOML" in call("train", "--config", tmp_path / "torn.toml", code=1).stderr
+    assert "is not TOML" in words(call("train", "--config", tmp_path / "torn.toml", code=1).stderr)
     (tmp_path / "typo.toml").write_text("[run]\nepoch = 3")
     text = " ".join(call("train", "--config", tmp_path / "typo.toml", code=1).stderr.split())
     assert "typo.toml: Unknown key 'epoch'" in text
     result = call("train", "--config", study, "--lr", 0.1, code=1)
     assert "settings come from the file" in " ".join(result.stderr.split())
-    assert "do not go together" in call("train", "--config", study, "--overwrite", code=1).stderr
-    assert "needs the sweep's file" in call("train", "--shard", "1/2", code=1).stderr
+    assert "do not go together" in words(call("train", "--config", study, "--overwrite", code=1).stderr)
+    assert "needs the sweep's file" in words(call("train", "--shard", "1/2", code=1).stderr)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
@@ -164,20 +165,20 @@ def test_shards_share_out_all_runs(study, n):
 
 def test_a_sweep_from_the_command_line(study, tmp_path):
     result = call("train", "--config", study, "--dry-run")
-    assert "6 runs: 0 done, 6 to do; how long" in result.stderr
+    assert "6 runs: 0 done, 6 to do; how long" in words(result.stderr)
     assert not (tmp_path / "runs").exists()
     # The second part has the teacher of seed 1, and this one's; nothing is missing.
     result = call("train", "--config", study, "--device", "cpu", "--shard", "2/2")
-    assert "3 runs: 3 done, 0 to do" in result.stderr
+    assert "3 runs: 3 done, 0 to do" in words(result.stderr)
     result = call("train", "--config", study, "--dry-run")
-    assert "6 runs: 3 done, 3 to do, about" in result.stderr  # the time from what was run
+    assert "6 runs: 3 done, 3 to do, about" in words(result.stderr)  # the time from what was run
     assert all(len(line) <= 80 for line in result.stdout.splitlines()), result.stdout
     result = call("train", "--config", study, "--device", "cpu", "--json")
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["run"] for row in rows] == RUNS
     assert all(row["status"] == DONE and 0 <= row["test_accuracy"] <= 1 for row in rows)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
-    assert "6 runs: 6 done, 0 to do" in call("train", "--config", study, "--device", "cpu").stderr
+    assert "6 runs: 6 done, 0 to do" in words(call("train", "--config", study, "--device", "cpu").stderr)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
 
 
