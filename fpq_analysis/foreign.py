@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -44,7 +45,7 @@ class ForeignRuns(os.PathLike[str]):
 
     Every folder that holds files with an ending of `SUFFIXES` is a run.  The epoch is the number behind "epoch" in the
     file's name, or else the last whole number in it; files without one are left out, unless none has one: then they
-    are counted in the order of their names, from 0.
+    are counted in the order of their names, from 0.  A file that says another epoch itself is warned of.
 
     Attributes:
         folder: a run, or a folder of runs.
@@ -122,7 +123,8 @@ class ForeignRuns(os.PathLike[str]):
         content = read_content(path)
         check_same(path, stamp)
         if ckpt.is_ours(content):
-            return ckpt.read_checkpoint(path)
+            self._compare_epochs(path, content)
+            return replace(ckpt.read_checkpoint(path), epoch=_epoch_among(path))
         state, _ = find_state(content)
         if not state:
             held = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -130,15 +132,26 @@ class ForeignRuns(os.PathLike[str]):
                 f"'{path}' holds no state dict, alone or under one of {', '.join(WRAPPERS)}: it holds "
                 f"{held[:200] or 'nothing'}. Save model.state_dict(), or move the file out of the folder."
             )
+        self._compare_epochs(path, content)
         channels = _channels(state)
         remember(path, replace(stamp, channels=channels))
         return self._describe(path, state, stamp.sha256, channels)
 
+    @staticmethod
+    def _compare_epochs(path: Path, content: Any) -> None:
+        """Warn if the file says another epoch than its name, which counts."""
+        inside, named = content.get("epoch"), _epoch(path)
+        if type(inside) is int and named is not None and inside != named:
+            warnings.warn(
+                f"'{path}' says that it is of epoch {inside}, and its name that it is of {named}. The name counts. "
+                "Some programs write the next epoch's number; if the file was renamed, give it its own name.",
+                stacklevel=3,
+            )
+
     def _describe(self, path: Path, state: dict[str, Tensor], digest: str, channels: int) -> ForeignCheckpoint:
         images = self._images.get(channels) or next(iter(self._images.values()))
-        epochs = {file: epoch for epoch, file in foreign_epochs(path.parent).items()}
         return ForeignCheckpoint(
-            epoch=epochs.get(path, 0),
+            epoch=_epoch_among(path),
             model={"name": self._name, "num_classes": len(images["classes"]), "in_channels": images["channels"]},
             quant=asdict(self.quant) if self.quant else None,
             data=images,
@@ -277,6 +290,11 @@ def foreign_epochs(run: Path) -> dict[int, Path]:
             )
         found[epoch] = path
     return found
+
+
+def _epoch_among(path: Path) -> int:
+    """The epoch of a file among those of its folder; 0 of one that is left out there."""
+    return next((epoch for epoch, file in foreign_epochs(path.parent).items() if file == path), 0)
 
 
 def left_out(run: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import sys
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -114,6 +115,17 @@ def test_two_files_of_one_epoch(tmp_path):
     touch(tmp_path, "epoch_3.pth", "epoch_3.safetensors")
     with pytest.raises(UserError, match=r"'epoch_3.pth' and 'epoch_3.safetensors' .* both of epoch 3"):
         foreign_epochs(tmp_path)
+
+
+def test_a_file_that_says_another_epoch_than_its_name(tmp_path):
+    for epoch, inside in ((1, 1), (2, 7)):
+        save(tmp_path / f"epoch_{epoch}.pt", {"epoch": inside, "state_dict": tiny().state_dict()})
+    source = ForeignRuns(tmp_path, NET, "digits")
+    with warnings.catch_warnings(action="error"):
+        assert source.read_checkpoint(tmp_path / "epoch_1.pt").epoch == 1
+    with pytest.warns(UserWarning, match=r"epoch_2.pt' says that it is of epoch 7, .* of 2\. The name counts"):
+        assert source.read_checkpoint(tmp_path / "epoch_2.pt").epoch == 2
+    assert inspect_checkpoint(tmp_path / "epoch_2.pt").set_index("field")["value"]["epoch"] == "7"
 
 
 def test_a_run_of_ours_with_a_strange_file(tiny_runs, tmp_path):
