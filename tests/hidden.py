@@ -58,6 +58,34 @@ class SharpSoftplus(torch.autograd.Function):
         return grad * (1e4 * ctx.saved_tensors[0]).sigmoid()
 
 
+class FarSoftplus(torch.autograd.Function):
+    """Curved only within a thousandth of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.softplus(x - 7, beta=1e4)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1e4 * (ctx.saved_tensors[0] - 7)).sigmoid()
+
+
+class Sly(torch.autograd.Function):
+    """Smooth and in place: what autograd keeps of it on a view does not tell, and the last thing it does is linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(0.1).exp_().mul_(2)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 0.1 * grad * ctx.saved_tensors[0]
+
+
 class Times(torch.autograd.Function):
     """The product of its two inputs."""
 
@@ -283,6 +311,8 @@ BENT: dict[str, Callable[[], nn.Module]] = {
         "Swish": Swish.apply,
         "SharpSoftplus": SharpSoftplus.apply,
         "Times": lambda x: Times.apply(x, x.flip(1)),
+        "FarSoftplus": FarSoftplus.apply,
+        "slice Sly": sliced(Sly.apply),
         "grid of itself": lambda x: straight_through(x / (x.abs().amax(1, keepdim=True) + 1)),
         "grid sample": lambda x: F.grid_sample(
             torch.linspace(0, 1, 9, dtype=x.dtype).square().view(1, 1, 3, 3).expand(len(x), 1, 3, 3),

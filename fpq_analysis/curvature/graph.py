@@ -333,7 +333,7 @@ class _InPlace(TorchDispatchMode):
         self.names: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and torch.is_grad_enabled():  # not inside of a custom Function
             name = func._schema.name.partition("::")[2].strip("_")
             self.names[_clock()] = "".join(part.capitalize() for part in name.split("_"))
         return func(*args, **(kwargs or {}))
@@ -341,12 +341,12 @@ class _InPlace(TorchDispatchMode):
 
 # --- Custom Functions ---
 
-# Where they are tried: at their own arguments moved so far, and at random ones of every size up to the last.
+# Where they are tried: at their own arguments moved so far, and at random ones, of every size and evenly up to TEN.
 MOVES = (0.0, 1e-3, 1.0)
-LARGEST = 3  # a power of ten
-FEWEST = 4096  # random numbers to try an argument at, in so many calls at most
+TEN = 10.0
+FEWEST = 2**13  # random numbers to try an argument at, in so many calls at most
 CALLS = 64
-FLAT = 1e-10
+FLAT = 1e-10  # relative to the slope
 
 
 def _fault_of_function(function: Any, call: tuple[Any, ...] | None, inputs: list[int]) -> Fault | None:
@@ -389,16 +389,15 @@ def _bends(function: Any, call: tuple[Any, ...], places: tuple[int, ...]) -> boo
     def random(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
-    def logarithmic(like: Tensor) -> Tensor:
-        powers = torch.rand(like.shape, generator=generator, dtype=like.dtype) * (2 * LARGEST + 2) - LARGEST - 2
-        return random(like).sign() * (10**powers).to(like.device)
+    def even(like: Tensor) -> Tensor:
+        return TEN * (2 * torch.rand(like.shape, generator=generator, dtype=like.dtype) - 1).to(like.device)
 
     def points() -> Iterator[list[Tensor]]:
-        for size in MOVES:
-            yield [wide(call[i]) + size * random(wide(call[i])) for i in places]
-        numbers = min(max(call[i].numel(), 1) for i in places)
-        for _ in range(min(CALLS, -(-FEWEST // numbers))):
-            yield [logarithmic(wide(call[i])) for i in places]
+        here = [wide(call[i]) for i in places]
+        yield from ([t + size * random(t) for t in here] for size in MOVES)
+        for _ in range(min(CALLS, -(-FEWEST // min(max(t.numel(), 1) for t in here)))):
+            yield [even(t) for t in here]
+            yield [random(t).sign() * 10 ** (even(t) / 2) for t in here]
 
     for point in points():
         args = [wide(a) if isinstance(a, Tensor) else a for a in call]
