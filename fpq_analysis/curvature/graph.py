@@ -344,8 +344,11 @@ class _InPlace(TorchDispatchMode):
 # Where they are tried: at their own arguments moved so far, and at random ones, of every size and evenly up to TEN.
 MOVES = (0.0, 1e-3, 1.0)
 TEN = 10.0
-FEWEST = 2**13  # random numbers to try an argument at, in so many calls at most
-CALLS = 64
+FEWEST = 2**10  # random numbers to try an argument at, in so many calls at most
+CALLS = 16
+# Where a slope becomes another is narrowed down in arguments of no more numbers than that (the calls add up).
+HALVINGS = 40
+MOST = 2**16
 FLAT = 1e-10  # relative to the slope
 
 
@@ -392,29 +395,52 @@ def _bends(function: Any, call: tuple[Any, ...], places: tuple[int, ...]) -> boo
     def even(like: Tensor) -> Tensor:
         return TEN * (2 * torch.rand(like.shape, generator=generator, dtype=like.dtype) - 1).to(like.device)
 
-    def points() -> Iterator[list[Tensor]]:
-        here = [wide(call[i]) for i in places]
-        yield from ([t + size * random(t) for t in here] for size in MOVES)
-        for _ in range(min(CALLS, -(-FEWEST // min(max(t.numel(), 1) for t in here)))):
-            yield [even(t) for t in here]
-            yield [random(t).sign() * 10 ** (even(t) / 2) for t in here]
+    weights: list[Tensor] = []
 
-    for point in points():
+    def look(point: list[Tensor]) -> tuple[list[Tensor], bool]:
+        """The slopes at a point, and whether they change."""
         args = [wide(a) if isinstance(a, Tensor) else a for a in call]
-        leaves = [t.requires_grad_() for t in point]
+        leaves = [t.clone().requires_grad_() for t in point]
         for i, leaf in zip(places, leaves, strict=True):
             args[i] = leaf.view_as(leaf)  # it may work in place
         found = function.apply(*args)
         outputs = [t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, Tensor)]
         outputs = [t for t in outputs if t.requires_grad]
-        slopes = torch.autograd.grad(
-            outputs, leaves, [random(t) for t in outputs], create_graph=True, materialize_grads=True
-        )
+        if not weights:
+            weights.extend(map(random, outputs))
+        slopes = torch.autograd.grad(outputs, leaves, weights, create_graph=True, materialize_grads=True)
         largest = max(float(t.detach().abs().max()) for t in slopes)
+        bends = [torch.zeros(())]
         curved = [t for t in slopes if t.requires_grad]
-        if not curved:
-            continue
-        bends = torch.autograd.grad(curved, leaves, [random(t) for t in curved], materialize_grads=True)
-        if not max(float(t.abs().max()) for t in bends) <= FLAT * largest:
-            return True
+        if curved:
+            along = [random(t) for t in curved]
+            bends = list(torch.autograd.grad(curved, leaves, along, materialize_grads=True))
+        bent = not max(float(t.abs().max()) for t in bends) <= FLAT * largest
+        return [t.detach() for t in slopes], bent
+
+    here = [wide(call[i]) for i in places]
+    numbers = min(max(t.numel(), 1) for t in here)
+    points = [[t + size * random(t) for t in here] for size in MOVES]
+    for _ in range(min(CALLS, -(-FEWEST // numbers))):
+        points += [[even(t) for t in here], [random(t).sign() * 10 ** (even(t) / 2) for t in here]]
+    if any(look(point)[1] for point in points):
+        return True
+    if max(t.numel() for t in here) > MOST:
+        return False
+    # A bend however narrow lies between two slopes; each number is narrowed down by itself.
+    for _ in range(2):
+        low, high = ([even(t) for t in here] for _ in range(2))
+        slopes_low, slopes_high = look(low)[0], look(high)[0]
+        for _ in range(HALVINGS):
+            middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+            slopes, bent = look(middle)
+            if bent:
+                return True
+            below = [(s - a).abs() > (b - s).abs() for a, s, b in zip(slopes_low, slopes, slopes_high, strict=True)]
+            low, slopes_low = _chosen(below, low, middle), _chosen(below, slopes_low, slopes)
+            high, slopes_high = _chosen(below, middle, high), _chosen(below, slopes, slopes_high)
     return False
+
+
+def _chosen(where: list[Tensor], these: list[Tensor], those: list[Tensor]) -> list[Tensor]:
+    return [torch.where(*each) for each in zip(where, these, those, strict=True)]
