@@ -1,137 +1,210 @@
-"""Products and seconds to the ten largest eigenvalues: this package, PyHessian, and curvlinops with SciPy's eigsh.
+"""Eigenvalues, density and deflated trace: this package, PyHessian, and curvlinops with SciPy, in one run.
 
-    python benchmarks/eigs.py --ckpt RUN/epoch_0020.pt                # one checkpoint, all three
-    python benchmarks/eigs.py --ckpt RUN/epoch_0020.pt --trajectory   # and its run's 20 checkpoints, cold and warm
+    python benchmarks/eigs.py --model resnet18 --images 16
+    python benchmarks/eigs.py --ckpt RUN/epoch_0020.pt --images 128     # a trained network, on its own data
+    python benchmarks/eigs.py --ckpt RUN/epoch_0020.pt --trajectory     # and its run's checkpoints, cold and warm
 
-One network, one set of images, float32, the same parameters.  Ours and eigsh stop at a relative residual of 1e-3.
-PyHessian has no residual: it stops when an eigenvalue changes by less than 1e-3 between two iterations, or after 100.
-What each has reached is measured afterwards with one operator: the largest |H v - value v| / |value|.  PyHessian's
-eigenvalues are those of largest magnitude; where negative ones are among them, all three are asked for these.
+Every method runs in a process of its own, alone, on the same network, images and parameters, in float32.
 
-The cost of a product is given in gradients (forward and backward to all parameters on the same images), when vectors
-share the graph of the gradient: kept for one micro-batch, and in blocks of eight columns over micro-batches.
+Eigenvalues: ours and eigsh stop at a relative residual of `--tol`.  PyHessian has no residual: it stops when an
+eigenvalue changes by less than `--tol` between two iterations, or after 100.  What each has reached is measured
+afterwards by one operator: the largest |H v - value v| / |value|.
+
+Density: Lanczos runs of `--steps` steps, full reorthogonalisation; PyHessian's own stops on torch 2, so its arithmetic
+is not there to compare with; curvlinops' is taken without reorthogonalisation, as it has it.
+Deflated trace: `--steps` products.
+
+"between" is the time that is spent outside of the products, in times of these.  A product's cost is given in gradients
+(forward and backward to all parameters, the same images at once), without and with the gradient being made one vector,
+as a product is.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-from _common import environment, interleave, write_json
+import torchvision
+from _common import environment, interleave, peak_memory, settle_batchnorm, write_json
 from curvlinops import HessianLinearOperator
 from rich.console import Console
 from rich.table import Table
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis import hessian_eigs, load
+from fpq_analysis import hessian_eigs, hessian_trace, load, spectral_density
 from fpq_analysis.checkpoint import read_checkpoint
+from fpq_analysis.curvature import HessianOperator
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.data import load_dataset, training_sample
-from fpq_analysis.devices import pick_device
+from fpq_analysis.models import build_model
 from fpq_analysis.probes.subject import Subject, prepare
 
-Row = dict[str, float | str]
-COLUMNS = 8
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": lambda: build_model("resnet20", 10, 3),
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10),
+}
+Data = tuple[Tensor, Tensor]
 
 
-def ours(subject: Subject, data: tuple[Tensor, Tensor], k: int, tol: float) -> tuple[Row, np.ndarray]:
-    start = time.perf_counter()
-    found = hessian_eigs(subject.view, data, k, tol=tol, micro_batch=len(subject.data[0][0]), eigenvectors=True)
-    spent = time.perf_counter() - start
-    assert found.vectors is not None
-    row: Row = {"method": "ours", "products": found.n_products, "seconds": spent}
-    return row, np.concatenate([v.reshape(k, -1) for v in found.vectors.values()], 1)
+def given(args: argparse.Namespace) -> tuple[nn.Module, Data]:
+    """The network in eval mode, and its images."""
+    torch.manual_seed(0)
+    if args.ckpt is not None:
+        trained = read_checkpoint(args.ckpt).run
+        data = load_dataset(trained["data"], args.data_root or trained["data_root"], image_size=trained["image_size"])
+        return load(args.ckpt), training_sample(data, args.images, 0)
+    model, images = MODELS[args.model](), torch.randn(args.images, 3, 32, 32)
+    settle_batchnorm(model, images)
+    return model, (images, torch.randint(10, (args.images,)))
 
 
-def scipys(subject: Subject, k: int, tol: float) -> tuple[Row, np.ndarray]:
-    start = time.perf_counter()
-    theirs = HessianLinearOperator(
-        subject.view, torch.nn.CrossEntropyLoss(), list(subject.parameters.values()), subject.data
-    ).to_scipy()
-    products = 0
+class Clock:
+    """Counts products and their seconds, of whatever function makes them."""
 
-    def count(v: np.ndarray) -> np.ndarray:
-        nonlocal products
-        products += 1
-        return theirs @ v
+    def __init__(self) -> None:
+        self.products, self.seconds = 0, 0.0
 
-    _, vectors = eigsh(LinearOperator(theirs.shape, matvec=count, dtype=np.float32), k=k, which="LA", tol=tol)
-    spent = time.perf_counter() - start
-    return {"method": "curvlinops, eigsh", "products": products, "seconds": spent}, vectors.T
+    def around(self, plain: Callable[..., Any], vectors: Callable[..., int] = lambda *args: 1) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = plain(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+            self.products += vectors(*args)
+            return result
+
+        return timed
 
 
-def pyhessians(subject: Subject, k: int, tol: float) -> tuple[Row, np.ndarray]:
+def ours(task: str, model: nn.Module, data: Data, args: argparse.Namespace, clock: Clock) -> Any:
+    HessianOperator.products = clock.around(HessianOperator.products, lambda _, v, *out: len(v))
+    if task == "eigenvalues":
+        found = hessian_eigs(model, data, args.k, tol=args.tol, eigenvectors=True)
+        return np.concatenate([v.reshape(args.k, -1).numpy() for v in found.vectors.values()], 1)
+    if task == "density":
+        return spectral_density(model, data, runs=1, steps=args.steps).moment(1)[0]
+    found = hessian_trace(model, data, method="deflated", n_products=args.steps)
+    return found.value, found.sem
+
+
+def curvlinops(task: str, model: nn.Module, data: Data, args: argparse.Namespace, clock: Clock) -> Any:
+    parameters = list(prepare(model, data).parameters.values()) if args.ckpt else list(model.parameters())
+    matrix = HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, [data], check_deterministic=False)
+    if task == "eigenvalues":
+        product = clock.around(matrix.to_scipy().matvec)
+        operator = LinearOperator(matrix.shape, matvec=product, dtype=np.float32)
+        return eigsh(operator, k=args.k, which="LA", tol=args.tol)[1].T
+    if task == "density":
+        from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
+        values, vectors = fast_lanczos(_Timed(matrix, clock), args.steps)
+        return matrix.shape[0] * float((values * vectors[0].square()).sum())
+    from curvlinops import hutchinson_trace
+
+    return float(hutchinson_trace(_Timed(matrix, clock), num_matvecs=args.steps)), float("nan")
+
+
+class _Timed:
+    """A linear operator of curvlinops with a clock around its products."""
+
+    def __init__(self, matrix: Any, clock: Clock) -> None:
+        self.matrix, self.product = matrix, clock.around(matrix.__matmul__, lambda v: v.shape[1] if v.ndim > 1 else 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.matrix, name)
+
+    def __matmul__(self, v: Any) -> Any:
+        return self.product(v)
+
+
+def pyhessian(task: str, model: nn.Module, data: Data, args: argparse.Namespace, clock: Clock) -> Any:
     module = importlib.import_module("pyhessian.hessian")  # the package hides it behind the class of that name
+    module.hessian_vector_product = clock.around(module.hessian_vector_product)
+    torch.manual_seed(0)
+    engine = module.hessian(model, F.cross_entropy, data=data, cuda=False)
+    if task == "eigenvalues":
+        _, vectors = engine.eigenvalues(maxIter=100, tol=args.tol, top_n=args.k)
+        return np.stack([torch.cat([part.flatten() for part in v]).detach().numpy() for v in vectors])
+    if task == "density":
+        return engine.density(iter=args.steps, n_v=1)
+    samples = engine.trace(maxIter=args.steps, tol=-float("inf"))
+    return float(np.mean(samples)), float(np.std(samples, ddof=1) / len(samples) ** 0.5)
 
-    plain, products = module.hessian_vector_product, 0
 
-    def count(*args: object) -> object:
-        nonlocal products
-        products += 1
-        return plain(*args)
+METHODS = {"ours": ours, "PyHessian": pyhessian, "curvlinops": curvlinops}
 
-    module.hessian_vector_product = count
+
+def alone(method: str, task: str, args: argparse.Namespace, pipe: Any) -> None:
+    """In a process of its own: seconds, products, share between them, memory, and what it found."""
+    warnings.filterwarnings("ignore")
+    model, data = given(args)
+    before, clock = peak_memory(data[0].device), Clock()
+    start = time.perf_counter()
     try:
-        torch.manual_seed(0)
-        whole = tuple(torch.cat(column) for column in zip(*subject.data, strict=True))
-        start = time.perf_counter()
-        engine = module.hessian(subject.view, F.cross_entropy, data=whole, cuda=whole[0].is_cuda)
-        _, vectors = engine.eigenvalues(maxIter=100, tol=tol, top_n=k)
-        spent = time.perf_counter() - start
-    finally:
-        module.hessian_vector_product = plain
-    flat = np.stack([torch.cat([part.flatten() for part in v]).detach().cpu().numpy() for v in vectors])
-    return {"method": "PyHessian", "products": products, "seconds": spent}, flat
+        found = METHODS[method](task, model, data, args, clock)
+    except Exception as error:  # a peer that fails is a result
+        pipe.send({"error": f"{type(error).__name__}: {error}".split("\n")[0]})
+        return
+    spent = time.perf_counter() - start
+    row = {
+        "seconds": spent,
+        "products": clock.products,
+        "between": (spent - clock.seconds) / clock.seconds,
+        "MB": peak_memory(data[0].device) - before,
+    }
+    if task == "eigenvalues":
+        values, residual = reached(prepare(model, data), found)
+        row |= {"found": ", ".join(f"{value:.4g}" for value in values), "residual": residual}
+    else:
+        row |= {"found": f"{found[0]:.4g} ± {found[1]:.2g}" if task == "trace" else f"first moment {found:.4g}"}
+    pipe.send(row)
 
 
-def reached(subject: Subject, vectors: np.ndarray) -> tuple[np.ndarray, float]:
+def reached(subject: Subject, vectors: np.ndarray) -> tuple[list[float], float]:
     """Rayleigh quotients, and the largest relative residual."""
-    v = torch.as_tensor(vectors.T, dtype=torch.float32, device=subject.data[0][0].device)
-    v = v / v.norm(dim=0)
-    av = subject.operator().matmat(v)
-    values = (v * av).sum(0)
-    return values.cpu().numpy(), float(((av - v * values).norm(dim=0) / values.abs()).max())
+    v = torch.as_tensor(np.ascontiguousarray(vectors), dtype=torch.float32)
+    v = v / v.norm(dim=1, keepdim=True)
+    with full_precision():
+        av = subject.operator().products(v)
+    values = (v * av).sum(1)
+    residuals = (av - values[:, None] * v).norm(dim=1)
+    return sorted(values.tolist(), reverse=True), float((residuals / values.abs()).max())
 
 
-def product_costs(subject: Subject, rounds: int) -> dict[str, float]:
-    """One product in gradients: kept graph of one micro-batch; a block of columns over all micro-batches."""
-    x, y = (torch.cat(column) for column in zip(*subject.data, strict=True))
-    small = Subject(subject.view, [(x[:32], y[:32])], subject.loss, True, subject.parameters)
-    kept, blocks = small.operator(), subject.operator()
-    v = torch.randn(kept.size, COLUMNS, device=x.device)
+def product_costs(model: nn.Module, data: Data, rounds: int) -> dict[str, float]:
+    """Seconds of a product and of a gradient of all images at once, medians."""
+    subject = prepare(model, data)
+    operator = subject.operator()
+    v = torch.randn(1, operator.size)
+    parameters = list(subject.parameters.values())
 
-    def gradient(batches: list[tuple[Tensor, Tensor]]) -> None:
-        for x, y in batches:
-            torch.autograd.grad(F.cross_entropy(subject.view(x), y), list(subject.parameters.values()))
+    def gradient() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.cross_entropy(subject.view(data[0]), data[1]), parameters)
 
     tasks = {
-        "gradient 32": lambda: gradient(small.data),
-        "kept": lambda: kept.matmat(v),
-        "gradient": lambda: gradient(subject.data),
-        "blocks": lambda: blocks.matmat(v),
-        "single": lambda: blocks.matmat(v[:, :1]),
+        "gradient": gradient,
+        "flat gradient": lambda: torch.cat([g.flatten() for g in gradient()]),
+        "product": lambda: operator.products(v),
     }
     for task in tasks.values():
         task()
-    seconds = {name: median(times) for name, times in interleave(tasks, rounds, x.device).items()}
-    return {
-        "one micro-batch of 32, graph kept": seconds["kept"] / COLUMNS / seconds["gradient 32"],
-        f"blocks of {COLUMNS} columns": seconds["blocks"] / COLUMNS / seconds["gradient"],
-        "one column at a time": seconds["single"] / seconds["gradient"],
-    }
+    return {name: median(times) for name, times in interleave(tasks, rounds, data[0].device).items()}
 
 
-def trajectory(run: Path, data: tuple[Tensor, Tensor], k: int, tol: float) -> list[Row]:
+def trajectory(run: Path, data: Data, k: int, tol: float) -> list[dict[str, Any]]:
     """Every checkpoint after training began, cold and warm."""
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     start = None
     for path in sorted(run.glob("epoch_*.pt"))[1:]:
         model = load(path)
@@ -145,55 +218,74 @@ def trajectory(run: Path, data: tuple[Tensor, Tensor], k: int, tol: float) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint file")
+    parser.add_argument("--model", choices=list(MODELS), default="resnet20", help="with random weights (resnet20)")
+    parser.add_argument("--ckpt", type=Path, help="checkpoint file, instead of --model")
     parser.add_argument("--data-root", help="folder of the data, if not that of the training run")
-    parser.add_argument("--n-data", type=int, default=128, help="images (128)")
-    parser.add_argument("--k", type=int, default=10, help="eigenvalues (10)")
+    parser.add_argument("--images", type=int, default=128, help="images (128)")
+    parser.add_argument("--tasks", nargs="+", default=["eigenvalues"], choices=["eigenvalues", "density", "trace"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--k", type=int, default=2, help="eigenvalues (2)")
     parser.add_argument("--tol", type=float, default=1e-3, help="relative residual (1e-3)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing of products (3)")
-    parser.add_argument("--trajectory", action="store_true", help="also the top 5 of the run's other checkpoints")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (cpu)")
+    parser.add_argument("--steps", type=int, default=80, help="products of density and trace (80)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the timing of products (5)")
+    parser.add_argument("--trajectory", action="store_true", help="the top 5 of the run's other checkpoints instead")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    device = pick_device(args.device)
-    where = environment(device, "fpq-analysis", "pyhessian", "curvlinops-for-pytorch", "scipy")
-    trained = read_checkpoint(args.ckpt).run
-    data = load_dataset(trained["data"], args.data_root or trained["data_root"], image_size=trained["image_size"])
-    images = training_sample(data.to(device), args.n_data, 0)
-    subject = prepare(load(args.ckpt), images, device=device)
+    where = environment(
+        torch.device("cpu"), "torchvision", "fpq-analysis", "pyhessian", "curvlinops-for-pytorch", "scipy"
+    )
     console = Console(width=80, highlight=False)
-
-    costs = product_costs(subject, args.rounds)
-    console.print("A product with the Hessian, in gradients:")
-    for name, cost in costs.items():
-        console.print(f"  {name}: {cost:.2f}")
-
-    table = Table(box=None, title=f"\nThe {args.k} largest eigenvalues, {args.n_data} images", title_justify="left")
-    for name in ("method", "products", "seconds", "largest residual", "first, last"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    rows: list[Row] = []
-    with full_precision():
-        for row, vectors in (
-            ours(subject, images, args.k, args.tol),
-            scipys(subject, args.k, args.tol),
-            pyhessians(subject, args.k, args.tol),
-        ):
-            values, residual = reached(subject, vectors)
-            rows.append({**row, "residual": residual, "values": str(np.sort(values)[::-1].round(3).tolist())})
-            ends = f"{values.max():.4g}, {values.min():.4g}"
-            table.add_row(str(row["method"]), str(row["products"]), f"{row['seconds']:.1f}", f"{residual:.1e}", ends)
-    console.print(table)
-    path: list[Row] = []
+    model, data = given(args)
+    size = sum(p.numel() for p in model.parameters())
+    console.print(f"{args.ckpt or args.model}: {size:,} parameters, {args.images} images")
     if args.trajectory:
-        path = trajectory(args.ckpt.parent, images, 5, args.tol)
+        path = trajectory(args.ckpt.parent, data, 5, args.tol)
         cold, warm = (sum(int(row[kind]) for row in path[1:]) for kind in ("cold", "warm"))
-        saved = 100 * (1 - warm / cold)
-        worst = max(float(row["gap"]) for row in path)
-        console.print(f"\nTop 5 along {len(path)} checkpoints: {cold} products cold, {warm} warm: {saved:.0f} % saved;")
-        console.print(f"largest relative difference of an eigenvalue {worst:.1e}.")
+        console.print(f"Top 5 along {len(path)} checkpoints: {cold} products cold, {warm} warm;")
+        console.print(f"largest relative difference of an eigenvalue {max(row['gap'] for row in path):.1e}.")
+        write_json(args.json, {**where, "options": vars(args), "trajectory": path})
+        return
+    costs = product_costs(model, data, args.rounds)
+    product = costs["product"]
+    console.print(
+        f"A product takes {product:.3f} s: {product / costs['gradient']:.2f} gradients, "
+        f"{product / costs['flat gradient']:.2f} gradients made one vector."
+    )
+    rows: list[dict[str, Any]] = []
+    for task in args.tasks:
+        table = Table(box=None, title=f"\n{task}", title_justify="left")
+        for name in ("method", "s", "ratio", "products", "between", "MB", "residual", "found"):
+            table.add_column(name, justify="left" if name in ("method", "found") else "right")
+        for method in args.methods:
+            # Spawned: threads that were started before a fork do not work after it.
+            context = multiprocessing.get_context("spawn")
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=alone, args=(method, task, args, sender))
+            process.start()
+            sender.close()
+            try:
+                row = receiver.recv()
+            except EOFError:
+                row = {"error": "the process died"}
+            process.join()
+            rows.append({"task": task, "method": method, **row})
+            if "error" in row:
+                table.add_row(method, *[""] * 6, str(row["error"])[:30])
+                continue
+            first = next(other for other in rows if other["task"] == task)
+            table.add_row(
+                method,
+                f"{row['seconds']:.1f}",
+                f"{row['seconds'] / first.get('seconds', float('nan')):.2f}",
+                str(row["products"]),
+                f"{row['between']:.2f}",
+                f"{row['MB']:,}",
+                f"{row['residual']:.0e}" if "residual" in row else "",
+                row.get("found", ""),
+            )
+        console.print(table)
     console.print("", *where.values(), sep="\n")
-    write_json(args.json, {**where, "options": vars(args), "costs": costs, "rows": rows, "trajectory": path})
+    write_json(args.json, {**where, "options": vars(args), "costs": costs, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fpq_analysis.linalg.estimate import (
     more_draws,
 )
 from fpq_analysis.linalg.matrix import Matrix, random_signs
-from fpq_analysis.linalg.rows import block_sums, combined, inner
+from fpq_analysis.linalg.rows import block_sums, inner
 
 AT_ONCE = 8  # probes in one product: they share the gradient's graph, and take memory
 FIRST_RANK = 16
@@ -107,7 +107,7 @@ def deflated_hutchinson(
     # The first probes and their products are kept: when the subspace grows they are projected anew, at no product.
     v = random_signs(matrix, FIRST, generator)
     av = in_parts(matrix, v)
-    draws = _projected(v, av, subspace, blocks)
+    draws = _projected(v.clone(), av.clone(), subspace, blocks)
     before = math.inf  # products the last, smaller subspace would have taken in all
     while True:
         rank = len(subspace)
@@ -122,7 +122,7 @@ def deflated_hutchinson(
         if growth > 0 and worth and not subspace.ended and len(draws) == FIRST:
             before = used + missing
             subspace.extend(growth)
-            draws = _projected(v, av, subspace, blocks)
+            draws = _projected(v.clone(), av.clone(), subspace, blocks)
         else:
             more = _draw(matrix, blocks, generator, min(missing, room), subspace)
             draws = torch.cat([draws, more])
@@ -140,10 +140,14 @@ def _draw(
 
 
 def _projected(v: Tensor, av: Tensor, subspace: Subspace | None, blocks: list[slice]) -> Tensor:
-    """Samples (M v)_b . (A M v)_b, (k, blocks): unbiased for the blocks of A M, and in sum for M A M."""
+    """Samples (M v)_b . (A M v)_b, (k, blocks): unbiased for the blocks of A M, and in sum for M A M.
+
+    `v` and `av` are used up.
+    """
     if subspace is not None:
         inside = inner(subspace.q, v)
-        v, av = v - combined(inside.T, subspace.q), av - subspace.moved(inside)
+        v.addmm_(inside.T.to(v), subspace.q, alpha=-1)
+        av -= subspace.moved(inside)
     return block_sums(v, av, blocks)
 
 
