@@ -16,6 +16,7 @@ from torch import Tensor
 from fpq_analysis.linalg.matrix import Matrix, check_symmetric, random_normal
 from fpq_analysis.linalg.rows import Basis, block_sums, combined, inner, norms
 
+LEFT = 4  # share of a vector along a row, in units in the last place, that is left in it
 AT_ONCE = 8  # rows that are worked out side by side: they take memory
 
 
@@ -87,8 +88,8 @@ class Lanczos:
         column[first:] = inner(near, w)
         w.addmm_(column[first:].T.to(w), near, alpha=-1)
         before = float(norms(w))
-        # What is below the rounding of w itself stays: mostly the rows of late, so that half of the work is saved.
-        column += basis.remove_from(w, above=torch.finfo(w.dtype).eps * before)
+        # What is no more than the rounding of w stays, which saves half of the work; it is seen again in the next step.
+        column += basis.remove_from(w, above=LEFT * torch.finfo(w.dtype).eps * before)
         after = float(norms(w))
         if after < before / 2:
             column += basis.remove_from(w)
