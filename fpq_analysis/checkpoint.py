@@ -6,6 +6,9 @@ Files are loaded with `weights_only=True`: code inside a checkpoint is never run
 
 from __future__ import annotations
 
+import struct
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpq_analysis.errors import UserError
-from fpq_analysis.files import atomic_write, bad_member
+from fpq_analysis.errors import UserError, naming
+from fpq_analysis.files import atomic_write, bad_member, reading
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import QuantSpec, quantize
 from fpq_analysis.runs import (
@@ -30,10 +33,12 @@ from fpq_analysis.runs import (
 )
 from fpq_analysis.runs import checkpoints as checkpoints
 from fpq_analysis.runs import find_runs as find_runs
+from fpq_analysis.schema import CheckpointFile, check
 
 FORMAT = 1
 MEASURED = "float32"
 COUNTER = "num_batches_tracked"  # of BatchNorm, not in files of before PyTorch 0.4.1 and without use in eval mode
+MOST_SHARED = 4  # how often tensors may share memory: tied weights twice, say
 
 
 @dataclass(frozen=True)
@@ -173,12 +178,18 @@ def load_tensors(path: Path, *, known: bool = False) -> Any:
     Raises:
         UserError: if the file is not there, is damaged, or wants to run code.
     """
+    if not path.is_file():
+        raise UserError(f"No checkpoint '{path}'.")
+    with reading(path):
+        path.open("rb").close()
     try:
+        check_stored(path)
         bad = None if known else bad_member(path)
         if bad is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"No checkpoint '{path}'.") from error
+            with warnings.catch_warnings(action="ignore"):  # torch's, on the file's form
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         # torch raises UnpicklingError, RuntimeError, EOFError, ... for damage, and UnpicklingError for code.
         if "GLOBAL" in str(error):  # a name to import, which tensors and plain values do not need
@@ -194,6 +205,29 @@ def load_tensors(path: Path, *, known: bool = False) -> Any:
         f"'{path}' is damaged: its part '{bad}' has not the checksum that the archive holds of it. Copy it again from "
         "its source, or train the run anew with --overwrite."
     )
+
+
+def check_stored(path: Path) -> None:
+    """Raise `UserError` for an archive that holds a program, or is larger in memory than on the disk.
+
+    `torch.save` packs nothing; `torch.jit.save` does.  A damaged archive is left to who reads it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise UserError(
+            f"'{path}' is a TorchScript archive (torch.jit.save), which holds a program. Nothing was run. If you "
+            "trust its maker, save its state_dict() alone: torch.save(torch.jit.load(FILE).state_dict(), ...)."
+        )
+    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(member.file_size for member in members) > path.stat().st_size:
+        raise UserError(
+            f"'{path}' is a compressed archive, which torch.save never makes, and could fill the memory. Unpack it, or "
+            "save the state_dict() again."
+        )
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -217,6 +251,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     if content.get("format") != FORMAT:
         raise UserError(f"'{path}' has format {content.get('format')}, and this version reads format {FORMAT}.")
+    check(CheckpointFile, content, f"'{path}'")
+    _check_sizes(content, path)
+    check_tensors(content["state_dict"], path)
     named = CHECKPOINT_NAME.fullmatch(path.name)
     if named and int(named[1]) != content["epoch"]:
         raise UserError(
@@ -224,6 +261,56 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "was copied or renamed; give it its own name again, or remove it."
         )
     return Checkpoint(**{field: content[field] for field in FIELDS}, sha256=stamp.sha256)
+
+
+def _check_sizes(content: dict[str, Any], path: Path) -> None:
+    """Raise `UserError` if the network's ends are not the data's: it would be built as large as the file says."""
+    model, data = content["model"], content["data"]
+    ends = {"num_classes": len(data["classes"]), "in_channels": data["channels"]}
+    for field, wanted in ends.items():
+        if model[field] != wanted:
+            raise UserError(
+                f"'{path}' is damaged: the field 'model.{field}' is {model[field]}, and its data have {wanted}. "
+                "Restore it from a copy."
+            )
+
+
+def check_tensors(state: dict[str, Any], path: Path) -> None:
+    """Raise `UserError` unless these are dense tensors, all there, and no larger than the file.
+
+    Args:
+        path: the file that they are from.
+    """
+    claimed = 0
+    for name, value in state.items():
+        kind = _unusual(value)
+        if kind:
+            raise UserError(
+                f"'{path}' holds {kind} under '{name}', and a dense tensor is wanted. Save "
+                "model.state_dict() of the network itself, with its weights in memory and in floating point."
+            )
+        claimed += value.numel() * value.element_size()
+    held = path.stat().st_size
+    if claimed > MOST_SHARED * held + 2**20:
+        raise UserError(
+            f"'{path}' is damaged, or made to fill the memory: its tensors would take {claimed / 2**20:,.0f} MB, and "
+            f"the file has {held / 2**20:,.1f}. Copy it again from its source."
+        )
+
+
+def _unusual(value: Any) -> str | None:
+    """What it is, if it is no dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout != torch.strided:
+        return f"a sparse tensor ({value.layout})"
+    if value.is_quantized:
+        return f"a quantized tensor ({value.dtype})"
+    if value.device.type != "cpu":
+        return f"a tensor without values (on the device '{value.device.type}')"
+    return None
 
 
 def header(path: Path) -> Header:
@@ -249,4 +336,5 @@ def load(path: str | Path, model: str | None = None) -> nn.Module:
     Raises:
         UserError: see `read_checkpoint` and `Checkpoint.build`.
     """
-    return read_checkpoint(path).build(model)
+    with naming(f"'{path}'"):
+        return read_checkpoint(path).build(model)

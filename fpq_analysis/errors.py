@@ -7,10 +7,20 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something the user can mend.  The message says what is wrong, the likely cause, and what to do next."""
+
+
+# What is done with a file or folder that cannot be used.
+Fault = Callable[[Path, UserError], None]
+
+
+def raise_fault(path: Path, fault: UserError) -> None:
+    """Unless said otherwise, the first one ends all."""
+    raise named(fault, f"'{path}'") from fault
 
 
 class NothingToDraw(UserError):  # noqa: N818 -- as StopIteration: often no fault
@@ -68,6 +78,20 @@ def explained(error: Exception, about: str = "") -> UserError:
         )
     found.__cause__ = error
     return found
+
+
+def named(error: UserError, about: str) -> UserError:
+    """The same, beginning with what it is about unless it says so already."""
+    return error if about.strip("'") in str(error) else type(error)(f"{about}: {error}")
+
+
+@contextmanager
+def naming(about: str) -> Iterator[None]:
+    """Inside, every `UserError` says what it is about: `'a/file'`, say."""
+    try:
+        yield
+    except UserError as error:
+        raise named(error, about) from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.checkpoint import Checkpoint, read_checkpoint
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import UserError, did_you_mean, naming
 from fpq_analysis.files import atomic_write
 from fpq_analysis.quantizers import quantizers, view
 from fpq_analysis.quantizers.apply import latent_weight
@@ -81,8 +81,9 @@ def export(checkpoint: str | Path, to: str, *, out: str | Path | None = None, mo
         if not epochs:
             raise UserError(f"'{path}' holds no checkpoint (epoch_0000.pt, ...). Give a checkpoint file, or a run.")
         path = epochs[max(epochs)]
-    content = read_checkpoint(path)
-    return FORMATS[to](content, Path(out) if out else path.with_suffix(f".{to}"), model)
+    with naming(f"'{path}'"):
+        content = read_checkpoint(path)
+        return FORMATS[to](content, Path(out) if out else path.with_suffix(f".{to}"), model)
 
 
 def export_safetensors(content: Checkpoint, out: Path, model: str | None = None) -> pd.DataFrame:

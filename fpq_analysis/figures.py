@@ -8,16 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from fpq_analysis import records
-from fpq_analysis.errors import NothingToDraw, UserError, did_you_mean, going_on
+from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, going_on
 from fpq_analysis.plots import FIGURES, Drawing
-
-if TYPE_CHECKING:
-    from fpq_analysis.measurement import Fault
 
 PAPER = tuple(name for name in FIGURES if name.isdigit())
 ALL = "all"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fpq_analysis.errors import refused
+from fpq_analysis.errors import UserError, refused
 
 
 @contextlib.contextmanager
@@ -22,6 +22,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refused(path, error) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The same, of a file that is read."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error, "read") from error
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -100,15 +109,43 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
                 raise
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: if it holds anything else, or cannot be read.
+    """
+    try:
+        with reading(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is damaged: it is not a JSON object. Restore it from a copy.")
+    return content
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; torn or damaged lines are left out, a missing file has no rows."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
+    """The rows of a JSONL file; torn or damaged lines are left out, a missing file has no rows.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    return [row for row in read_lines(path) if row is not None]
+
+
+def read_lines(path: Path) -> list[dict[str, Any] | None]:
+    """As `read_jsonl`, with None in the place of a damaged line."""
+    if not path.exists():
+        return []
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    rows: list[dict[str, Any] | None] = []
+    for line in filter(None, text.split("\n")):
+        rows.append(None)
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            rows[-1] = row if isinstance(row, dict) else None
     return rows
 
 

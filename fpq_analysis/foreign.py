@@ -132,6 +132,7 @@ class ForeignRuns(os.PathLike[str]):
                 f"'{path}' holds no state dict, alone or under one of {', '.join(WRAPPERS)}: it holds "
                 f"{held[:200] or 'nothing'}. Save model.state_dict(), or move the file out of the folder."
             )
+        ckpt.check_tensors(state, path)
         self._compare_epochs(path, content)
         channels = _channels(state)
         remember(path, replace(stamp, channels=channels))

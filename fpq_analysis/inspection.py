@@ -23,9 +23,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import has_checksums, read_jsonl, sha256
+from fpq_analysis.files import has_checksums, sha256
 from fpq_analysis.foreign import find_state, foreign_epochs
-from fpq_analysis.runs import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run
+from fpq_analysis.runs import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run, read_training
+from fpq_analysis.schema import CheckpointFile, check
 
 COLUMNS = ["field", "value"]
 RUN_COLUMNS = ["file", "epoch", "size", "sha256", "hash", "test accuracy"]
@@ -65,12 +66,15 @@ def inspect_checkpoint(path: str | Path) -> pd.DataFrame:
     content = _load(path)
     about += [_intact(path, about), ("safe", "yes: tensors and plain values only")]
     if ckpt.is_ours(content):
+        check(CheckpointFile, content, f"'{path}'")
+        ckpt.check_tensors(content["state_dict"], path)
         kind = ("kind", "fpq-analyze checkpoint")
         return _frame([kind, *about, *_ours(content), *_versions(path.parent), *_tensors(content["state_dict"])])
     state, keys = find_state(content)
     if not state:
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         return _frame([("kind", "other"), *about, ("holds", held[:200] or "nothing")])
+    ckpt.check_tensors(state, path)
     within = "".join(f"['{key}']" for key in keys)
     how = f"torch.load('{path.name}', weights_only=True){within}"
     kind = ("kind", "foreign state dict" + (f", under {', '.join(map(repr, keys))}" if keys else ""))
@@ -106,7 +110,8 @@ def inspect_run(run: str | Path) -> pd.DataFrame:
     files = (checkpoints(run) or foreign_epochs(run)) if run.is_dir() else {}
     if not files:
         raise UserError(f"'{run}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
-    accuracy = {row.get("epoch"): row.get("test_accuracy", float("nan")) for row in read_jsonl(run / "train.jsonl")}
+    known = {row["epoch"]: row.get("test_accuracy") for row in read_training(run)}
+    accuracy = {epoch: float("nan") if value is None else value for epoch, value in known.items()}
     rows: list[tuple[Any, ...]] = []
     for epoch, path in files.items():
         digest = sha256(path)
@@ -165,6 +170,7 @@ def _load(path: Path) -> Any:
     """The content of a file of tensors and plain values."""
     if not path.is_file():
         raise UserError(f"No checkpoint '{path}'.")
+    ckpt.check_stored(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, on the file's form
             return ckpt.load_tensors(path)
@@ -251,7 +257,7 @@ def _versions(run: Path) -> list[tuple[str, str]]:
     """From `run.json`, where there is one."""
     try:
         return [("versions", ", ".join(f"{k} {v}" for k, v in read_run(run)["versions"].items()))]
-    except (UserError, KeyError, AttributeError):
+    except (UserError, KeyError):
         return []
 
 

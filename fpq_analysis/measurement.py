@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from fpq_analysis import __version__, checkpoint, records
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import peak_memory, pick_device
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.factories import factory_name, source_hash
 from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
 from fpq_analysis.models import MODELS, find_factory
@@ -75,9 +76,6 @@ class Plan:
     faults: list[tuple[Path, UserError]]
 
 
-Fault = Callable[[Path, UserError], None]
-
-
 def plan(
     ckpt_dir: str | os.PathLike[str],
     probe: Probe,
@@ -107,28 +105,34 @@ def plan(
         find_factory(model)  # an error of the command, not of each file
     source = source_of(ckpt_dir)
     todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
-    found = {run: source.checkpoints(run) for run in source.find_runs(root)}
+
+    def fault_of(path: Path) -> Callable[[UserError], None]:
+        return lambda fault: todo.faults.append((path, fault))
+
+    found: dict[Path, dict[int, Path]] = {}
+    for run in source.find_runs(root):
+        with going_on(fault_of(run), f"'{run}'"):
+            found[run] = source.checkpoints(run)
     chosen = {run: choose_epochs(paths, epochs) for run, paths in found.items()}
-    if not any(chosen.values()):
+    if not any(chosen.values()) and not todo.faults:
         last = max((max(paths) for paths in found.values() if paths), default=0)
         raise UserError(f"No run in '{root}' has a checkpoint of epoch {epochs}; their last is {last}.")
     for run, paths in chosen.items():
-        finished = set() if overwrite else records.done(run, probe.name)
+        finished: set[str] = set()
+        with going_on(fault_of(run), f"'{run}'"):
+            finished = set() if overwrite else records.done(run, probe.name)
         for path in paths.values():
-            try:
+            with going_on(fault_of(path), f"'{path}'"):
                 header = source.header(path)
                 others = _others(probe, run, header, found[run])
                 if others is None:
                     continue
                 hashes = {need: file_hash(other) for need, other in others.items()}
                 key = measurement_key(header, probe.name, settings, hashes, model)
-            except UserError as fault:
-                todo.faults.append((path, fault))
-                continue
-            if key in finished:
-                todo.done.add(key)
-            else:
-                todo.jobs.append(Job(run, path, header, key, others))
+                if key in finished:
+                    todo.done.add(key)
+                else:
+                    todo.jobs.append(Job(run, path, header, key, others))
     return todo
 
 
@@ -214,6 +218,7 @@ def measure(
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
+    on_fault: Fault | None = None,
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
 
@@ -225,6 +230,7 @@ def measure(
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
             changed, it is measured anew.
+        on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
 
     Returns:
         The records of this probe with these settings on the checkpoints that are there now, old and new (columns:
@@ -234,7 +240,8 @@ def measure(
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
     todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, epochs=epochs, overwrite=overwrite, model=model)
-    return carry_out(todo, probe, n_data=n_data, seed=seed, device=device, data_root=data_root, model=model)
+    where = {"device": device, "data_root": data_root, "model": model}
+    return carry_out(todo, probe, n_data=n_data, seed=seed, on_fault=on_fault, **where)  # type: ignore[arg-type]
 
 
 def carry_out(
@@ -261,12 +268,10 @@ def carry_out(
     memory: dict[Path, dict[str, Any]] = {}
     with Progress(len(todo.jobs), probe.name) as progress:
         for job in todo.jobs:
-            try:
-                memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
+            memory = {job.run: memory.get(job.run, {})}  # of one run at a time: it may be large
+            with going_on(partial(report, job.path), f"'{job.path}'"):
                 measure_one(job, probe, sample, todo, seed=seed, model=model, memory=memory[job.run])
                 keys.add(job.key)
-            except UserError as fault:
-                report(job.path, fault)
             progress.advance()
     return records.read(todo.root, todo.source.find_runs(todo.root), probe.name, keys)
 
@@ -377,11 +382,6 @@ def describe(content: Checkpoint, model: str | None, device: torch.device) -> di
         "device": str(device),
         "dtype": content.dtype,
     }
-
-
-def raise_fault(path: Path, fault: UserError) -> None:
-    """What is done with a checkpoint that cannot be measured, unless said otherwise."""
-    raise fault
 
 
 class Sampler:

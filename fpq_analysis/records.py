@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.files import append_jsonl, read_jsonl
+from fpq_analysis.files import append_jsonl, read_lines
+from fpq_analysis.schema import RecordRow, fits
 from fpq_analysis.text import printable
 
 # Columns, in order, of every table of records.
@@ -46,7 +47,7 @@ COLUMNS = {
     "key": "hash of checkpoint, epoch, network, probe, its version and settings, and data: what makes two measurements "
     "the same",
     "status": "ok, or what is wrong",
-    "last": "true on a measurement's last row: without it the measurement was torn off, and is done again",
+    "last": "on the last of the rows written at a time, their number: without them all it is measured again",
     "package": "version of fpq-analysis that measured; like the next three, None in records of before",
     "torch": "version of torch",
     "device": "where it was computed: cpu, cuda, ...",
@@ -78,13 +79,14 @@ def _short_hash(content: list[Any]) -> str:
 def append(run: Path, probe: str, rows: Iterable[dict[str, Any]]) -> None:
     """Add one measurement's rows in one write; a non-finite number becomes None with a status that says so."""
     rows = [_clean(row) for row in rows]
-    rows[-1]["last"] = True
+    rows[-1]["last"] = len(rows)
     append_jsonl(_file(run, probe), rows)
 
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
     full = {column: row.get(column) for column in COLUMNS}
     full["status"] = row.get("status", "ok")
+    full["last"] = None  # of a row that was read and is written again, it counts other rows
     for column in NUMBERS:
         number = full[column]
         if isinstance(number, float) and not math.isfinite(number):
@@ -98,7 +100,35 @@ def _clean(row: dict[str, Any]) -> dict[str, Any]:
 
 def done(run: Path, probe: str) -> set[str]:
     """Keys of the complete measurements."""
-    return {row["key"] for row in read_jsonl(_file(run, probe)) if row.get("last")}
+    return {row["key"] for row in read_rows(_file(run, probe)) if row.get("last")}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the whole measurements in a file.
+
+    Rows are written a measurement at a time, and the last says how many they are: where one is torn off, damaged, or
+    is not a `schema.RecordRow`, all of that time are left out, and measured again.
+    """
+    rows = read_lines(path)
+    good = [row is not None and fits(RecordRow, row) for row in rows]
+    whole: list[dict[str, Any]] = []
+    begin = 0  # where what is written together may begin
+    for end, row in enumerate(rows, 1):
+        number = row.get("last") if row and good[end - 1] else None
+        if not row or not number:
+            continue
+        if isinstance(number, int) and number is not True and end - number >= begin:
+            begin = end - number
+        elif number is True:  # in files of before 0.1
+            while begin < end and not (good[begin] and (rows[begin] or {})["key"] == row["key"]):
+                begin += 1
+        else:
+            begin = end
+        group = [one for one in rows[begin:end] if one]
+        if all(good[begin:end]) and all(one["key"] == row["key"] for one in group):
+            whole += group
+        begin = end
+    return whole
 
 
 def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = None) -> pd.DataFrame:
@@ -115,7 +145,7 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
     for run in runs:
         wanted = done(run, probe) if keys is None else done(run, probe) & keys
         name = run_name(root, run)
-        rows += [{**row, "run": name} for row in read_jsonl(_file(run, probe)) if row.get("key") in wanted]
+        rows += [{**row, "run": name} for row in read_rows(_file(run, probe)) if row["key"] in wanted]
     if any(row.get("train_seed") is None for row in rows):
         # Text then for all: captions sort and print seeds, and a column of numbers would turn 0 into 0.0.
         rows = [{**row, "train_seed": _text(row.get("train_seed"))} for row in rows]

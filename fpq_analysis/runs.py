@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import re
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import sha256, write_json
+from fpq_analysis.files import read_json, read_jsonl, sha256, write_json
+from fpq_analysis.schema import RunFile, TrainRow, check
 
 CHECKPOINT_NAME = re.compile(r"epoch_(\d{4,})\.pt")
 FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `foreign.py`
@@ -59,21 +59,15 @@ def read_header(path: Path) -> Header | None:
     """The header of a checkpoint of ours, from `run.json` and the file's name; None if these do not say enough.
 
     Raises:
-        UserError: if the file is missing, or is not the one that the manifest names.
+        UserError: if the file is missing, is not the one that the manifest names, or `run.json` is damaged.
     """
     match = CHECKPOINT_NAME.fullmatch(path.name)
-    try:
-        about = read_run(path.parent)
-        config, data = about["config"], about["data"]
-        known = {
-            "model": str(config["model"]),
-            "data": str(data["fingerprint"]),
-            "quantized": config["bits"] is not None,
-            "init": config.get("init"),
-        }
-    except (UserError, KeyError, TypeError, AttributeError):
+    if match is None or not (path.parent / "run.json").exists():
         return None
-    return Header(int(match[1]), file_hash(path), **known) if match else None
+    about = read_run(path.parent)
+    config, data = about["config"], about["data"]
+    quantized = config["bits"] is not None
+    return Header(int(match[1]), file_hash(path), config["model"], data["fingerprint"], quantized, config["init"])
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def remember(path: Path, stamp: Stamp) -> None:
         return
     file = _seen(path.parent)
     kept = {name: one for name, one in read_stamps(file).items() if (path.parent / name).exists()}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         file.parent.mkdir(exist_ok=True)
         write_stamps(file, {**kept, path.name: stamp})
 
@@ -168,13 +162,12 @@ def read_stamps(file: Path) -> dict[str, Stamp]:
     """
     if not file.exists():
         return {}
-    try:
-        return {
-            name: Stamp(**about) if isinstance(about, dict) else Stamp(str(about))
-            for name, about in read_json(file).items()
-        }
-    except TypeError as error:
-        raise UserError(f"'{file}' is damaged ({error}). Restore it from a copy.") from error
+    stamps = {}
+    for name, about in read_json(file).items():
+        fields: dict[str, Any] = {"sha256": about} if isinstance(about, str) else about
+        check(Stamp, fields, f"The entry '{name}' of '{file}'")
+        stamps[name] = Stamp(**{key: fields[key] for key in Stamp.__dataclass_fields__ if key in fields})
+    return stamps
 
 
 def write_stamps(file: Path, stamps: dict[str, Stamp]) -> None:
@@ -238,24 +231,28 @@ def read_run(run: Path) -> dict[str, Any]:
     """The content of `run.json`.
 
     Raises:
-        UserError: if the file is missing or is not JSON.
+        UserError: if the file is missing, is not JSON, or a field of `schema.RunFile` is not what it must be.
     """
     path = run / "run.json"
     if not path.exists():
         raise UserError(f"'{run}' is not a run: it has no run.json. 'fpq-analyze train' makes one.")
-    return read_json(path)
+    content = read_json(path)
+    check(RunFile, content, f"'{path}'")
+    return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_training(run: Path) -> list[dict[str, Any]]:
+    """The rows of `train.jsonl`, one an epoch, in order: of repeated ones the newest.
 
     Raises:
-        UserError: if it holds anything else.
+        UserError: if a field of `schema.TrainRow` is not what it must be.
     """
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{path}' is damaged: it is not a JSON object. Restore it from a copy.") from error
+    path = run / "train.jsonl"
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_jsonl(path):
+        check(TrainRow, row, f"'{path}'")
+        rows[row["epoch"]] = row
+    return [rows[epoch] for epoch in sorted(rows)]
 
 
 def versions() -> dict[str, str]:

@@ -15,9 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.errors import UserError
-from fpq_analysis.files import read_jsonl
-from fpq_analysis.runs import CHECKPOINT_NAME, find_runs, read_run
+from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
+from fpq_analysis.runs import checkpoints, find_runs, read_run, read_training
 
 COLUMNS = {
     "table": "1 to 5",
@@ -162,13 +161,14 @@ class Run:
         object.__setattr__(self, "kind", json.dumps(kind, sort_keys=True))
 
 
-def paper_tables(ckpt_dir: str | Path, *, data: str | None = None) -> pd.DataFrame:
+def paper_tables(ckpt_dir: str | Path, *, data: str | None = None, on_fault: Fault | None = None) -> pd.DataFrame:
     """Every cell of Tables 1-5, with what was measured at or below `ckpt_dir`.
 
     Networks that were run and are not in a table of the paper are added to it, without a number of the paper's.
 
     Args:
         data: take the runs on this data set for all tables; None: on that of each table.
+        on_fault: called with each run that cannot be read and why; the others are taken.  None: raise.
 
     Returns:
         A row a cell; columns: `COLUMNS`.
@@ -176,7 +176,7 @@ def paper_tables(ckpt_dir: str | Path, *, data: str | None = None) -> pd.DataFra
     Raises:
         UserError: if there is no run at or below `ckpt_dir`, or none on `data`.
     """
-    runs = read_runs(ckpt_dir)
+    runs = read_runs(ckpt_dir, on_fault)
     if data is not None and data not in (known := sorted({run.config["data"] for run in runs})):
         raise UserError(f"No run on '{data}' at or below '{ckpt_dir}'; there are some on {', '.join(known)}.")
     rows = []
@@ -194,16 +194,22 @@ def paper_tables(ckpt_dir: str | Path, *, data: str | None = None) -> pd.DataFra
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"paper": float, "mean": float, "sd": float, "best": float})
 
 
-def read_runs(ckpt_dir: str | Path) -> list[Run]:
-    """All runs at or below a folder."""
+def read_runs(ckpt_dir: str | Path, on_fault: Fault | None = None) -> list[Run]:
+    """All runs at or below a folder.
+
+    Args:
+        on_fault: see `paper_tables`.
+    """
     runs = []
+    report = on_fault or raise_fault
     for folder in find_runs(ckpt_dir):
-        config = read_run(folder)["config"]
-        accuracies = {row["epoch"]: 100 * row["test_accuracy"] for row in read_jsonl(folder / "train.jsonl")}
-        epochs = {int(match[1]) for path in folder.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))}
-        finished = config["epochs"] in accuracies and config["epochs"] in epochs
-        last = accuracies[config["epochs"]] if finished else None
-        runs.append(Run(config, last, max(accuracies.values()) if finished else None))
+        with going_on(lambda fault, folder=folder: report(folder, fault), f"'{folder}'"):  # type: ignore[misc]
+            config = read_run(folder)["config"]
+            rows = [row for row in read_training(folder) if row.get("test_accuracy") is not None]
+            accuracies = {row["epoch"]: 100 * row["test_accuracy"] for row in rows}
+            finished = config["epochs"] in accuracies and config["epochs"] in checkpoints(folder)
+            last = accuracies[config["epochs"]] if finished else None
+            runs.append(Run(config, last, max(accuracies.values()) if finished else None))
     return runs
 
 

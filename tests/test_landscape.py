@@ -421,7 +421,8 @@ def test_a_loss_that_overflows_is_a_row_with_a_status(data, tmp_path):
     found = landscape(model, data, points=3, span=1e20)
     assert np.isfinite(found.loss[1, 1])
     assert not np.isfinite(found.loss[0, 0])
-    records.append(tmp_path, "landscape", [{"key": "k", "settings": "s", **row} for row in found.rows])
+    about = {"key": "k", "settings": "s", "method": "fp", "model": "m", "dataset": "d", "bits": "FP", "epoch": 0}
+    records.append(tmp_path, "landscape", [{**about, **row} for row in found.rows])
     frame = records.load(tmp_path, "landscape")
     corner = frame[frame["quantity"] == "loss_1_1"].iloc[0]
     assert "not finite" in corner["status"]
@@ -652,7 +653,7 @@ def test_command(runs, tmp_path, monkeypatch):
     for name in ("landscape", "surface"):
         assert "rounded again" in (tmp_path / f"{name}.txt").read_text()
         assert (tmp_path / f"{name}.png").stat().st_size > 0
-    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: None)  # drawn once is enough
+    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: [])  # drawn once is enough
     rows = [json.loads(line) for line in call(*here, "--weights", "requantized", "--json").stdout.splitlines()]
     corner = [row for row in rows if row["quantity"] == "loss_1_3"]
     assert [(row["axis_1"], row["axis_2"], row["status"]) for row in corner] == [(-1.0, 1.0, "aliased")]

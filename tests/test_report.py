@@ -26,6 +26,7 @@ from fpq_analysis.report import citations, findings, pictures
 from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study
 from fpq_analysis.report.tables import digits_beside, duration, shown
+from tests.nets import DIGITS
 from tests.test_cli import call
 from tests.words import words
 
@@ -270,7 +271,12 @@ def test_cautions(runs, tmp_path):
     append_jsonl(fpq / "train.jsonl", rows[:2])
     write_json(lsq / "manifest.json", {"epoch_0002.pt": "0" * 64})
     append_jsonl(lsq / "train.jsonl", [{**rows[-1], "epoch": 3}])
-    odd = {**read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1], "settings": "other", "key": "other"}
+    odd = {
+        **read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1],
+        "settings": "other",
+        "key": "other",
+        "last": 1,
+    }
     append_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl", [odd])
     eigs = read_jsonl(lsq / "records" / "hessian_eigs.jsonl")
     (lsq / "records" / "hessian_eigs.jsonl").unlink()
@@ -347,8 +353,9 @@ def test_findings_over_seeds(tmp_path):
         for seed in range(3):
             run = tmp_path / f"{method}-{seed}"
             run.mkdir()
-            config = {"method": method, "model": "resnet18", "bits": "W4A4", "seed": seed, "epochs": 1}
-            write_json(run / "run.json", {"config": config, "data": {"name": "cifar10", "fingerprint": "f"}})
+            config = {"method": method, "model": "resnet18", "bits": "W4A4", "seed": seed, "epochs": 1, "init": "fp"}
+            config |= {"data": "cifar10", "data_root": None, "image_size": None}
+            write_json(run / "run.json", {"config": config, "data": {**DIGITS, "name": "cifar10"}})
             append_jsonl(run / "train.jsonl", [{"epoch": 1, "test_accuracy": accuracies[method][seed]}])
             value = traces[method][seed]
             about = {"method": method, "model": "resnet18", "dataset": "cifar10", "data": "f", "bits": "W4A4"}

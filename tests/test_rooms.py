@@ -12,12 +12,13 @@ import pytest
 import fpq_analysis
 
 PACKAGE = Path(fpq_analysis.__file__).parent
-ANYWHERE = {"errors", "files", "text"}
+ANYWHERE = {"errors", "files", "schema", "text"}
 # Room: what it may import of the package, beside itself and what may be imported anywhere.
 ROOMS = {
     "errors": set(),
     "files": set(),
     "text": set(),
+    "schema": set(),
     "progress": set(),
     "devices": set(),
     "linalg": set(),

@@ -11,6 +11,7 @@ import pytest
 
 from fpq_analysis import TrainConfig, UserError, paper_tables
 from fpq_analysis.tables import COLUMNS, PAPER
+from tests.nets import DIGITS
 from tests.test_cli import call
 from tests.words import words
 
@@ -22,7 +23,7 @@ def run(root, name, accuracies, **settings):
         options = {"bits": "W4A4", "init": "fp", **options}
     config = asdict(TrainConfig(**options))
     (root / name).mkdir(parents=True)
-    (root / name / "run.json").write_text(json.dumps({"config": config}))
+    (root / name / "run.json").write_text(json.dumps({"config": config, "data": DIGITS}))
     rows = [{"epoch": epoch, "test_accuracy": value / 100} for epoch, value in enumerate(accuracies)]
     (root / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for epoch in range(len(accuracies)):

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +51,18 @@ def fail(error: Exception | str) -> None:
     width = min(100, columns())
     text = printable(f"Error: {error}", keep=" \n")
     say(textwrap.fill(text, width=width, break_long_words=False, break_on_hyphens=False))
+
+
+def fail_all(faults: Mapping[Path, Exception]) -> None:
+    """Each error once, with the files it is about; exit with 1 if there is any."""
+    files: dict[str, list[Path]] = {}
+    for path, fault in faults.items():
+        files.setdefault(str(fault), []).append(path)
+    for text, paths in files.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        fail(text if str(paths[0]) in text else f"'{paths[0]}'{more}: {text}")
+    if faults:
+        raise typer.Exit(1)
 
 
 def columns() -> int:

@@ -16,6 +16,7 @@ from fpq_analysis.cli.app import (
     NData,
     Seed,
     app,
+    fail_all,
     guarded,
     new_table,
     print_json,
@@ -62,6 +63,7 @@ def compare(
 
     pair = [_one_run(folder, measurement.source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)
+    faults: dict[Path, UserError] = {}
     traces = [
         totals(
             measurement.measure(
@@ -72,16 +74,20 @@ def compare(
                 device=device,
                 data_root=data_root,
                 model=model,
+                on_fault=faults.__setitem__,
             )
         )
         for run in (run_a, run_b)
     ]
+    if any(frame.empty for frame in traces):
+        fail_all(faults)
     for run, frame in zip(pair, traces, strict=True):
         if frame.empty:
             raise UserError(f"No checkpoint of '{run}' has a finite trace, so there is nothing to compare.")
     found = by_epoch(*(frame.assign(run=name) for frame, name in zip(traces, names, strict=True)))
     if json:
         print_json(pd.DataFrame([vars(difference) | {"ci95": difference.ci95} for difference in found]))
+        fail_all(faults)
         return
     headings = ("Epoch", *names, "Difference", "± 95 %")  # a run may be called like another column
     table = new_table([(heading, "right") for heading in headings])
@@ -94,6 +100,7 @@ def compare(
     tell(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
     tell(f"{how}: {n_data} training images; one training run each.")
+    fail_all(faults)
 
 
 def _one_run(folder: Path, source: Source) -> Path:

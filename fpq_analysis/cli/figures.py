@@ -17,7 +17,7 @@ from fpq_analysis.cli.app import (
     NData,
     Seed,
     app,
-    fail,
+    fail_all,
     guarded,
     print_json,
     reads_foreign,
@@ -70,7 +70,6 @@ def figures(
     )
     if json:
         print_json(drawn.assign(path=[path and str(path) for path in drawn["path"]]))
-    for fault in faults.values():
-        fail(fault)
-    if faults or drawn["path"].isna().any():
+    fail_all(faults)
+    if drawn["path"].isna().any():
         raise typer.Exit(1)

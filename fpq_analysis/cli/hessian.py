@@ -81,7 +81,8 @@ def print_traces(frame: pd.DataFrame) -> None:
     rows = totals(frame)
     if rows.empty:
         return
-    clipped = frame[frame["quantity"] == "clipped_fraction"].set_index("key")["value"]
+    # A run that was copied has the same keys twice.
+    clipped = frame[frame["quantity"] == "clipped_fraction"].drop_duplicates("key").set_index("key")["value"]
     table = new_table(
         {"Run": "left", "Epoch": "right", "Trace": "right", "± 95 %": "right", "Clipped": "right", "Method": "left"}
     )

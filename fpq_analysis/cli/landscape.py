@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.cli.app import fail, new_table, print_json, print_table, say, tell
+from fpq_analysis.cli.app import fail, fail_all, new_table, print_json, print_table, say, tell
 from fpq_analysis.cli.measuring import Settings, draw, measuring_command, print_forecast
 from fpq_analysis.errors import UserError, going_on
 
@@ -107,11 +107,12 @@ def landscape(
 
             with going_on(undrawn.append, "The page"):
                 say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
-    for fault in [*faults.values(), *undrawn]:
-        fail(fault)
     if faults:
         say(f"{len(faults)} of {len(todo.jobs) + len(todo.faults)} landscapes could not be drawn.")
-    if faults or undrawn:
+    for fault in undrawn:
+        fail(fault)
+    fail_all(faults)
+    if undrawn:
         raise typer.Exit(1)
 
 

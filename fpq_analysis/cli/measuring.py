@@ -26,6 +26,7 @@ from fpq_analysis.cli.app import (
     Seed,
     app,
     fail,
+    fail_all,
     guarded,
     new_table,
     print_json,
@@ -156,14 +157,15 @@ def measure_and_show(
         say(f"Weights in some of the files: {kind}.")
     for name, frame in frames.items():
         unshown += draw(name, frame, settings.figures)
-    for fault in dict.fromkeys(map(str, [*faults.values(), *unshown])):  # once, where it is the same for all
+    for fault in unshown:
         fail(fault)
     if faults:
         say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
     unreached = sum(int((frame["status"] == "tolerance not reached").sum()) for frame in frames.values())
     if unreached:
         say(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
-    if faults or unshown or unreached:
+    fail_all(faults)
+    if unshown or unreached:
         raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, guarded, new_table, print_json, print_table, tell
+from fpq_analysis.cli.app import Json, app, fail_all, guarded, new_table, print_json, print_table, tell
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,15 @@ def tables(
 
     if table is not None and table not in PAPER:
         raise UserError(f"There is no Table {table}; the paper has Tables {min(PAPER)} to {max(PAPER)}.")
-    frame = paper_tables(ckpt_dir, data=data)
+    faults: dict[Path, UserError] = {}
+    frame = paper_tables(ckpt_dir, data=data, on_fault=faults.__setitem__)
+    _print(frame, table, json)
+    fail_all(faults)
+
+
+def _print(frame: pd.DataFrame, table: int | None, json: bool) -> None:
+    from fpq_analysis.tables import PAPER
+
     measured = set(frame.loc[frame["n"] > 0, "table"])
     numbers = [table] if table is not None else [number for number in PAPER if number in measured] or list(PAPER)
     frame = frame[frame["table"].isin(numbers)]

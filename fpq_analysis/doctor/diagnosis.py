@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from fpq_analysis.devices import pick_device
 from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, weights
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UserError, naming
 from fpq_analysis.foreign import ForeignRuns
 
 
@@ -97,6 +98,13 @@ def diagnose_checkpoint(
         if not existing:
             raise UserError(f"'{path}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
         path = existing[max(existing)]
+    with naming(f"'{path}'"):
+        return _diagnose_file(files, path, where, n_data=n_data, seed=seed, data_root=data_root, model=model)
+
+
+def _diagnose_file(
+    files: Any, path: Path, where: torch.device, *, n_data: int, seed: int, data_root: str | None, model: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     content = files.read_checkpoint(path)
     no_forecast = pd.DataFrame(columns=FORECAST_COLUMNS)
     finite = weights(content.state_dict)

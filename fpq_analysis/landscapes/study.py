@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,19 +23,17 @@ from torch import nn
 from fpq_analysis import records
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.devices import peak_memory, pick_device
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.landscapes.recipe import Recipe
 from fpq_analysis.landscapes.survey import Cell, Survey, check_others, quantity
 from fpq_analysis.measurement import (
     FORECAST_IMAGES,
-    Fault,
     Sampler,
     Source,
     build_network,
     check_n_data,
     describe,
     measurement_key,
-    raise_fault,
     source_of,
 )
 from fpq_analysis.probes.point import Rows
@@ -120,16 +119,17 @@ def plan(
     todo = Plan(root, source, records.settings_key(recipe.name, settings), [], faults)
     cells = list(itertools.product(range(recipe.points), repeat=recipe.dim))[shard[0] - 1 :: shard[1]]
     for path, others in groups:
-        try:
+        with going_on(partial(_note, faults, path), f"'{path}'"):
             check_others(recipe, len(others))
             key = measurement_key(source.header(path), recipe.name, settings, list(map(file_hash, others)), model)
             done = set() if overwrite else set(_rows(root, path.parent, recipe, key)["quantity"])
-        except UserError as fault:
-            faults.append((path, fault))
-            continue
-        left = [cell for cell in cells if quantity("rise", cell) not in done]
-        todo.jobs.append(Job(path.parent, path, others, key, left, len(cells)))
+            left = [cell for cell in cells if quantity("rise", cell) not in done]
+            todo.jobs.append(Job(path.parent, path, others, key, left, len(cells)))
     return todo
+
+
+def _note(faults: list[tuple[Path, UserError]], path: Path, fault: UserError) -> None:
+    faults.append((path, fault))
 
 
 def _one(source: Source, path: Path, epoch: int | None) -> Path:
@@ -153,18 +153,16 @@ def _groups(
     source: Source, root: Path, recipe: Recipe, epoch: int | None
 ) -> tuple[list[tuple[Path, tuple[Path, ...]]], list[tuple[Path, UserError]]]:
     """Centre and other checkpoints of every run's landscape."""
-    groups, faults = [], []
+    groups: list[tuple[Path, tuple[Path, ...]]] = []
+    faults: list[tuple[Path, UserError]] = []
     for run in source.find_runs(root):
-        try:
+        with going_on(partial(_note, faults, run), f"'{run}'"):
             found = source.checkpoints(run)
             if not found:  # a folder of exports, say
                 continue
             centre = _at(run, found, epoch)
-        except UserError as fault:
-            faults.append((run, fault))
-            continue
-        before = tuple(path for number, path in found.items() if number < centre) if recipe.plane == "pca" else ()
-        groups.append((found[centre], before))
+            before = tuple(path for number, path in found.items() if number < centre) if recipe.plane == "pca" else ()
+            groups.append((found[centre], before))
     return groups, faults
 
 
@@ -232,11 +230,12 @@ def carry_out(
     sample = Sampler(n_data, seed, data_root, pick_device(device))
     with Progress(sum(len(job.cells) for job in todo.jobs), recipe.name) as progress:
         for job in todo.jobs:
-            try:
+            with going_on(partial(report, job.path), f"'{job.path}'"):
                 _do(job, todo, recipe, sample, seed=seed, shard=shard, model=model, progress=progress)
-            except UserError as fault:
-                report(job.path, fault)
-    frames = [_rows(todo.root, job.run, recipe, job.key) for job in todo.jobs]
+    frames = []
+    for job in todo.jobs:
+        with going_on(partial(report, job.path), f"'{job.path}'"):
+            frames.append(_rows(todo.root, job.run, recipe, job.key))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(records.COLUMNS))
 
 

@@ -90,7 +90,7 @@ def hessian_eigs(
     Raises:
         UserError: for names and numbers that make no sense, or a matrix that is not finite or not symmetric.
     """
-    _check_settings(k, which, definition, operator, tol)
+    _check_settings(k, which, definition, operator, tol, max_products)
     subject = prepare(
         model, batches, loss=loss, definition=definition, parameters=parameters, device=device, micro_batch=micro_batch
     )
@@ -120,12 +120,19 @@ def hessian_eigs(
     )
 
 
-def _check_settings(k: int, which: str, definition: str, operator: str, tol: float) -> None:
+def _check_settings(
+    k: int, which: str, definition: str, operator: str, tol: float, max_products: int = MAX_PRODUCTS
+) -> None:
     check_which(which)
     check_definition(definition)
     check_operator(operator)
     if k < 1:
         raise UserError(f"k is {k}; ask for at least one eigenvalue.")
+    if k > max_products:
+        raise UserError(
+            f"k is {k}, and each eigenvalue takes a product or more, of which at most {max_products} are made. Ask for "
+            "fewer eigenvalues; how all of them are spread is what the spectral density shows (--density)."
+        )
     if not 0 < tol < 1:
         raise UserError(f"tol is {tol}, and must be between 0 and 1 (0.001 for a relative residual of 0.1 %).")
 

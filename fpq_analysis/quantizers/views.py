@@ -35,6 +35,11 @@ def view(model: nn.Module, definition: str) -> nn.Module:
         UserError: if the definition is unknown.
     """
     check_definition(definition)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "The model is a TorchScript program (torch.jit.script or trace), whose layers cannot be changed. "
+            "Give the module it was made from, with its weights: model.load_state_dict(scripted.state_dict())."
+        )
     model = copy.deepcopy(model).eval()
     for parameter in quantizer_parameters(model):
         parameter.requires_grad_(False)

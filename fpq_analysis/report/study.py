@@ -16,10 +16,9 @@ from typing import Any
 import pandas as pd
 
 from fpq_analysis import records
-from fpq_analysis.errors import UserError
-from fpq_analysis.files import read_jsonl
+from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.plots.figure5 import totals
-from fpq_analysis.runs import read_manifest
+from fpq_analysis.runs import read_manifest, read_run, read_training
 
 # The order of runs: the float network, then the methods as papers list them, FPQ last; unknown ones between.
 METHODS = ("fp", "noise-features", "noise-weights", "pact", "lsq", "lsq+", "kd", "sam", "", "fpq")
@@ -201,36 +200,29 @@ def read_study(root: str | Path) -> Study:
     folders |= {path.parent.parent for path in root.rglob("records/*.jsonl")}
     runs, faults = [], []
     for folder in sorted(folders):
-        about = _read_json(folder / "run.json") if (folder / "run.json").exists() else _from_records(folder)
         name = records.run_name(root, folder)
-        if not isinstance(about.get("config"), dict) or not isinstance(about.get("data"), dict):
-            faults.append(f"{name} is left out: its run.json is damaged, or was not written by fpq-analyze.")
-            continue
-        runs.append(
-            Run(
-                name,
-                about["config"],
-                about["data"],
-                {str(key): str(value) for key, value in (about.get("versions") or {}).items()},
-                str(about.get("started", "")),
-                about.get("teacher"),
-                _epochs(folder),
-                _manifest(folder),
+        with going_on(lambda fault, name=name: faults.append(f"{name} is left out: {fault}"), name):  # type: ignore[misc]
+            about = read_run(folder) if (folder / "run.json").exists() else _from_records(folder)
+            if about is None:
+                continue
+            runs.append(
+                Run(
+                    name,
+                    about["config"],
+                    about["data"],
+                    about.get("versions", {}),
+                    about.get("started", ""),
+                    about.get("teacher"),
+                    read_training(folder),
+                    read_manifest(folder),
+                )
             )
-        )
     if not runs:
         raise UserError(
             f"'{root}' holds no run (a folder with a run.json), nor does any folder below it. "
             + (faults[0] if faults else "'fpq-analyze train' or 'fpq-analyze demo' makes some.")
         )
     return Study(root, sorted(runs, key=lambda run: run.order), faults)
-
-
-def _manifest(folder: Path) -> dict[str, str]:
-    try:
-        return read_manifest(folder)
-    except UserError:  # damaged: as if there were none
-        return {}
 
 
 def number_of(row: dict[str, Any], key: str) -> float | None:
@@ -240,25 +232,11 @@ def number_of(row: dict[str, Any], key: str) -> float | None:
     return float(value) if good else None  # type: ignore[arg-type]
 
 
-def _epochs(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `train.jsonl`, one an epoch: the newest counts."""
-    rows = {row["epoch"]: row for row in read_jsonl(folder / "train.jsonl") if isinstance(row.get("epoch"), int)}
-    return [rows[epoch] for epoch in sorted(rows)]
-
-
-def _from_records(folder: Path) -> dict[str, Any]:
-    """What a run's records say of it, in the form of `run.json`."""
+def _from_records(folder: Path) -> dict[str, Any] | None:
+    """What a run's records say of it, in the form of `run.json`; None if they say nothing."""
     for path in sorted((folder / "records").glob("*.jsonl")):
-        for row in read_jsonl(path)[:1]:
+        for row in records.read_rows(path)[:1]:
             config = {key: row.get(key) for key in ("method", "model", "bits")}
             data = {"name": row.get("dataset"), "fingerprint": row.get("data")}
             return {"config": {**config, "seed": row.get("train_seed")}, "data": data}
-    return {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return None

@@ -15,8 +15,9 @@ from torch import nn
 from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.data import Dataset
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl, write_json
-from fpq_analysis.runs import checkpoints, read_run, versions
+from fpq_analysis.files import append_jsonl, atomic_write, write_json
+from fpq_analysis.runs import checkpoints, read_run, read_training, versions
+from fpq_analysis.schema import ResumeFile, check
 from fpq_analysis.training.config import TrainConfig
 
 NOTHING = -1
@@ -45,7 +46,7 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
             "run must keep its settings; give the old ones, or another --out for the new ones."
         )
     if (run / "resume.pt").exists():
-        return int(ckpt.load_tensors(run / "resume.pt")["epoch"])
+        return int(read_resume(run)["epoch"])
     if config.epochs in existing:
         return config.epochs  # the optimiser's state goes once it is not needed
     if max(existing) > 0:
@@ -54,6 +55,18 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
             "or train anew with --overwrite."
         )
     return NOTHING  # killed while epoch 0 was written
+
+
+def read_resume(run: Path) -> dict[str, Any]:
+    """The content of `resume.pt`.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = run / "resume.pt"
+    content = ckpt.load_tensors(path)
+    check(ResumeFile, content, f"'{path}'")
+    return dict(content)
 
 
 def clear_after(run: Path, done: int) -> None:
@@ -66,7 +79,7 @@ def clear_after(run: Path, done: int) -> None:
             (run / name).unlink(missing_ok=True)
         shutil.rmtree(run / "records", ignore_errors=True)
     else:
-        kept = [row for row in read_jsonl(run / "train.jsonl") if row["epoch"] <= done]
+        kept = [row for row in read_training(run) if row["epoch"] <= done]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         atomic_write(run / "train.jsonl", lambda file: file.write(text.encode()))
 

@@ -26,7 +26,6 @@ from fpq_analysis.data import (
 )
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import read_jsonl
 from fpq_analysis.models import build_model
 from fpq_analysis.progress import duration
 from fpq_analysis.quantizers import (
@@ -41,7 +40,7 @@ from fpq_analysis.quantizers import (
     step_sizes,
     weight_codes,
 )
-from fpq_analysis.runs import checkpoints, read_run
+from fpq_analysis.runs import checkpoints, read_run, read_training
 from fpq_analysis.training import folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.csd import Features, check_pair, csd_loss
@@ -93,7 +92,7 @@ def train(
     done = folder.last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
     if done == config.epochs:
         log(f"{run}: all {config.epochs} epochs are done")
-        return pd.DataFrame(read_jsonl(run / "train.jsonl"))
+        return pd.DataFrame(read_training(run))
 
     if dataset is None:
         dataset = load_dataset(config.data, config.data_root, download=download, image_size=config.image_size)
@@ -116,7 +115,7 @@ def train(
         folder.finish_epoch(run, config, data, model, optimizer, 0, row)
         done = 0
     else:
-        optimizer.load_state_dict(ckpt.load_tensors(run / "resume.pt")["optimizer"])
+        _load_optimizer(optimizer, run)
 
     for epoch in range(done + 1, config.epochs + 1):
         codes = weight_codes(model)
@@ -132,7 +131,30 @@ def train(
             f"test {100 * row['test_accuracy']:.2f} %  {row['seconds']:.1f} s, {duration(left)} left"
         )
     (run / "resume.pt").unlink(missing_ok=True)
-    return pd.DataFrame(read_jsonl(run / "train.jsonl"))
+    return pd.DataFrame(read_training(run))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, run: Path) -> None:
+    state = folder.read_resume(run)["optimizer"]
+    try:
+        optimizer.load_state_dict(state)
+        fits = all(
+            value.shape == parameter.shape
+            for parameter, kept in optimizer.state.items()
+            for value in kept.values()
+            if isinstance(value, Tensor) and value.ndim > 0
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise _unfit(run) from error
+    if not fits:
+        raise _unfit(run)
+
+
+def _unfit(run: Path) -> UserError:
+    return UserError(
+        f"'{run / 'resume.pt'}' is damaged, or of another run: it does not fit the network. Restore it from a copy, or "
+        "train anew with --overwrite."
+    )
 
 
 def _train_epoch(

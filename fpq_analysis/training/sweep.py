@@ -36,10 +36,9 @@ import pandas as pd
 
 from fpq_analysis.data import DATASETS, Dataset, load_dataset
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.files import read_jsonl
 from fpq_analysis.models import check_model_name
 from fpq_analysis.progress import duration
-from fpq_analysis.runs import read_manifest, read_run
+from fpq_analysis.runs import read_manifest, read_run, read_training
 from fpq_analysis.training import folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.loop import train
@@ -354,7 +353,7 @@ def _finished_rows(sweep: Sweep, name: str) -> list[dict[str, Any]]:
     if epoch == sweep.runs[name].epochs and name in sweep.teachers and _teacher_is_there(sweep, name):
         teacher = read_manifest(sweep.out / sweep.teachers[name])
         folder.check_teacher(run, teacher[max(teacher)])
-    return [row for row in read_jsonl(run / "train.jsonl") if row["epoch"] <= epoch]
+    return [row for row in read_training(run) if row["epoch"] <= epoch]
 
 
 def _pace(sweep: Sweep, logs: dict[str, list[dict[str, Any]]], config: TrainConfig) -> float:
