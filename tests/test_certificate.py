@@ -34,9 +34,9 @@ def inputs(n=16, size=1.0):
     return size * torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
 
 
-def smooth(act, scale=1.0):
+def smooth(act, scale=1.0, seed=0):
     """An activation behind weights of a given size and a bias of zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 5), act, nn.Linear(5, 3)).eval()
     with torch.no_grad():
         model[0].weight *= scale
@@ -44,15 +44,16 @@ def smooth(act, scale=1.0):
     return model
 
 
-# What a trial by numbers passed, each as exact.
+# A trial by numbers passed them as exact: 1.547 (truth 2.611), 0.970 (0.523), 1.094 (0.689), 0.720 (0.665), 2.534
+# (-16.845).
 @pytest.mark.parametrize(
     ("model", "x"),
     [
-        (smooth(nn.GELU()).bfloat16(), inputs().bfloat16()),
-        (smooth(nn.SiLU()).half(), inputs().half()),
+        (smooth(nn.GELU(), seed=22).bfloat16(), inputs().bfloat16()),
+        (smooth(nn.SiLU(), 0.1, seed=23).half(), inputs().half()),
         (smooth(nn.GELU(), 1e-6), inputs()),
         (smooth(nn.GELU()), inputs(size=1e-6)),
-        (smooth(nn.Softplus(beta=1e4)).double(), inputs().double()),
+        (smooth(nn.Softplus(beta=1e4), seed=13).double(), inputs(64).double()),
     ],
     ids=["bfloat16", "half", "tiny weights", "tiny inputs", "rare bend"],
 )
