@@ -92,7 +92,13 @@ def train(
     done = folder.last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
     if done == config.epochs:
         log(f"{run}: all {config.epochs} epochs are done")
-        return pd.DataFrame(read_training(run))
+        rows = read_training(run)
+        if not rows:
+            raise UserError(
+                f"'{run / 'train.jsonl'}' is not there, or empty. Restore it from a copy, or train anew with "
+                "--overwrite."
+            )
+        return pd.DataFrame(rows)
 
     if dataset is None:
         dataset = load_dataset(config.data, config.data_root, download=download, image_size=config.image_size)
