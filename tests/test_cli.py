@@ -257,7 +257,7 @@ def test_everything_at_once(runs, tmp_path):
     arguments += ["--sharpness", "--figures", tmp_path / "figures", "--epochs", "last"]
     result = call(*arguments)
     assert all(len(line) <= 80 for line in result.stdout.splitlines()), result.stdout
-    for word in ("dequantized", "latent", "float", "Clipped", "Eigenv. 1", "spectral density", "scaled_trace"):
+    for word in ("dequantized", "latent", "float", "Clip %", "Acc. %", "Eigenv. 1", "spectral density", "scaled_trace"):
         assert word in result.stdout
     for name in ("figure5", "eigenvalues", "density"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0

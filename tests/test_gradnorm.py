@@ -282,7 +282,7 @@ def test_misuse(settings, message):
 
 def test_not_finite():
     x, y = data()
-    with pytest.raises(UserError, match="gradient is not finite"):
+    with pytest.raises(UserError, match="not finite"):
         gradient_norms(mlp(), (x * math.nan, y))
 
 

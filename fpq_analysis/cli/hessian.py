@@ -82,30 +82,51 @@ def print_traces(frame: pd.DataFrame) -> None:
     if rows.empty:
         return
     # A run that was copied has the same keys twice.
-    clipped = frame[frame["quantity"] == "clipped_fraction"].drop_duplicates("key").set_index("key")["value"]
-    table = new_table(
-        {"Run": "left", "Epoch": "right", "Trace": "right", "± 95 %": "right", "Clipped": "right", "Method": "left"}
-    )
+    beside = frame[frame["layer"] == "all"].drop_duplicates(["key", "quantity"], keep="last")
+    by_key = beside.pivot(index="key", columns="quantity", values="value")
+    numbers = {"Trace": "right", "± 95 %": "right", "Loss": "right", "Acc. %": "right", "Clip %": "right"}
+    table = new_table({"Run": "left", "Epoch": "right", **numbers, "Method": "left"})
     for _, run in rows.groupby(["run", "definition", "estimator", "n_data", "seed"], sort=False):
         run = run.sort_values("epoch")
         step = max(1, (len(run) - 1) // 4)
         for i in sorted({*range(0, len(run), step), len(run) - 1}):
             row = run.iloc[i]
             how = row["estimator"] if row["definition"] == "dequantized" else f"{row['estimator']}, {row['definition']}"
-            share = f"{100 * clipped.get(row['key'], 0.0):.1f} %"
-            table.add_row(row["run"], str(row["epoch"]), number(row["value"], 4), number(row["ci95"], 2), share, how)
+            known = by_key.loc[row["key"]].dropna()
+            shares = [f"{100 * known[name]:.1f}" if name in known else "" for name in ("accuracy", "clipped_fraction")]
+            loss = number(known["loss"], 3) if "loss" in known else ""
+            values = number(row["value"], 4), number(row["ci95"], 2), loss, *shares
+            table.add_row(row["run"], str(row["epoch"]), *values, how)
         table.add_section()
     print_table(table)
     if rows["sem_data"].notna().any():
         tell("± 95 %: over the images measured on, not over training runs.")
     if rows["sem_data"].isna().any():
         tell("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
-    tell("Clipped: share of the weights outside their quantizer's grid.")
+    tell("Loss, Acc.: on these images. Clip: weights outside their quantizer's grid.")
+    _warn_of_chance(frame)
     differences = against_baseline(rows)
     if differences:
         tell("\nOn the same images, image by image (± 95 %; one training run each):")
         for difference in differences:
             tell(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
+
+
+def _warn_of_chance(frame: pd.DataFrame) -> None:
+    """A sentence where trained networks, epoch 0 aside, do no better than guessing: then the data may be other data."""
+    from fpq_analysis.probes.trace import AT_CHANCE
+
+    rows = frame[(frame["quantity"] == "accuracy") & (frame["status"] == AT_CHANCE) & (frame["epoch"] > 0)]
+    if rows.empty:
+        return
+    places = list(dict.fromkeys(f"{row['run']} (epoch {row['epoch']})" for _, row in rows.iterrows()))
+    named = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+    text = (
+        f"At chance: {named}. The accuracy on these images is no better than that of always naming the most frequent "
+        "class, though the network was trained. If it did better in training, these are other data, or data prepared "
+        "in another way: check --data, --normalize and --image-size. Its curvature here says little."
+    )
+    tell(textwrap.fill(text, width=80))
 
 
 def _print_eigenvalues(frame: pd.DataFrame) -> None:

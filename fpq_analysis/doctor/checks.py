@@ -12,9 +12,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fpq_analysis.curvature import HessianOperator, MixedSamplesError, NotExactError, certify, check_samples_apart
+from fpq_analysis.curvature import (
+    HessianOperator,
+    NotExactError,
+    certify,
+    check_mean,
+    check_samples_apart,
+    repeatable,
+)
 from fpq_analysis.curvature.batches import full_precision
-from fpq_analysis.curvature.samples import spread
+from fpq_analysis.curvature.steps import differ, label, watch
 from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
 from fpq_analysis.doctor.patient import (
     FAULT,
@@ -22,20 +29,24 @@ from fpq_analysis.doctor.patient import (
     OK,
     Finding,
     Patient,
-    Step,
     first,
-    label,
     nodes,
     owner,
     short,
-    watch,
 )
-from fpq_analysis.quantizers import clipped_fraction, quantizers, variables
+from fpq_analysis.quantizers import (
+    clipped_fraction,
+    live_observer,
+    other_quantizers,
+    quantizers,
+    rounded_weight,
+    variables,
+)
+from fpq_analysis.quantizers.others import DISABLE, LATENT
 
 MUCH_CLIPPED = 0.05
 UNSET = ("step_size", ".input_quantizer.alpha")  # scales, by the ends of their names
-REPEAT = 1e-4  # relative disagreement of two runs beyond the order in which a device adds
-MIXED = 1e-2  # of an image's output beside others; as `check_samples_apart` has it
+REPEAT = 1e-4  # relative disagreement of two gradients beyond the order in which a device adds
 # By a part of the operation's name, what to do where autograd has no second derivative.
 CURES = {
     "attention": "Measure inside `with sdpa_kernel(SDPBackend.MATH):`, both from torch.nn.attention.",
@@ -94,6 +105,13 @@ def _dtype(model: nn.Module) -> Finding:
 
 
 def _quantizers(model: nn.Module) -> Finding:
+    observer = live_observer(model)
+    if observer:
+        text = f"The fake quantizer '{observer}' still observes: each forward pass moves its scale."
+        return Finding(FAULT, text, f"Call {DISABLE}.")
+    others = [f"'{name}', of {package}" for name, _, package in other_quantizers(model)]
+    if others:
+        return Finding(NOTE, f"There are quantizers of another package: {first(others)}.", LATENT)
     found = list(quantizers(model))
     if not found:
         return Finding(OK, "The model has no quantizers of this package.")
@@ -158,12 +176,9 @@ def _used(patient: Patient) -> Finding:
 
 
 def _repeatable(patient: Patient) -> Finding:
-    place = _first_difference(patient.steps(patient.few[0]), patient.steps(patient.few[0]), REPEAT)
-    if place:
-        cure = "Switch its random numbers off in eval mode, as F.dropout(x, p, training=self.training) does."
-        return Finding(FAULT, f"Two forward passes in eval mode differ, from {place} on.", cure)
+    repeatable(patient.model, patient.data[0][0])
     pairs = zip(patient.gradients().items(), patient.gradients().values(), strict=True)
-    far = [f"'{name}'" for (name, a), b in pairs if a is not None and b is not None and _differ(a, b, REPEAT)]
+    far = [f"'{name}'" for (name, a), b in pairs if a is not None and b is not None and differ(a, b, REPEAT)]
     if far:
         text = f"Two gradients of {first(far)} differ, though the forward passes agree."
         return Finding(FAULT, text, "Look for random numbers in a backward pass or a backward hook.")
@@ -171,26 +186,23 @@ def _repeatable(patient: Patient) -> Finding:
 
 
 def _samples_apart(patient: Patient) -> Finding:
-    try:
-        check_samples_apart(patient.model, patient.data)
-        return Finding(OK, "Each image's output depends on that image alone.")
-    except (MixedSamplesError, ValueError, RuntimeError):  # a BatchNorm by batch refuses a single image
-        x = spread(patient.data, 3)
-        place = _first_difference(patient.steps(x), patient.steps(x[:2]), MIXED)
-    text = f"An image's output depends on the others in its batch{f', from {place} on' if place else ''}."
-    return Finding(FAULT, text, "Normalise over channels or layers (GroupNorm, LayerNorm), or by running statistics.")
+    check_samples_apart(patient.model, patient.data)
+    return Finding(OK, "Each image's output depends on that image alone.")
 
 
-def _first_difference(steps: list[Step], others: list[Step], tolerance: float) -> str:
-    """The first module to give something else; `others` may have seen the first images only."""
-    pairs = zip(steps, others, strict=False)
-    return next(
-        (a.label for a, b in pairs if _differ(a.value[tuple(map(slice, b.value.shape[:1]))], b.value, tolerance)), ""
-    )
+def _mean_loss(patient: Patient) -> Finding:
+    for x, y in patient.data if patient.loss is not F.cross_entropy else []:
+        with torch.no_grad():
+            z = patient.model(x)
+        check_mean(patient.loss, z, y)
+    return Finding(OK, "The loss of a batch is the mean of its samples' losses.")
 
 
-def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return a.shape != b.shape or bool((a.float() - b.float()).norm() > tolerance * a.float().norm())
+def _rounding(patient: Patient) -> Finding:
+    name = rounded_weight(patient.model, patient.few[0][:2])
+    if not name:
+        return Finding(OK, "No weight is rounded by anything but quantizers of this package.")
+    return Finding(NOTE, f"'{name}' is rounded in the forward pass, but not in its gradient.", LATENT)
 
 
 def _in_place(patient: Patient) -> Finding:
@@ -291,6 +303,8 @@ RUNNING: dict[str, Callable[[Patient], Finding]] = {
     "used": _used,
     "repeatable": _repeatable,
     "samples apart": _samples_apart,
+    "mean loss": _mean_loss,
+    "rounding": _rounding,
     "in place": _in_place,
     "Functions": lambda patient: report(check_functions(patient.precise)),
     "differentiable twice": _twice,

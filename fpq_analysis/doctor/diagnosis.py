@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fpq_analysis import checkpoint as ckpt
+from fpq_analysis.curvature import UnfitError
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.data import load_run_data, training_sample
@@ -57,6 +58,8 @@ def diagnose(
             try:
                 with nullcontext() if name in AS_FOUND else full_precision():
                     found[name] = check(patient)
+            except UnfitError as error:
+                found[name] = Finding(FAULT, error.finding, error.cure)
             except Exception as error:  # the user's code: anything can happen
                 found[name] = Finding(NOTE, f"The check itself failed ({short(error)}).")
             if name in ESSENTIAL and found[name].status == FAULT:

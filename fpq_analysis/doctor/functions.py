@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
 
-from fpq_analysis.doctor.patient import FAULT, NOTE, OK, Finding, Patient, first, nodes, owner, short, watch
+from fpq_analysis.curvature.steps import watch
+from fpq_analysis.doctor.patient import FAULT, NOTE, OK, Finding, Patient, first, nodes, owner, short
 
 # Relative disagreement beyond rounding: of u.Hv with v.Hu, by dtype; of a derivative with differences over STEP.
 ASYMMETRY = {torch.float64: 1e-8, torch.float32: 1e-3}

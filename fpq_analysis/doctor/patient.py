@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from fpq_analysis.curvature import as_batches
+from fpq_analysis.curvature import as_batches, resolve_loss
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.operator import Loss
-from fpq_analysis.errors import UserError
+from fpq_analysis.curvature.steps import Step, watch
 from fpq_analysis.models import model_device
 from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view
@@ -88,10 +86,7 @@ def admit(
     Raises:
         UserError: if there are no data, or the loss has an unknown name.
     """
-    if isinstance(loss, str) and loss != "cross_entropy":
-        raise UserError(f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean.")
-    plain = isinstance(loss, nn.CrossEntropyLoss) and repr(loss.__dict__) == repr(nn.CrossEntropyLoss().__dict__)
-    function = F.cross_entropy if plain or isinstance(loss, str) else loss
+    function, _ = resolve_loss(loss)
     where = torch.device(device) if device is not None else model_device(model)
     data = [(x.to(where), y.to(where)) for x, y in as_batches(batches)]
     copied = take_view(model, "dequantized").to(where)
@@ -103,50 +98,6 @@ def same_random_state(device: torch.device) -> Iterator[None]:
     """Inside, random numbers may be drawn and gradients taken; after, it was nothing."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         yield
-
-
-class Step(NamedTuple):
-    """One call of a module: its first output, a copy of it made at the time, and the in-place writes to it by then.
-
-    Autograd numbers its nodes as it makes them; those made in the call lie between `start` and `end`.
-    """
-
-    label: str
-    start: int
-    end: int
-    output: Tensor
-    value: Tensor
-    version: int
-
-
-def watch(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Step]]:
-    """What `run` returns, and the calls of modules in it as they finish, inner before outer."""
-    steps: list[Step] = []
-    starts: list[int] = []
-
-    def finish(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            start, tensors = starts.pop(), [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-            for t in tensors[:1]:
-                steps.append(Step(label(name, module), start, _clock(), t, t.detach().clone(), t._version))
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda module, args: starts.append(_clock())))
-        handles.append(module.register_forward_hook(finish(name)))
-    try:
-        return run(), steps
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _clock() -> int:
-    """The number of a node made now."""
-    with torch.enable_grad():  # checkpointing switches it off
-        return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 def owner(steps: list[Step], node: Any) -> str:
@@ -165,11 +116,6 @@ def nodes(loss: Tensor) -> list[Any]:
             found[node] = None
             todo.extend(following for following, _ in node.next_functions)
     return list(found)
-
-
-def label(name: str, module: nn.Module) -> str:
-    """How a module is named in findings."""
-    return f"'{name or '(model)'}' ({type(module).__name__})"
 
 
 def first(found: Sequence[str]) -> str:

@@ -15,17 +15,18 @@ from fpq_analysis.curvature import (
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
-    MixedSamplesError,
     as_batches,
     check_samples_apart,
+    resolve_loss,
     select,
 )
-from fpq_analysis.curvature.batches import Batch, merged
+from fpq_analysis.curvature.batches import Batch, full_precision, merged
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.models import model_device
-from fpq_analysis.quantizers import variables
+from fpq_analysis.probes.fit import Fit, examine
+from fpq_analysis.quantizers import check_definition_applies, check_plain, quantizers, rounded_weight, variables
 from fpq_analysis.quantizers import view as take_view
 
 OPERATORS = ("hessian", "gauss-newton", "fisher")
@@ -40,7 +41,9 @@ class Subject:
         data: micro-batches on its device.
         loss: (outputs, targets) to the mean; cross_entropy: whether it is that.
         parameters: the variables, by name.
+        fit: loss and accuracy on these data.
         micro_batch: the most samples at once, if that was asked for.
+        foreign: whether quantizers of another package round the weights (known in `latent` only).
     """
 
     view: nn.Module
@@ -48,7 +51,9 @@ class Subject:
     loss: Loss
     cross_entropy: bool
     parameters: dict[str, Tensor]
+    fit: Fit
     micro_batch: int | None = None
+    foreign: bool = False
 
     @property
     def n_data(self) -> int:
@@ -100,22 +105,63 @@ def prepare(
         parameters: name patterns (`layer3.*`) of the variables; None for all.
 
     Raises:
-        UserError: for data, targets, a loss, a definition or patterns that do not fit, or a model without variables.
+        UserError: for data, targets, a loss, a definition or patterns that do not fit; for a model without variables,
+            whose output is random, or mixes samples, or whose weights are rounded by what is not of this package.
     """
     where = torch.device(device) if device is not None else model_device(model)
-    data = [(x.to(where), y.to(where)) for x, y in as_batches(batches, micro_batch)]
+    check_definition_applies(model, definition)
+    _check_weights(model)
     view = take_view(model, definition).to(where)
     named = variables(view)
     if not named:
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
+    dtype = _precision(view)
+    data = [(_to(x, where, dtype), y.to(where)) for x, y in as_batches(batches, micro_batch)]
+    function, cross_entropy = resolve_loss(loss)
+    if cross_entropy:
+        data = [(x, y if y.is_floating_point() else y.long()) for x, y in data]
+    fit = examine(view, data, function, cross_entropy)
+    check_samples_apart(view, data)
+    few, foreign = data[0][0][:2], False
+    with full_precision():
+        if definition != "latent":
+            check_plain(view, few, definition)
+        elif not any(True for _ in quantizers(view)):
+            foreign = bool(rounded_weight(view, few))
     if parameters is not None:
         named = select(named, [parameters] if isinstance(parameters, str) else list(parameters))
     # A layer's parameters side by side, so that each layer is one block of the matrix.
     layers = list(dict.fromkeys(map(layer_of, named)))
     named = dict(sorted(named.items(), key=lambda item: layers.index(layer_of(item[0]))))
-    function, cross_entropy = _loss(loss)
-    _check_data(view, data, cross_entropy)
-    return Subject(view, data, function, cross_entropy, named, micro_batch)
+    return Subject(view, data, function, cross_entropy, named, fit, micro_batch, foreign)
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UserError(f"The parameter '{name}' has no shape yet. Run the model once on a batch of data.")
+        if p.is_complex():
+            raise UserError(
+                f"The parameter '{name}' is complex, and curvature here is that in real variables. Write it as its "
+                "real and imaginary parts (torch.view_as_real)."
+            )
+
+
+def _precision(view: nn.Module) -> torch.dtype | None:
+    """The type of the copy's floating-point weights; those of less than float32 are widened, which changes no weight.
+
+    None where they are of several types.
+    """
+    kinds = {p.dtype for p in view.parameters() if p.is_floating_point()}
+    if kinds & {torch.float16, torch.bfloat16}:
+        # A second derivative in 8 or 11 bits is rounding, so it is that of these weights in float32.
+        view.double() if torch.float64 in kinds else view.float()
+    kinds = {p.dtype for p in view.parameters() if p.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _to(x: Tensor, where: torch.device, dtype: torch.dtype | None) -> Tensor:
+    return x.to(where, dtype) if x.is_floating_point() and dtype is not None else x.to(where)
 
 
 def check_operator(kind: str) -> None:
@@ -131,38 +177,3 @@ def check_finite(value: float, what: str) -> None:
             f"The {what} is not finite: the loss or a derivative overflowed on these data. Check the inputs for NaN "
             "and their normalisation, or measure in float64 (model.double(), inputs.double())."
         )
-
-
-def _loss(loss: str | Loss) -> tuple[Loss, bool]:
-    """The loss as a function, and whether it is the cross-entropy."""
-    if isinstance(loss, str):
-        if loss != "cross_entropy":
-            raise UserError(
-                f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean."
-            )
-        return F.cross_entropy, True
-    plain = isinstance(loss, nn.CrossEntropyLoss) and repr(loss.__dict__) == repr(nn.CrossEntropyLoss().__dict__)
-    return loss, loss is F.cross_entropy or plain
-
-
-def _check_data(view: nn.Module, data: list[Batch], cross_entropy: bool) -> None:
-    """Raise `UserError` where the loss would not be the plain mean over samples that every method assumes."""
-    try:
-        check_samples_apart(view, data)
-    except MixedSamplesError:
-        raise UserError(
-            "The model's output for one sample depends on the others of its batch, so its loss has no Hessian that is "
-            "a mean over samples. Does it normalise over the batch, outside of a BatchNorm in eval mode?"
-        ) from None
-    if not cross_entropy:
-        return
-    with torch.no_grad():
-        logits = view(data[0][0][:1])
-    n_classes = logits.shape[1] if isinstance(logits, Tensor) and logits.ndim > 1 else 0
-    for _, y in data:
-        if y.is_floating_point() or y.ndim != logits.ndim - 1 or int(y.min()) < 0 or int(y.max()) >= n_classes:
-            raise UserError(
-                f"Cross-entropy here wants whole-number targets from 0 to C - 1 (C = {n_classes} outputs), one a "
-                "sample. For soft or ignored targets give the loss as a function, loss=lambda outputs, targets: ..., "
-                "that is a mean over the samples."
-            )

@@ -42,6 +42,7 @@ MAX_EXACT_CLASSES = 20
 N_LABELS = 4
 N_PRODUCTS = 100
 MAX_PRODUCTS = 100_000
+AT_CHANCE = "at chance"  # status of an accuracy
 ROOT = "(model)"  # the layer's name when the model is a single layer
 
 
@@ -61,6 +62,9 @@ class TraceEstimate:
         per_layer, per_layer_sem: the same by layer; they add up to `value` (their errors do not).
         per_sample: each sample's own trace, (n_data,), or None.
         draws: what `value` is the mean of: `per_sample`, or single probes.
+        loss, accuracy: of the model of this definition on these data (of more than 4,096 samples, on some spread over
+            them); NaN where targets are no class numbers.
+        at_chance: whether the accuracy is no better than that of always naming the most frequent class.
         n_data: number of samples measured on.
         n_products: backward passes over them (exact, sampled) or matrix-vector products (the others).
         seed: of probes or labels.
@@ -84,6 +88,9 @@ class TraceEstimate:
     seed: int
     clipped_fraction: float = 0.0
     converged: bool = True
+    loss: float = math.nan
+    accuracy: float = math.nan
+    at_chance: bool = False
 
     @property
     def error(self) -> float:
@@ -163,6 +170,8 @@ def hessian_trace(
                 raise NotExactError("the loss is not the cross-entropy")
             if operator == "fisher":
                 raise NotExactError("the Fisher matrix has labels of its own")
+            if subject.foreign:
+                raise NotExactError("the weights are rounded by quantizers that are not of this package")
             chosen, why = (method, reason) if method != "auto" else exact_or_sampled(subject, tol)
             baked = subject if definition != "latent" else prepare(model, batches, **where)
             traces = _by_sample(model, definition, baked, chosen, n_labels, tol, seed)
@@ -182,7 +191,10 @@ def hessian_trace(
         reason=reason,
         definition=definition,
         seed=seed,
-        clipped_fraction=clipped_fraction(model),
+        clipped_fraction=math.nan if subject.foreign else clipped_fraction(model),
+        loss=subject.fit.loss,
+        accuracy=subject.fit.accuracy,
+        at_chance=subject.fit.at_chance,
     )
 
 
@@ -326,14 +338,14 @@ class HessianTrace:
     n_labels: int = N_LABELS
 
     name = "hessian_trace"
-    version = 3  # part of a record's key: raise it when the numbers change
+    version = 4  # part of a record's key: raise it when the numbers change
     needs = ()
 
     def __post_init__(self) -> None:
         _check_settings(self.method, self.definition, "hessian", self.tol, self.n_products, self.n_labels)
 
     def __call__(self, point: Point) -> Rows:
-        """Rows: the trace of every layer, the clipped fraction, and last the total."""
+        """Rows: the trace of every layer, the clipped fraction, loss and accuracy, and last the total."""
         estimate = hessian_trace(
             point.model,
             point.batches,
@@ -355,7 +367,13 @@ class HessianTrace:
             {"layer": layer, "quantity": "trace", "value": value, "sem": estimate.per_layer_sem[layer], **common}
             for layer, value in estimate.per_layer.items()
         ]
-        rows.append({"layer": "all", "quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common})
+        whole: dict[str, Any] = {"layer": "all", **common}
+        if not math.isnan(estimate.clipped_fraction):
+            rows.append({"quantity": "clipped_fraction", "value": estimate.clipped_fraction, **whole})
+        rows.append({"quantity": "loss", "value": estimate.loss, **whole})
+        if not math.isnan(estimate.accuracy):
+            status = AT_CHANCE if estimate.at_chance else "ok"
+            rows.append({"quantity": "accuracy", "value": estimate.accuracy, "status": status, **whole})
         total: dict[str, Any] = {"value": estimate.value, "sem": estimate.sem, "sem_data": estimate.sem_data}
         if estimate.per_sample is not None:
             total["samples"] = stored(estimate.per_sample)

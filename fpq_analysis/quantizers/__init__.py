@@ -16,6 +16,13 @@ from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.lsq import LSQ
 from fpq_analysis.quantizers.lsq_plus import LSQPlus, SymmetricLSQ
 from fpq_analysis.quantizers.noise import FeatureNoise, WeightNoise
+from fpq_analysis.quantizers.others import (
+    check_definition_applies,
+    check_plain,
+    live_observer,
+    other_quantizers,
+    rounded_weight,
+)
 from fpq_analysis.quantizers.pact import PACT, DoReFa
 from fpq_analysis.quantizers.schemes import SCHEMES
 from fpq_analysis.quantizers.spec import QuantSpec
@@ -36,12 +43,17 @@ __all__ = [
     "calibrate",
     "changed_fraction",
     "check_definition",
+    "check_definition_applies",
+    "check_plain",
     "clipped_fraction",
     "fused_quantizers",
     "latent_derivatives",
+    "live_observer",
+    "other_quantizers",
     "quantize",
     "quantizer_parameters",
     "quantizers",
+    "rounded_weight",
     "step_sizes",
     "variables",
     "view",

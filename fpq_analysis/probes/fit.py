@@ -1,0 +1,154 @@
+"""How the model does on the sample it is measured on; and, on the way, whether its loss there can have a Hessian."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpq_analysis.curvature import UnfitError, check_mean, check_targets, repeatable
+from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.losses import Loss
+from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.steps import watch
+from fpq_analysis.errors import UserError
+
+# Of the cross-entropy so many samples are looked at, spread over the data; of other losses all, to see each batch.
+MOST = 4096
+# Rounding of the largest logit, in absolute numbers, at which curvature is off by about a per cent.
+COARSEST = 1e-2
+# The fewest samples, and the p-value, at which an accuracy is called no better than chance.
+FEWEST, UNSURE = 64, 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Means over `n` samples of the data, with standard errors over the distribution they are drawn from.
+
+    Attributes:
+        loss, accuracy: means; `accuracy` is NaN where targets are no class numbers.
+        chance: accuracy of always naming the class that is the most frequent here; NaN as `accuracy`.
+    """
+
+    loss: float
+    loss_sem: float
+    accuracy: float
+    accuracy_sem: float
+    chance: float
+    n: int
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the accuracy is no better than chance, by a one-sided binomial test; False for few samples."""
+        if math.isnan(self.accuracy) or self.n < FEWEST or self.chance == 1:
+            return False
+        return bool(stats.binom.sf(round(self.accuracy * self.n) - 1, self.n, self.chance) > UNSURE)
+
+
+def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool) -> Fit:
+    """Run the model over the data, twice, and look.
+
+    Raises:
+        UserError: if the model does not run on them, its outputs are no tensor of one row a sample, not finite, random,
+            or so large that their digits are gone; if targets do not fit the cross-entropy, or another loss is no mean
+            over samples (`check_mean`).
+    """
+    tail: list[Batch] = []
+
+    def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = batch
+        z = _outputs(view, x)
+        if cross_entropy:
+            check_targets(z, y)
+            _check_digits(z, x)
+            losses = _wide(F.cross_entropy(_wide(z), y, reduction="none")).reshape(len(z), -1).mean(1)
+        else:
+            losses = check_mean(loss, z, y)
+            ends = [(z[-8:], y[-8:])]  # batches are as large as they are: some across their borders
+            if tail and tail[0][0].shape[1:] == z.shape[1:] and tail[0][1].shape[1:] == y.shape[1:]:
+                check_mean(loss, torch.cat([tail[0][0], z[:8]]), torch.cat([tail[0][1], y[:8]]))
+            tail[:] = ends
+        if not bool(losses.isfinite().all()):
+            raise UserError(f"The loss is not finite on these data{_largest(x, z)}. Check the inputs' normalisation.")
+        hits, classes = _hits(z, y)
+        return losses.cpu(), hits.cpu(), classes.cpu()
+
+    every = max(1, math.ceil(sum(len(x) for x, _ in data) / MOST)) if cross_entropy else 1
+    with torch.no_grad(), full_precision():
+        parts = [torch.cat(part) for part in zip(*each(list(data[::every]), look), strict=True)]
+    losses, hits, classes = (part.double() for part in parts)
+    n = len(losses)
+    error = float(losses.std()) / math.sqrt(n) if n > 1 else math.nan
+    if len(hits) < n:
+        return Fit(float(losses.mean()), error, math.nan, math.nan, math.nan, n)
+    accuracy = float(hits.mean())
+    chance = float(classes.long().bincount().max()) / len(classes)
+    return Fit(float(losses.mean()), error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), chance, n)
+
+
+def _outputs(view: nn.Module, x: Tensor) -> Tensor:
+    try:
+        z = repeatable(view, x)
+    except UserError:
+        raise
+    except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+        raise _does_not_run(x, error) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise _does_not_run(x, error) from error
+    if z.shape[:1] != x.shape[:1]:
+        raise UserError(
+            f"The model gives an output of shape {tuple(z.shape)} for {len(x)} inputs; it must give a row for each."
+        )
+    if not bool(z.isfinite().all()):
+        steps = watch(view, lambda: view(x))[1]
+        bad = next((step.label for step in steps if not bool(step.value.isfinite().all())), "")
+        where = f"; {bad} is the first module whose output is not" if bad else ""
+        cause = "the inputs hold NaN or infinity" if x.is_floating_point() and not bool(x.isfinite().all()) else where
+        raise UserError(
+            f"The model's output is not finite on these data: {cause.removeprefix('; ') or 'it overflowed'}. Check the "
+            "inputs and their normalisation, and the weights; or measure in float64 (model.double(), inputs.double())."
+        )
+    return z
+
+
+def _does_not_run(x: Tensor, error: Exception) -> UserError:
+    what = str(error).strip().split("\n")[0][:200].rstrip(".")
+    return UserError(
+        f"The model cannot be run on these inputs, of shape {tuple(x.shape)} and type {x.dtype} "
+        f"({type(error).__name__}: {what}). Check their shape and type against what its forward takes."
+    )
+
+
+def _check_digits(z: Tensor, x: Tensor) -> None:
+    largest = float(z.abs().max())
+    if largest * torch.finfo(z.dtype).eps > COARSEST:
+        kind = str(z.dtype).removeprefix("torch.")
+        raise UnfitError(
+            f"The logits reach {largest:.1e}, where {kind} has no digits left for the differences that the softmax is "
+            f"made of{_largest(x, None)}.",
+            "Check the inputs' normalisation.",
+        )
+
+
+def _largest(x: Tensor, z: Tensor | None) -> str:
+    inputs = f"; the largest input is {float(x.abs().max()):.1e}" if x.is_floating_point() else ""
+    return inputs + (f", the largest output {float(z.abs().max()):.1e}" if z is not None else "")
+
+
+def _hits(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) share of a sample's targets with the largest output, and all targets; empty where they are no classes."""
+    classes = z.ndim > 1 and z.shape[1] > 1 and y.shape == z.shape[:1] + z.shape[2:]
+    if not classes or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
+        return z.new_empty(0), z.new_empty(0)
+    return (z.argmax(1) == y).reshape(len(z), -1).float().mean(1), y.reshape(-1)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Float64, but on Apple's devices, which have none."""
+    return t if t.device.type == "mps" else t.double()

@@ -1,0 +1,202 @@
+"""Quantizers that are not of this package: recognised by their classes' names, and by what they do to a weight.
+
+Their rounding cannot be taken out, so only the Hessian in the trained weights, `latent`, is to be had of them.  A
+weight that is rounded shows in this: moving it a little leaves the output of its layer as it was, though the gradient,
+which is straight-through, says otherwise.  No list of classes is needed for that, and nothing is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fpq_analysis.errors import UserError
+from fpq_analysis.quantizers.base import Quantizer
+
+# A class's module begins with the first, and its name holds the second.
+CLASSES = {
+    "torch.ao": ("torch.ao.quantization.", "FakeQuantizeBase"),
+    "torchao": ("torchao.", "FakeQuantiz"),
+    "Brevitas": ("brevitas.proxy.", "QuantProxy"),
+    "ModelOpt": ("modelopt.torch.quantization.", "TensorQuantizer"),
+}
+SWITCHES = ("fake_quant_enabled", "enabled", "is_enabled", "is_quant_enabled")  # by which they are taken off
+DISABLE = "model.apply(torch.ao.quantization.disable_observer)"
+LATENT = "Measure definition='latent' (--definition latent): the Hessian in the trained weights."
+# Entries of a weight that are moved, and weights of a whole network; the steps relative to the weight's size, in
+# float64 and where that does not run; and how far off is no rounding of arithmetic.
+ENTRIES, SOME = 2, 4
+STEPS = (1e-6, 1e-3)
+AGREES = 0.05
+
+
+def other_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, package) for every quantizer of another package that is switched on."""
+    for name, module in model.named_modules():
+        for package, (where, what) in CLASSES.items():
+            known = any(kind.__module__.startswith(where) and what in kind.__name__ for kind in type(module).__mro__)
+            if known and all(bool(getattr(module, switch, True)) for switch in SWITCHES):
+                yield name, module, package
+
+
+def live_observer(model: nn.Module) -> str:
+    """The first fake quantizer that sets its scale by what passes through it, even in eval mode; or nothing."""
+    found = (name for name, module, _ in other_quantizers(model) if bool(getattr(module, "observer_enabled", False)))
+    return next(found, "")
+
+
+def check_definition_applies(model: nn.Module, definition: str) -> None:
+    """Raise `UserError` where another package's quantizer, recognised by its class, stands against the definition."""
+    observer = live_observer(model)
+    if observer:
+        raise UserError(
+            f"The fake quantizer '{observer}' still observes: each forward pass moves its scale, so that the outputs "
+            f"depend on what else was passed. Switch that off first: {DISABLE}."
+        )
+    for name, _, package in other_quantizers(model):
+        if definition == "float" or (definition == "dequantized" and "weight" in name):
+            raise UserError(_refusal(f"'{name}' is a quantizer of {package}", definition))
+
+
+def check_plain(view: nn.Module, x: Tensor, definition: str) -> None:
+    """Raise `UserError` if a view of plain weights, of `dequantized` or `float`, rounds one after all.
+
+    Args:
+        x: one or two inputs to run it on.
+    """
+    name = rounded_weight(view, x)
+    if name:
+        raise UserError(_refusal(f"'{name}' is rounded in the forward pass, but not in its gradient", definition))
+    if definition == "float":
+        named = [name for name, p in view.named_parameters() if p.requires_grad]
+        some = named[:: max(1, len(named) // SOME)]
+        if _rounds(view, (x,), {}, some):
+            finding = "The activations are rounded in the forward pass, but not in the gradient"
+            raise UserError(_refusal(finding, definition))
+
+
+def _refusal(finding: str, definition: str) -> str:
+    return f"{finding}, so the definition '{definition}' cannot be told apart from the others. {LATENT}"
+
+
+def rounded_weight(model: nn.Module, x: Tensor) -> str:
+    """The first trainable weight whose layer rounds it, by its name; or nothing.
+
+    Each module that owns weights is run on its own, on the inputs that it gets in a forward pass for `x`, and without
+    the hooks on it: quantizers of inputs and outputs are none of weights.  Weights that their owner does not use, as
+    those borrowed by the module around it, are tried in that one.
+    """
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(name, tree_map(_clone, (args, kwargs)))
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [m.register_forward_pre_hook(record(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_owner: dict[str, list[str]] = {}
+    ours = tuple(f"{name}." for name, m in modules.items() if isinstance(m, Quantizer))
+    for name, p in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        while owner and (owner not in calls or ".parametrizations." in f".{owner}."):
+            owner = owner.rpartition(".")[0]
+        if p.requires_grad and owner in calls and not name.startswith(ours):
+            by_owner.setdefault(owner, []).append(name)
+    for owner, names in by_owner.items():
+        inside = {name: name.removeprefix(f"{owner}.") if owner else name for name in names}
+        args, kwargs = calls[owner]
+        found = _rounds(modules[owner], args, kwargs, list(inside.values()))
+        if found:
+            name = next(name for name, inner in inside.items() if inner == found)
+            return name.replace("parametrizations.weight.original", "weight")
+    return ""
+
+
+def _rounds(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[str]) -> str:
+    """The first parameter whose gradient is not what moving it does; nothing if none is, or it cannot be tried."""
+    for change, step in zip((_double, _same), STEPS, strict=True):
+        try:
+            copied = change(copy.deepcopy(module))
+            given, named = tree_map(change, (args, kwargs))
+            return _compare(copied, given, named, parameters, step)
+        except Exception:  # the user's code: anything can happen; what is known by its class is refused before
+            continue
+    return ""
+
+
+def _compare(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[str], step: float) -> str:
+    own = {name: p for name, p in module.named_parameters() if name in parameters}
+    weights: list[Tensor] = []
+
+    def value() -> Tensor:
+        given, named = tree_map(_clone, (args, kwargs))  # the forward pass may work in place
+        outputs = [t for t in tree_leaves(module.forward(*given, **named)) if isinstance(t, Tensor)]
+        outputs = [t for t in outputs if t.is_floating_point()]
+        if not weights:
+            weights.extend(torch.randn_like(t) for t in outputs)
+        return torch.stack([(t * w).sum() for t, w in zip(outputs, weights, strict=True)]).sum()
+
+    with torch.random.fork_rng([]), torch.enable_grad():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in own.values():  # off the kinks, where a derivative is one-sided
+                p.add_(torch.randn_like(p), alpha=1e-3 * _size(p))
+        start = value()
+        if not start.requires_grad:
+            return ""
+        gradients = torch.autograd.grad(start, list(own.values()), allow_unused=True)
+        for (name, p), g in zip(own.items(), gradients, strict=True):
+            if g is not None and _disagrees(p, g, value, float(start.detach().abs()), step):
+                return name
+    return ""
+
+
+@torch.no_grad()
+def _disagrees(p: Tensor, g: Tensor, value: Any, scale: float, step: float) -> bool:
+    """Whether moving single entries does to the value what their gradient says, by central differences."""
+    step *= _size(p)
+    slopes = g.reshape(-1)
+    for place in slopes.abs().topk(min(ENTRIES, len(slopes))).indices:
+        said = 2 * step * float(slopes[place])
+        if abs(said) <= 1e4 * torch.finfo(p.dtype).eps * scale:  # no more than the value's own rounding
+            continue
+        where = torch.unravel_index(place, p.shape)
+        before = p[where].clone()
+        ends = []
+        for sign in (1, -1):
+            p[where] = before + sign * step
+            ends.append(float(value()))
+        p[where] = before
+        done = ends[0] - ends[1]
+        if (abs(done - said) > AGREES * abs(said)) if p.dtype == torch.float64 else done == 0:
+            return True
+    return False
+
+
+def _size(p: Tensor) -> float:
+    return float(p.detach().square().mean().sqrt()) or 1.0
+
+
+def _double(t: Any) -> Any:
+    return t.double() if isinstance(t, nn.Module) or (isinstance(t, Tensor) and t.is_floating_point()) else t
+
+
+def _same(t: Any) -> Any:
+    return t
+
+
+def _clone(t: Any) -> Any:
+    return t.clone() if isinstance(t, Tensor) else t
