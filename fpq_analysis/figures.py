@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from fpq_analysis import records
+from fpq_analysis import records as rec
 from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, going_on
 from fpq_analysis.plots import FIGURES, Drawing
 
@@ -31,6 +31,7 @@ def draw_figures(
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
+    records: str | os.PathLike[str] | None = None,
     on_fault: Fault | None = None,
     log: Callable[[str], None] = print,
 ) -> pd.DataFrame:
@@ -42,7 +43,7 @@ def draw_figures(
             that were measured.
         measure: measure first what is missing, with each probe's default settings; otherwise records alone are read,
             and of several settings those of most checkpoints are drawn.
-        n_data, seed, device, data_root, model: as for `measure`.
+        n_data, seed, device, data_root, model, records: as for `measure`.
         on_fault: called with each checkpoint that cannot be measured and why; None: raise.
         log: called with a line for each figure.
 
@@ -65,12 +66,12 @@ def draw_figures(
     drawn = []
     frames: dict[tuple[str, bool], pd.DataFrame] = {}  # several figures may be of one measurement
     for name, drawing in FIGURES.items():
-        if everything and name not in PAPER and records.load(root, drawing.probe).empty:
+        if everything and name not in PAPER and rec.load(records or root, drawing.probe).empty:
             continue
         if everything or name in names:
             what = drawing.probe, drawing.last
             if what not in frames:
-                frames[what] = _measured(drawing, ckpt_dir, where if measure else None, on_fault)
+                frames[what] = _measured(drawing, ckpt_dir, records, where if measure else None, on_fault)
             row = _draw(drawing, frames[what], Path(out))
             log(f"{drawing.title}: {row['path'] or row['note']}")
             drawn.append({"figure": name, "title": drawing.title, **row})
@@ -89,7 +90,11 @@ def _draw(drawing: Drawing, frame: pd.DataFrame, out: Path) -> dict[str, Any]:
 
 
 def _measured(
-    drawing: Drawing, ckpt_dir: str | os.PathLike[str], where: dict[str, Any] | None, on_fault: Fault | None
+    drawing: Drawing,
+    ckpt_dir: str | os.PathLike[str],
+    records: str | os.PathLike[str] | None,
+    where: dict[str, Any] | None,
+    on_fault: Fault | None,
 ) -> pd.DataFrame:
     if where is not None:
         from fpq_analysis import measurement
@@ -98,6 +103,6 @@ def _measured(
         if drawing.probe in PROBES:
             probe = PROBES[drawing.probe]()
             what = {name: where[name] for name in ("n_data", "seed", "model")}
-            todo = measurement.plan(ckpt_dir, probe, epochs="last" if drawing.last else "all", **what)
+            todo = measurement.plan(ckpt_dir, probe, epochs="last" if drawing.last else "all", records=records, **what)
             return measurement.carry_out(todo, probe, on_fault=on_fault, **where)
-    return records.load(Path(ckpt_dir), drawing.probe)
+    return rec.load(records or ckpt_dir, drawing.probe)

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fpq_analysis import __version__, checkpoint, records
+from fpq_analysis import __version__, checkpoint
+from fpq_analysis import records as rec
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import peak_memory, pick_device
@@ -66,6 +67,7 @@ class Plan:
         jobs: to do, in order.
         done: keys of these settings that are measured already.
         faults: files that cannot be measured, with the reason.
+        records: see `measure`.
     """
 
     root: Path
@@ -74,6 +76,11 @@ class Plan:
     jobs: list[Job]
     done: set[str]
     faults: list[tuple[Path, UserError]]
+    records: Path | None = None
+
+    def home(self, run: Path) -> Path:
+        """Where the records of a run are."""
+        return rec.home(self.root, run, self.records)
 
 
 def plan(
@@ -85,6 +92,7 @@ def plan(
     epochs: str = "all",
     overwrite: bool = False,
     model: str | None = None,
+    records: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """List the measurements of `probe` on the checkpoints at or below `ckpt_dir` that have what the probe needs.
 
@@ -92,7 +100,7 @@ def plan(
 
     Args:
         epochs: of each run, see `choose_epochs`.
-        model: see `measure`.
+        model, records: see `measure`.
 
     Raises:
         UserError: if there is no checkpoint, `epochs` makes no sense, `n_data` is too small for an error over the data,
@@ -104,7 +112,7 @@ def plan(
     if model is not None:
         find_factory(model)  # an error of the command, not of each file
     source = source_of(ckpt_dir)
-    todo = Plan(root, source, records.settings_key(probe.name, settings), [], set(), [])
+    todo = Plan(root, source, rec.settings_key(probe.name, settings), [], set(), [], Path(records) if records else None)
 
     def fault_of(path: Path) -> Callable[[UserError], None]:
         return lambda fault: todo.faults.append((path, fault))
@@ -120,7 +128,7 @@ def plan(
     for run, paths in chosen.items():
         finished: set[str] = set()
         with going_on(fault_of(run), f"'{run}'"):
-            finished = set() if overwrite else records.done(run, probe.name)
+            finished = set() if overwrite else rec.done(todo.home(run), probe.name)
         for path in paths.values():
             with going_on(fault_of(path), f"'{path}'"):
                 header = source.header(path)
@@ -145,7 +153,7 @@ def measurement_key(header: Header, probe: str, settings: dict[str, Any], others
     """
     name, code = network_code(header, model)
     about = {"epoch": header.epoch, "data": header.data, "network": name, "factory": code, **header.said}
-    return records.measurement_key(header.sha256, probe, {**settings, **about, "others": others})
+    return rec.measurement_key(header.sha256, probe, {**settings, **about, "others": others})
 
 
 def network_code(header: Header, model: str | None) -> tuple[str, str | None]:
@@ -218,6 +226,7 @@ def measure(
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
+    records: str | os.PathLike[str] | None = None,
     on_fault: Fault | None = None,
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
@@ -230,6 +239,8 @@ def measure(
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
             changed, it is measured anew.
+        records: folder in which measurements are kept, each run's under its name, where the runs themselves may not be
+            written to; None: in the runs.
         on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
 
     Returns:
@@ -239,7 +250,8 @@ def measure(
     Raises:
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
-    todo = plan(ckpt_dir, probe, n_data=n_data, seed=seed, epochs=epochs, overwrite=overwrite, model=model)
+    sample = {"n_data": n_data, "seed": seed, "epochs": epochs}
+    todo = plan(ckpt_dir, probe, overwrite=overwrite, model=model, records=records, **sample)  # type: ignore[arg-type]
     where = {"device": device, "data_root": data_root, "model": model}
     return carry_out(todo, probe, n_data=n_data, seed=seed, on_fault=on_fault, **where)  # type: ignore[arg-type]
 
@@ -273,7 +285,7 @@ def carry_out(
                 measure_one(job, probe, sample, todo, seed=seed, model=model, memory=memory[job.run])
                 keys.add(job.key)
             progress.advance()
-    return records.read(todo.root, todo.source.find_runs(todo.root), probe.name, keys)
+    return rec.read(todo.records or todo.root, map(todo.home, todo.source.find_runs(todo.root)), probe.name, keys)
 
 
 def forecast(
@@ -308,7 +320,7 @@ def forecast(
         slope = max(0.0, (times[2] - times[1]) / few)
         n = n_data or content.data["n_train"]
         seconds = (times[1] + slope * (n - few)) * len(jobs)
-        rows.append((records.run_name(todo.root, run), len(jobs), seconds, peak_memory()))
+        rows.append((rec.run_name(todo.root, run), len(jobs), seconds, peak_memory()))
     return pd.DataFrame(rows, columns=["run", "to do", "seconds", "peak MB"])
 
 
@@ -341,7 +353,7 @@ def measure_one(
         "key": job.key,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    records.append(job.run, probe.name, [{**row, **common} for row in rows])
+    rec.append(todo.home(job.run), probe.name, [{**row, **common} for row in rows])
 
 
 def build_network(content: Checkpoint, model: str | None, sample: Sampler) -> nn.Module:

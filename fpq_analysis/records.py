@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from fpq_analysis.errors import UserError
 from fpq_analysis.files import append_jsonl, read_lines
 from fpq_analysis.schema import RecordRow, fits
 from fpq_analysis.text import printable
@@ -80,7 +82,10 @@ def append(run: Path, probe: str, rows: Iterable[dict[str, Any]]) -> None:
     """Add one measurement's rows in one write; a non-finite number becomes None with a status that says so."""
     rows = [_clean(row) for row in rows]
     rows[-1]["last"] = len(rows)
-    append_jsonl(_file(run, probe), rows)
+    try:
+        append_jsonl(_file(run, probe), rows)
+    except UserError as error:
+        raise UserError(f"{error} Measurements can be kept outside of the runs: --records DIR.") from error
 
 
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def _text(seed: int | str | None) -> str:
     return "unknown" if seed is None else str(seed)
 
 
-def load(root: str | Path, probe: str) -> pd.DataFrame:
+def load(root: str | os.PathLike[str], probe: str) -> pd.DataFrame:
     """What was measured by `probe` at or below `root`, from the records alone: no checkpoint is needed.
 
     A figure must not mix settings.  For each definition of the Hessian, those that most checkpoints were measured with
@@ -182,6 +187,11 @@ def load(root: str | Path, probe: str) -> pd.DataFrame:
         most = measurements[measurements == measurements.max()].index
         kept.append(rows[rows["settings"] == rows.loc[rows["settings"].isin(most), "settings"].iloc[-1]])
     return pd.concat(kept).sort_index(ignore_index=True) if kept else frame
+
+
+def home(root: Path, run: Path, kept: str | os.PathLike[str] | None) -> Path:
+    """The folder whose `records/` holds those of a run: the run's own, or one of its name below `kept`."""
+    return run if kept is None else Path(kept) / run_name(root, run)
 
 
 def run_name(root: Path, run: Path) -> str:

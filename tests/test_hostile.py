@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from torch import nn
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from fpq_analysis import UserError, data, measure, records
+from fpq_analysis import UserError, data, files, measure, records
 from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.cli import app
 from fpq_analysis.data import load_dataset
@@ -403,3 +404,40 @@ def test_damage_within_a_measurement_is_measured_again(made, tmp_path):
     measure(root, HessianTrace(), n_data=8, device="cpu", model=MODEL)
     again = records.load(root, "hessian_trace")
     assert list(again["value"]) == list(whole["value"])
+
+
+def test_records_are_kept_elsewhere(made, tmp_path, monkeypatch):
+    """Checkpoints in a folder that may not be written to: it could not be measured at all."""
+    root = shutil.copytree(made, tmp_path / "runs" / "deep")
+    for run in ("fp", "lsq"):
+        shutil.rmtree(root / run / "records")
+    before = sorted(root.rglob("*"))
+    write = files.os.fsync
+
+    def refuse(descriptor):
+        if str(root) in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        write(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    out = ["--figures", tmp_path / "figures"]
+    code, text = call("hessian", "--ckpt-dir", root, *FAST, *out)
+    assert code == 1
+    assert "Read-only file system" in text
+    assert "--records DIR" in text
+    for run in ("fp", "lsq"):
+        shutil.rmtree(root / run / "records")
+    kept = ["--records", tmp_path / "kept"]
+    for _ in range(2):
+        code, text = call("hessian", "--ckpt-dir", root, *FAST, *out, *kept)
+        assert code == 0
+    assert "4 done, 0 to do" in text
+    assert (tmp_path / "kept" / "fp" / "records" / "hessian_trace.jsonl").is_file()
+    assert call("landscape", "--ckpt-dir", root, "--dim", 1, "--points", 3, *FAST, *out, *kept)[0] == 0
+    assert call("compare", root / "lsq", root / "fp", *FAST, *kept)[0] == 0
+    assert call("figures", "5", "--ckpt-dir", root, "--no-measure", "--out", tmp_path / "figures", *kept)[0] == 0
+    code, text = call("report", "--ckpt-dir", root, "-o", tmp_path / "report.html", *kept)
+    assert "2 runs; Figure 5" in text
+    frame = measure(root, HessianTrace(), n_data=8, device="cpu", model=MODEL, records=tmp_path / "kept")
+    assert set(frame["run"]) == {"fp", "lsq"}
+    assert sorted(root.rglob("*")) == before

@@ -100,6 +100,7 @@ Epochs = Annotated[str, typer.Option(help="Of each run: all, last, or numbers wi
 Seed = Annotated[int, typer.Option(help="Of the images and of all that is random.")]
 Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
 Figures = Annotated[Path, typer.Option(help="Where the figures go.")]
+Records = Annotated[Path | None, typer.Option(help="Where measurements are kept. Default: in the runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what was measured.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]

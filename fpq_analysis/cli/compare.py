@@ -14,6 +14,7 @@ from fpq_analysis.cli.app import (
     Json,
     Model,
     NData,
+    Records,
     Seed,
     app,
     fail_all,
@@ -42,6 +43,7 @@ def compare(
     seed: Seed = 0,
     data_root: DataRoot = None,
     model: Model = None,
+    records: Records = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -74,6 +76,7 @@ def compare(
                 device=device,
                 data_root=data_root,
                 model=model,
+                records=records,
                 on_fault=faults.__setitem__,
             )
         )

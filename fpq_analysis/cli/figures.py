@@ -15,6 +15,7 @@ from fpq_analysis.cli.app import (
     Json,
     Model,
     NData,
+    Records,
     Seed,
     app,
     fail_all,
@@ -38,6 +39,7 @@ def figures(
     seed: Seed = 0,
     data_root: DataRoot = None,
     model: Model = None,
+    records: Records = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -65,6 +67,7 @@ def figures(
         device=device,
         data_root=data_root,
         model=model,
+        records=records,
         on_fault=faults.__setitem__,
         log=say,
     )

@@ -78,7 +78,14 @@ def landscape(
     about: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed, "model": settings.model}
     where: dict[str, Any] = {**about, "device": settings.device, "data_root": settings.data_root}
     todo = study.plan(
-        settings.ckpt_dir, recipe, through=ends, epoch=epoch, shard=part, overwrite=settings.overwrite, **about
+        settings.ckpt_dir,
+        recipe,
+        through=ends,
+        epoch=epoch,
+        shard=part,
+        overwrite=settings.overwrite,
+        records=settings.records,
+        **about,
     )
     left = sum(len(job.cells) for job in todo.jobs)
     total = sum(job.n_cells for job in todo.jobs)

@@ -23,6 +23,7 @@ from fpq_analysis.cli.app import (
     Model,
     NData,
     Overwrite,
+    Records,
     Seed,
     app,
     fail,
@@ -56,6 +57,7 @@ class Settings:
     data_root: str | None
     model: str | None
     figures: Path
+    records: Path | None
     device: str
     overwrite: bool
     dry_run: bool
@@ -72,6 +74,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "data_root": (DataRoot, None),
     "model": (Model, None),
     "figures": (Figures, Path("figures")),
+    "records": (Records, None),
     "device": (Device, "auto"),
     "overwrite": (Overwrite, False),
     "dry_run": (DryRun, False),
@@ -127,7 +130,12 @@ def measure_and_show(
     forecasts, checkpoints = [], 0
     for probe in probes:
         todo = measurement.plan(
-            settings.ckpt_dir, probe, epochs=settings.epochs, overwrite=settings.overwrite, **sample
+            settings.ckpt_dir,
+            probe,
+            epochs=settings.epochs,
+            overwrite=settings.overwrite,
+            records=settings.records,
+            **sample,
         )
         bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
         say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")

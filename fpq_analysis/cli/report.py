@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import CkptDir, app, guarded, say, tell
+from fpq_analysis.cli.app import CkptDir, Records, app, guarded, say, tell
 
 
 @app.command()
@@ -15,6 +15,7 @@ from fpq_analysis.cli.app import CkptDir, app, guarded, say, tell
 def report(
     ckpt_dir: CkptDir = Path("checkpoints"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    records: Records = None,
 ) -> None:
     """One HTML page about all runs: findings, tables, figures, methods, provenance.
 
@@ -28,7 +29,7 @@ def report(
     """
     from fpq_analysis.report import write_report
 
-    written = write_report(ckpt_dir, output)
+    written = write_report(ckpt_dir, output, records=records)
     for caution in written.cautions:
         say(f"Note: {caution}")
     for name, command in written.missing:

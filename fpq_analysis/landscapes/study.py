@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fpq_analysis import records
+from fpq_analysis import records as rec
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
@@ -95,6 +95,7 @@ def plan(
     shard: Shard = (1, 1),
     overwrite: bool = False,
     model: str | None = None,
+    records: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """List the landscapes and the grid points of each that are not there; see `measure_landscapes`.
 
@@ -116,15 +117,17 @@ def plan(
     else:
         root = Path(ckpt_dir)
         groups, faults = _groups(source, root, recipe, epoch)
-    todo = Plan(root, source, records.settings_key(recipe.name, settings), [], faults)
+    homes = {path: rec.home(root, path.parent, records) for path, _ in groups}
+    root = Path(records) if records else root
+    todo = Plan(root, source, rec.settings_key(recipe.name, settings), [], faults)
     cells = list(itertools.product(range(recipe.points), repeat=recipe.dim))[shard[0] - 1 :: shard[1]]
     for path, others in groups:
         with going_on(partial(_note, faults, path), f"'{path}'"):
             check_others(recipe, len(others))
             key = measurement_key(source.header(path), recipe.name, settings, list(map(file_hash, others)), model)
-            done = set() if overwrite else set(_rows(root, path.parent, recipe, key)["quantity"])
+            done = set() if overwrite else set(_rows(root, homes[path], recipe, key)["quantity"])
             left = [cell for cell in cells if quantity("rise", cell) not in done]
-            todo.jobs.append(Job(path.parent, path, others, key, left, len(cells)))
+            todo.jobs.append(Job(homes[path], path, others, key, left, len(cells)))
     return todo
 
 
@@ -179,6 +182,7 @@ def measure_landscapes(
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
+    records: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """The landscape about the last checkpoint of every run at or below `ckpt_dir`; points on disk are not done again.
 
@@ -194,6 +198,7 @@ def measure_landscapes(
         shard: (i, n), every n-th point beginning with the i-th; call without it afterwards to gather the shards.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
+        records: see `measure`.
 
     Returns:
         The records of these landscapes (columns: `records.COLUMNS`; quantities: `survey.py`).
@@ -203,7 +208,7 @@ def measure_landscapes(
     """
     recipe = recipe or Recipe()
     sample: dict[str, Any] = {"n_data": n_data, "seed": seed, "shard": shard, "model": model}
-    todo = plan(ckpt_dir, recipe, through=through, epoch=epoch, overwrite=overwrite, **sample)
+    todo = plan(ckpt_dir, recipe, through=through, epoch=epoch, overwrite=overwrite, records=records, **sample)
     return carry_out(todo, recipe, device=device, data_root=data_root, **sample)
 
 
@@ -236,7 +241,7 @@ def carry_out(
     for job in todo.jobs:
         with going_on(partial(report, job.path), f"'{job.path}'"):
             frames.append(_rows(todo.root, job.run, recipe, job.key))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(records.COLUMNS))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(rec.COLUMNS))
 
 
 def _do(
@@ -270,7 +275,7 @@ def _do(
         _check_same(survey, before)
     else:
         rows = [*survey.notes, *survey.measure_points()]
-        records.append(job.run, file, [{**common, **row} for row in rows])
+        rec.append(job.run, file, [{**common, **row} for row in rows])
     waiting: Rows = []
     written = time.monotonic()
     try:
@@ -280,12 +285,12 @@ def _do(
             waiting += [{**common, **row, "seconds": round(time.monotonic() - start, 4)} for row in rows]
             if time.monotonic() - written > FLUSH:
                 done, waiting = waiting, []
-                records.append(job.run, file, done)
+                rec.append(job.run, file, done)
                 written = time.monotonic()
             progress.advance()
     finally:
         if waiting:
-            records.append(job.run, file, waiting)
+            rec.append(job.run, file, waiting)
 
 
 def _survey(
@@ -345,7 +350,7 @@ def _check_same(survey: Survey, before: pd.DataFrame) -> None:
 
 def _rows(root: Path, run: Path, recipe: Recipe, key: str) -> pd.DataFrame:
     """What is on disk of one landscape, shards included."""
-    frames = [records.read(root, [run], file, {key}) for file in (recipe.name, *_shards(run, recipe))]
+    frames = [rec.read(root, [run], file, {key}) for file in (recipe.name, *_shards(run, recipe))]
     frames = [frame for frame in frames if len(frame)] or frames[:1]
     return pd.concat(frames, ignore_index=True).drop_duplicates(["layer", "quantity"], keep="first", ignore_index=True)
 
@@ -357,11 +362,11 @@ def _shards(run: Path, recipe: Recipe) -> Iterator[str]:
 
 def _gather(root: Path, job: Job, recipe: Recipe, rows: pd.DataFrame) -> None:
     """Write into the run's own file what only shards have."""
-    own = records.read(root, [job.run], recipe.name, {job.key})
+    own = rec.read(root, [job.run], recipe.name, {job.key})
     have = set(zip(own["layer"], own["quantity"], strict=True))
     new = [row for row in rows.to_dict("records") if (row["layer"], row["quantity"]) not in have]
     if new:
-        records.append(job.run, recipe.name, [_plain(row) for row in new])
+        rec.append(job.run, recipe.name, [_plain(row) for row in new])
 
 
 def _plain(row: dict[Any, Any]) -> dict[str, Any]:
@@ -400,5 +405,5 @@ def forecast(
         n = n_data or content.data["n_train"]
         passes = len(job.cells) + 2 * len(survey.points)
         seconds = (placed - start + once * passes) * n / few
-        rows.append((records.run_name(todo.root, job.run), len(job.cells), seconds, peak_memory()))
+        rows.append((rec.run_name(todo.root, job.run), len(job.cells), seconds, peak_memory()))
     return pd.DataFrame(rows, columns=["run", "to do", "seconds", "peak MB"])

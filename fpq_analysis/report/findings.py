@@ -311,7 +311,7 @@ def cautions(study: Study) -> list[str]:
                 f"{probe}: {gone} measurements are of checkpoints that are no longer there (by their SHA-256). Were "
                 "the runs trained anew? Then measure them again."
             )
-        every = records.read(study.root, [study.root / name for name in folders], probe)
+        every = records.read(study.kept, [study.kept / name for name in folders], probe)
         hidden = every["settings"].nunique() - frame["settings"].nunique()
         if hidden > 0:
             notes.append(

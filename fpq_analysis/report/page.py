@@ -43,7 +43,9 @@ class Report:
     cautions: list[str]
 
 
-def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Report:
+def write_report(
+    ckpt_dir: str | Path, path: str | Path = "report.html", *, records: str | Path | None = None
+) -> Report:
     """Write one self-contained HTML page about every run at or below `ckpt_dir`.
 
     Nothing is measured and no checkpoint is opened: the page says what `run.json`, `train.jsonl` and the records say,
@@ -52,6 +54,7 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
 
     Args:
         path: of the page; an existing one is replaced in one step.
+        records: where the measurements are kept, if not in the runs; see `measure`.
 
     Raises:
         UserError: if there is no run, or the page's folder does not exist.
@@ -61,7 +64,7 @@ def write_report(ckpt_dir: str | Path, path: str | Path = "report.html") -> Repo
         raise UserError(f"No folder '{path.parent}' to write '{path.name}' into. Make it, or choose another -o.")
     if path.is_dir():
         raise UserError(f"'{path}' is a folder. Name the page in it: -o {path / 'report.html'}.")
-    study = read_study(ckpt_dir)
+    study = read_study(ckpt_dir, records)
     drawn, undrawn = pictures(study)
     training = training_picture(study)
     missing = tables.not_measured(study, undrawn)

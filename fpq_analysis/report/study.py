@@ -145,23 +145,25 @@ class Study:
         root: the folder.
         runs: in a reader's order.
         faults: sentences about files that could not be read.
+        kept: the folder whose records these are: the same, or where else they are kept.
     """
 
     root: Path
     runs: list[Run]
     faults: list[str]
+    kept: Path
     _frames: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     def records(self, probe: str) -> pd.DataFrame:
         """The records of one probe, of settings that may stand in one figure; see `records.load`."""
         if probe not in self._frames:
-            self._frames[probe] = records.load(self.root, probe)
+            self._frames[probe] = records.load(self.kept, probe)
         return self._frames[probe]
 
     @cached_property
     def probes(self) -> list[str]:
         """All probes there are complete records of."""
-        names = sorted({path.stem for path in self.root.rglob("records/*.jsonl")})
+        names = sorted({path.stem for path in self.kept.rglob("records/*.jsonl")})
         return [name for name in names if len(self.records(name))]
 
     @cached_property
@@ -185,8 +187,11 @@ class Study:
         return None if rows.empty else rows.sort_values("epoch", kind="stable").iloc[-1]
 
 
-def read_study(root: str | Path) -> Study:
+def read_study(root: str | Path, kept: str | Path | None = None) -> Study:
     """Every run at or below `root`, found by its `run.json` or its records.
+
+    Args:
+        kept: see `write_report`.
 
     Raises:
         UserError: if the folder does not exist, or holds no run that can be read.
@@ -197,10 +202,11 @@ def read_study(root: str | Path) -> Study:
             f"No folder '{root}'. Give --ckpt-dir a run, or a folder of runs; 'fpq-analyze train' makes one."
         )
     folders = {path.parent for path in root.rglob("run.json")}
-    folders |= {path.parent.parent for path in root.rglob("records/*.jsonl")}
+    kept = root if kept is None else Path(kept)
+    named = {records.run_name(kept, path.parent.parent): path.parent.parent for path in kept.rglob("records/*.jsonl")}
+    named |= {records.run_name(root, folder): folder for folder in folders}
     runs, faults = [], []
-    for folder in sorted(folders):
-        name = records.run_name(root, folder)
+    for name, folder in sorted(named.items()):
         with going_on(lambda fault, name=name: faults.append(f"{name} is left out: {fault}"), name):  # type: ignore[misc]
             about = read_run(folder) if (folder / "run.json").exists() else _from_records(folder)
             if about is None:
@@ -222,7 +228,7 @@ def read_study(root: str | Path) -> Study:
             f"'{root}' holds no run (a folder with a run.json), nor does any folder below it. "
             + (faults[0] if faults else "'fpq-analyze train' or 'fpq-analyze demo' makes some.")
         )
-    return Study(root, sorted(runs, key=lambda run: run.order), faults)
+    return Study(root, sorted(runs, key=lambda run: run.order), faults, kept)
 
 
 def number_of(row: dict[str, Any], key: str) -> float | None:
