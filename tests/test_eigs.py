@@ -98,9 +98,11 @@ def test_an_asymmetric_matrix_is_refused():
 
     data = (torch.randn(9, 6, dtype=torch.float64), torch.randint(3, (9,)))
     with pytest.raises(UserError, match="not symmetric"):
-        hessian_eigs(Net(), data, 2)
+        hessian_eigs(Net(), data, 2, definition="latent")
     with pytest.raises(UserError, match="not symmetric"):
-        spectral_density(Net(), data)
+        spectral_density(Net(), data, definition="latent")
+    with pytest.raises(UserError, match="a backward is no derivative"):
+        hessian_eigs(Net(), data, 2)
 
 
 def test_the_probe_starts_warm_along_a_run():

@@ -42,7 +42,7 @@ from fpq_analysis.quantizers import (
     rounded_weight,
     variables,
 )
-from fpq_analysis.quantizers.others import DISABLE, LATENT
+from fpq_analysis.quantizers.others import DISABLE, DISAGREES, LATENT
 
 MUCH_CLIPPED = 0.05
 UNSET = ("step_size", ".input_quantizer.alpha")  # scales, by the ends of their names
@@ -202,7 +202,7 @@ def _rounding(patient: Patient) -> Finding:
     name = rounded_weight(patient.model, patient.few[0][:2])
     if not name:
         return Finding(OK, "No weight is rounded by anything but quantizers of this package.")
-    return Finding(NOTE, f"'{name}' is rounded in the forward pass, but not in its gradient.", LATENT)
+    return Finding(NOTE, f"'{name}' {DISAGREES}.", LATENT)
 
 
 def _in_place(patient: Patient) -> Finding:

@@ -122,7 +122,7 @@ def prepare(
         data = [(x, y if y.is_floating_point() else y.long()) for x, y in data]
     fit = examine(view, data, function, cross_entropy)
     check_samples_apart(view, data)
-    few, foreign = data[0][0][:2], False
+    few, foreign = data[0][0][:1], False
     with full_precision():
         if definition != "latent":
             check_plain(view, few, definition)

@@ -28,6 +28,10 @@ CLASSES = {
 SWITCHES = ("fake_quant_enabled", "enabled", "is_enabled", "is_quant_enabled")  # by which they are taken off
 DISABLE = "model.apply(torch.ao.quantization.disable_observer)"
 LATENT = "Measure definition='latent' (--definition latent): the Hessian in the trained weights."
+DISAGREES = (
+    "does not move the output as its gradient says (it is rounded behind a straight-through estimator, or a backward "
+    "is no derivative)"
+)
 # Entries of a weight that are moved, and weights of a whole network; the steps relative to the weight's size, in
 # float64 and where that does not run; and how far off is no rounding of arithmetic.
 ENTRIES, SOME = 2, 4
@@ -67,11 +71,11 @@ def check_plain(view: nn.Module, x: Tensor, definition: str) -> None:
     """Raise `UserError` if a view of plain weights, of `dequantized` or `float`, rounds one after all.
 
     Args:
-        x: one or two inputs to run it on.
+        x: one input or more to run it on.
     """
     name = rounded_weight(view, x)
     if name:
-        raise UserError(_refusal(f"'{name}' is rounded in the forward pass, but not in its gradient", definition))
+        raise UserError(_refusal(f"'{name}' {DISAGREES}", definition))
     if definition == "float":
         named = [name for name, p in view.named_parameters() if p.requires_grad]
         some = named[:: max(1, len(named) // SOME)]
