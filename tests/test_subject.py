@@ -262,6 +262,13 @@ def test_other_packages_are_recognised_by_the_names_of_their_classes(module, nam
     assert hessian_trace(model, (X, Y)).method == "exact"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_shows_without_a_name_where_float64_does_not_run(seed):
+    """The fused fake quantizers of torch.ao know float32 only; a step may go over the edge of one of their levels."""
+    x = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
+    assert rounded_weight(by_torch_ao(), x)
+
+
 @given(networks())
 @settings(max_examples=20)
 def test_a_float_network_is_never_taken_for_a_quantized_one(made):

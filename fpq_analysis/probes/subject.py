@@ -26,7 +26,7 @@ from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.fit import Fit, examine
-from fpq_analysis.quantizers import check_definition_applies, check_plain, quantizers, rounded_weight, variables
+from fpq_analysis.quantizers import check_definition_applies, check_plain, quantizers, rounds_weights, variables
 from fpq_analysis.quantizers import view as take_view
 
 OPERATORS = ("hessian", "gauss-newton", "fisher")
@@ -127,7 +127,7 @@ def prepare(
         if definition != "latent":
             check_plain(view, few, definition)
         elif not any(True for _ in quantizers(view)):
-            foreign = bool(rounded_weight(view, few))
+            foreign = rounds_weights(view, few)
     if parameters is not None:
         named = select(named, [parameters] if isinstance(parameters, str) else list(parameters))
     # A layer's parameters side by side, so that each layer is one block of the matrix.

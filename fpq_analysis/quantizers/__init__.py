@@ -22,6 +22,7 @@ from fpq_analysis.quantizers.others import (
     live_observer,
     other_quantizers,
     rounded_weight,
+    rounds_weights,
 )
 from fpq_analysis.quantizers.pact import PACT, DoReFa
 from fpq_analysis.quantizers.schemes import SCHEMES
@@ -54,6 +55,7 @@ __all__ = [
     "quantizer_parameters",
     "quantizers",
     "rounded_weight",
+    "rounds_weights",
     "step_sizes",
     "variables",
     "view",
