@@ -128,7 +128,8 @@ def test_the_probe_starts_warm_along_a_run():
     ("options", "message"),
     [
         ({"k": 0}, "at least one"),
-        ({"k": 100_000}, "100000 eigenvalues"),
+        ({"k": 100_000}, "k is 100000"),
+        ({"k": 100_000, "max_products": 100_000}, "100000 eigenvalues are asked of a matrix"),
         ({"which": "LR"}, "Unknown end 'LR'"),
         ({"tol": 0.0}, "between 0 and 1"),
         ({"operator": "hesian"}, "did you mean 'hessian'"),

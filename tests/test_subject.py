@@ -452,3 +452,12 @@ def test_chance_is_the_most_frequent_class(share, at_chance, capsys):
     assert all(len(line) <= 80 for line in text.splitlines())
     assert f"{100 * share:.1f}" in text
     assert ("At chance: a (epoch 3)." in text) is at_chance
+
+
+@pytest.mark.parametrize("place", [0, 300, 4999, 8999])
+def test_a_label_that_is_no_class_is_found_wherever_it_is(place):
+    """Of much data only some is run through the model first; the labels are all looked at."""
+    x, y = torch.randn(9000, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(9000, dtype=torch.long)
+    y[place] = 3
+    with pytest.raises(UserError, match="0 to C - 1"):
+        hessian_trace(net(), (x, y), method="hutchinson", n_products=2)

@@ -58,10 +58,12 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool)
             over samples (`check_mean`).
     """
     tail: list[Batch] = []
+    shapes: set[torch.Size] = set()
 
     def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch
         z = _outputs(view, x)
+        shapes.add(z.shape[1:])
         if cross_entropy:
             check_targets(z, y)
             _check_digits(z, x)
@@ -80,6 +82,9 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool)
     every = max(1, math.ceil(sum(len(x) for x, _ in data) / MOST)) if cross_entropy else 1
     with torch.no_grad(), full_precision():
         parts = [torch.cat(part) for part in zip(*each(list(data[::every]), look), strict=True)]
+    if cross_entropy and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
+        for x, y in data:
+            check_targets(torch.empty((len(x), *next(iter(shapes))), device="meta"), y)
     losses, hits, classes = (part.double() for part in parts)
     n = len(losses)
     error = float(losses.std()) / math.sqrt(n) if n > 1 else math.nan
