@@ -179,6 +179,7 @@ def test_quantizers_of_others_have_a_latent_hessian_only(build):
     assert found.method == "deflated"
     assert "not of this package" in found.reason
     assert math.isnan(found.clipped_fraction)
+    assert math.isnan(hessian_eigs(model, (X, Y), 1, definition="latent").clipped_fraction)
     own = [p for p in model.parameters() if p.requires_grad]
     truth = float(dense_hessian(model, own, X, Y).trace())
     assert abs(found.value - truth) < 5 * found.sem + 1e-4 * abs(truth)

@@ -7,6 +7,7 @@ average one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +116,7 @@ def hessian_eigs(
         subject.n_data,
         matrix.n_products,
         seed,
-        clipped_fraction(model),
+        math.nan if subject.foreign else clipped_fraction(model),
         found.start,
     )
 
@@ -182,7 +183,9 @@ class HessianEigs:
             "n_data": estimate.n_data,
             "n_products": estimate.n_products,
         }
-        rows: Rows = [{"quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common}]
+        rows: Rows = []
+        if not math.isnan(estimate.clipped_fraction):
+            rows.append({"quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common})
         for i, (value, residual, converged) in enumerate(
             zip(estimate.values, estimate.residuals, estimate.converged, strict=True), 1
         ):
