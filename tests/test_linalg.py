@@ -106,6 +106,20 @@ def test_a_vector_almost_inside_the_basis_comes_out_orthogonal():
     torch.testing.assert_close(whole @ whole.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_room_for_rows_is_taken_by_bytes_and_grows():
+    """Sixty-four rows of a large network do not fit on many devices before there are any."""
+    long = Basis(2**28, torch.float32, torch.device("meta"))
+    assert long.room().shape == (1, 2**28)
+    assert long._memory.nbytes <= 2**31
+    short = Basis(200, torch.float64, torch.device("cpu"), capacity=2, most=5)
+    rooms = []
+    for row in torch.randn(5, 1, 200, generator=dice(), dtype=torch.float64):
+        short.extend(row.clone())
+        rooms.append(len(short._memory))
+    assert rooms == [2, 2, 4, 4, 5]
+    torch.testing.assert_close(short.rows @ short.rows.T, torch.eye(5).double(), rtol=0, atol=1e-12)
+
+
 # --- Eigenvalues ---
 
 

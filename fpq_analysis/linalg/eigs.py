@@ -87,7 +87,7 @@ def eigenpairs(
     first = random_normal(matrix, 1, generator)[0]
     if start is not None:
         first = start.to(first) + FRESH * first / float(norms(first[None]))
-    lanczos = Lanczos(matrix, start=first)
+    lanczos = Lanczos(matrix, start=first, most=most)
     trial = 0
     while True:
         lanczos.extend(1)

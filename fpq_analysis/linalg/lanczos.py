@@ -34,9 +34,14 @@ class Lanczos:
     COST = 1
 
     def __init__(
-        self, matrix: Matrix, *, generator: torch.Generator | None = None, start: Tensor | None = None
+        self,
+        matrix: Matrix,
+        *,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+        most: int | None = None,
     ) -> None:
-        """Either a `start` vector (n,), or a `generator` for one of random direction."""
+        """Either a `start` vector (n,), or a `generator` for one of random direction; `most`: rows at most."""
         if start is None:
             assert generator is not None
             start = random_normal(matrix, 1, generator)[0]
@@ -45,7 +50,7 @@ class Lanczos:
         self.ended = False
         self.beta = 0.0  # length of what comes next, before it was brought to one
         # The last row is what comes next, and has no product yet.
-        self._basis = Basis(matrix.size, start.dtype, start.device)
+        self._basis = Basis(matrix.size, start.dtype, start.device, most=(most or matrix.size) + 1)
         self._basis.extend(start[None].clone())
         # H[i, j] for i <= j is q_i . A q_j as measured; below the diagonal stands what it must be if A is symmetric.
         self._h = torch.zeros(0, 0, dtype=torch.float64)

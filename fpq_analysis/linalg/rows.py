@@ -13,7 +13,9 @@ from torch import Tensor
 # Numbers whose products are added up in the rows' own type; larger pieces are no faster, and less exact.
 PIECE = 4096
 SHORT = 512  # the same where PyTorch adds up, which is less exact
-FIRST_CAPACITY = 64
+# Room for rows before any is there: so many, or what fits into so many bytes, as not every device hands out memory only
+# where it is written to.
+FIRST_CAPACITY, FIRST_BYTES = 64, 2**30
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -62,12 +64,26 @@ def combined(coefficients: Tensor, rows: Tensor) -> Tensor:
 class Basis:
     """Orthonormal rows in one block of memory with room for more.
 
+    Args:
+        capacity: rows there is room for at first; None for what `FIRST_BYTES` hold.
+        most: rows there will be at most; room grows twofold up to that.
+
     Attributes:
         rows: (m, n), a view.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, capacity: int = FIRST_CAPACITY) -> None:
-        self._memory = torch.empty(min(capacity, size + 1), size, dtype=dtype, device=device)
+    def __init__(
+        self,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None = None,
+        most: int | None = None,
+    ) -> None:
+        self.most = size + 1 if most is None else most
+        if capacity is None:
+            capacity = max(2, min(FIRST_CAPACITY, FIRST_BYTES // (size * dtype.itemsize)))
+        self._memory = torch.empty(min(capacity, self.most), size, dtype=dtype, device=device)
         self.rows = self._memory[:0]
 
     def __len__(self) -> int:
@@ -83,7 +99,7 @@ class Basis:
     def room(self) -> Tensor:
         """(1, n): where the next row will stand, for it to be worked out there."""
         if len(self) == len(self._memory):
-            self.reserve(2 * len(self))
+            self.reserve(max(len(self) + 1, min(2 * len(self), self.most)))
         return self._memory[len(self) : len(self) + 1]
 
     def accept(self) -> None:
