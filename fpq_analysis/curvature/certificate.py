@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.exact import Recorder, check_logits, find_layers
+from fpq_analysis.curvature.exact import FEW, Recorder, check_logits, find_layers
 from fpq_analysis.curvature.graph import NotExactError, prove, prove_parameters, wanting
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.samples import spread
@@ -44,7 +44,7 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
     generator = torch.Generator().manual_seed(seed)
     try:
         with full_precision(), torch.enable_grad():
-            prove_parameters(model, batches[0][0][:GRADIENT_IMAGES], parameters)
+            prove_parameters(model, batches[0][0][:FEW], parameters)
             for image in spread(batches, GRADIENT_IMAGES).split(1):
                 _check_first_derivatives(model, image, parameters, layers, generator)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -30,6 +30,8 @@ from torch.autograd import Function
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fpq_analysis.curvature.steps import label
+
 Node = Any  # torch's own type lacks most of what a node has
 
 
@@ -273,7 +275,7 @@ def _observe(
 
     def finish(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            spans.append((starts.pop(), _clock(), f"'{name or '(model)'}' ({type(module).__name__})"))
+            spans.append((starts.pop(), _clock(), label(name, module)))
 
         return hook
 
