@@ -23,10 +23,10 @@ from _common import environment, interleave, settle_batchnorm, write_json
 from fpq_analysis import QuantSpec, calibrate, quantize, records
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.devices import pick_device
-from fpq_analysis.landscapes import Recipe
-from fpq_analysis.landscapes.study import FLUSH
-from fpq_analysis.landscapes.survey import DEVICE_BATCH, Survey
 from fpq_analysis.models import build_model
+from fpq_analysis.pipeline.landscapes import FLUSH
+from fpq_analysis.probes.landscape import Recipe
+from fpq_analysis.probes.landscape.survey import DEVICE_BATCH, Survey
 from fpq_analysis.probes.subject import prepare
 
 

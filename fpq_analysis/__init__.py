@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from fpq_analysis.doctor import diagnose, forecast_measurements
     from fpq_analysis.errors import UserError
     from fpq_analysis.export import export_onnx, export_safetensors
-    from fpq_analysis.figures import draw_figures
     from fpq_analysis.foreign import ForeignRuns
     from fpq_analysis.inspection import inspect_checkpoint, inspect_run
-    from fpq_analysis.landscapes import Landscape, Recipe, landscape, measure_landscapes
-    from fpq_analysis.measurement import measure
+    from fpq_analysis.pipeline.figures import draw_figures
+    from fpq_analysis.pipeline.landscapes import measure_landscapes
+    from fpq_analysis.pipeline.measurement import measure
     from fpq_analysis.probes import (
         Drift,
         EigenEstimate,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         sharpness,
         spectral_density,
     )
+    from fpq_analysis.probes.landscape import Landscape, Recipe, landscape
     from fpq_analysis.quantizers import QuantSpec, calibrate, quantize
     from fpq_analysis.report import write_report
     from fpq_analysis.tables import paper_tables
@@ -63,18 +64,18 @@ _HOMES = {
     "HessianEigs": "fpq_analysis.probes",
     "HessianTrace": "fpq_analysis.probes",
     "OutputVariance": "fpq_analysis.probes",
-    "Landscape": "fpq_analysis.landscapes",
+    "Landscape": "fpq_analysis.probes.landscape",
     "NoiseResponse": "fpq_analysis.probes",
     "Oscillation": "fpq_analysis.probes",
     "QuantSpec": "fpq_analysis.quantizers",
-    "Recipe": "fpq_analysis.landscapes",
+    "Recipe": "fpq_analysis.probes.landscape",
     "Sharpness": "fpq_analysis.probes",
     "TraceEstimate": "fpq_analysis.probes",
     "TrainConfig": "fpq_analysis.training",
     "UserError": "fpq_analysis.errors",
     "calibrate": "fpq_analysis.quantizers",
     "diagnose": "fpq_analysis.doctor",
-    "draw_figures": "fpq_analysis.figures",
+    "draw_figures": "fpq_analysis.pipeline.figures",
     "export_onnx": "fpq_analysis.export",
     "export_safetensors": "fpq_analysis.export",
     "feature_drift": "fpq_analysis.probes",
@@ -85,11 +86,11 @@ _HOMES = {
     "hessian_trace": "fpq_analysis.probes",
     "inspect_checkpoint": "fpq_analysis.inspection",
     "inspect_run": "fpq_analysis.inspection",
-    "landscape": "fpq_analysis.landscapes",
+    "landscape": "fpq_analysis.probes.landscape",
     "load": "fpq_analysis.checkpoint",
-    "measure": "fpq_analysis.measurement",
+    "measure": "fpq_analysis.pipeline.measurement",
     "output_variance": "fpq_analysis.probes",
-    "measure_landscapes": "fpq_analysis.landscapes",
+    "measure_landscapes": "fpq_analysis.pipeline.landscapes",
     "noise_response": "fpq_analysis.probes",
     "oscillation": "fpq_analysis.probes",
     "paper_tables": "fpq_analysis.tables",

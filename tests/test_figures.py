@@ -41,7 +41,7 @@ def test_again_from_records_alone(drawn, tmp_path):
     for run in (root / "runs").iterdir():
         shutil.copytree(run / "records", tmp_path / "runs" / run.name / "records")
     code = (
-        "import sys; from fpq_analysis.figures import draw_figures; "
+        "import sys; from fpq_analysis.pipeline.figures import draw_figures; "
         f"found = draw_figures({str(tmp_path / 'runs')!r}, out={str(tmp_path / 'out')!r}, measure=False); "
         "sys.exit('torch' in sys.modules or bool(found['path'].isna().any()))"
     )

@@ -34,12 +34,13 @@ from fpq_analysis import (
 from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.landscapes import directions, study
-from fpq_analysis.landscapes.survey import Survey
-from fpq_analysis.measurement import Sampler
+from fpq_analysis.pipeline import landscapes as study
+from fpq_analysis.pipeline.measurement import Sampler
 from fpq_analysis.plots import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.landscape import levels, terrains
 from fpq_analysis.plots.landscape_html import surface_html
+from fpq_analysis.probes.landscape import directions
+from fpq_analysis.probes.landscape.survey import Survey
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import latent_derivatives, view
 from tests.nets import tiny

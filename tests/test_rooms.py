@@ -31,22 +31,18 @@ ROOMS = {
     "checkpoint": {"models", "quantizers", "runs"},
     "foreign": {"checkpoint", "data", "factories", "models", "quantizers", "runs"},
     "training": {"data", "models", "quantizers", "checkpoint", "devices", "progress", "runs"},
-    "probes": {"curvature", "linalg", "models", "quantizers"},
+    "probes": {"curvature", "linalg", "models", "progress", "quantizers", "records"},
     "records": set(),
     "comparison": set(),
-    "measurement": {"checkpoint", "data", "devices", "factories", "foreign", "models", "probes", "progress"}
-    | {"records", "runs", "__version__"},
-    "landscapes": {"checkpoint", "curvature", "devices", "foreign", "measurement", "models", "probes", "progress"}
-    | {"quantizers", "records", "runs"},
+    "pipeline": {"checkpoint", "data", "devices", "factories", "foreign", "models", "plots", "probes", "progress"}
+    | {"records", "report", "runs", "training", "__version__"},
     "plots": {"records"},
-    "figures": {"measurement", "plots", "probes", "records"},
     "report": {"comparison", "plots", "records", "runs", "__version__"},
     "compat": {"curvature", "plots", "probes"},
     "doctor": {"checkpoint", "curvature", "data", "devices", "foreign", "models", "quantizers"},
     "inspection": {"checkpoint", "foreign", "runs"},
     "tables": {"runs"},
     "export": {"checkpoint", "quantizers", "runs"},
-    "demo": {"figures", "landscapes", "measurement", "probes", "report", "training"},
     "cli": None,  # anything
     "__init__": None,
 }
@@ -71,9 +67,9 @@ def test_imports_go_one_way(path):
         assert imports(path) <= allowed | ANYWHERE | {room}
 
 
-@pytest.mark.parametrize("module", ["fpq_analysis", "fpq_analysis.cli", "fpq_analysis.figures", "fpq_analysis.report"])
+@pytest.mark.parametrize("module", ["", ".cli", ".pipeline.figures", ".report"])
 def test_no_torch_is_loaded(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, fpq_analysis{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpq_analysis import ForeignRuns, UserError, checkpoint, files, measure, records, runs
-from fpq_analysis.measurement import plan
+from fpq_analysis.pipeline.measurement import plan
 from fpq_analysis.runs import checkpoints, file_hash, read_header, read_manifest
 from fpq_analysis.training import TrainConfig
 from tests.nets import DIGITS, tiny
@@ -145,7 +145,7 @@ def test_a_copy_under_another_epoch_is_named(tiny_runs, tmp_path, vouched):
         (run / "manifest.json").unlink()
     todo = plan(run, Norm(), n_data=16)
     faults = {}
-    from fpq_analysis.measurement import carry_out
+    from fpq_analysis.pipeline.measurement import carry_out
 
     rows = carry_out(todo, Norm(), n_data=16, seed=0, device="cpu", model=NET, on_fault=faults.__setitem__)
     assert sorted(rows["epoch"]) == [1, 2]

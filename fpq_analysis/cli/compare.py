@@ -29,7 +29,7 @@ from fpq_analysis.cli.app import (
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
-    from fpq_analysis.measurement import Source
+    from fpq_analysis.pipeline.measurement import Source
 
 
 @app.command()
@@ -58,8 +58,8 @@ def compare(
     """
     import pandas as pd
 
-    from fpq_analysis import measurement
     from fpq_analysis.comparison import by_epoch, number, told_apart
+    from fpq_analysis.pipeline import measurement
     from fpq_analysis.plots.figure5 import totals
     from fpq_analysis.probes import HessianTrace
 

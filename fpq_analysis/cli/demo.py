@@ -28,6 +28,6 @@ def demo(
 
       fpq-analyze demo
     """
-    from fpq_analysis.demo import run_demo
+    from fpq_analysis.pipeline.demo import run_demo
 
     print_traces(run_demo(out, figures, report, device=device, log=say))

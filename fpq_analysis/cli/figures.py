@@ -54,7 +54,7 @@ def figures(
 
       fpq-analyze figures 3 4 --ckpt-dir checkpoints/demo --no-measure
     """
-    from fpq_analysis.figures import draw_figures
+    from fpq_analysis.pipeline.figures import draw_figures
 
     faults: dict[Path, UserError] = {}
     drawn = draw_figures(

@@ -55,8 +55,9 @@ def landscape(
 
       fpq-analyze landscape --through checkpoints/lsq --through checkpoints/fpq
     """
-    from fpq_analysis.landscapes import Recipe, study
+    from fpq_analysis.pipeline import landscapes as study
     from fpq_analysis.plots.landscape import landscape_caption, terrains
+    from fpq_analysis.probes.landscape import Recipe
     from fpq_analysis.training.sweep import parse_shard
 
     ends = through or []

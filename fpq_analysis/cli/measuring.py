@@ -120,7 +120,7 @@ def measure_and_show(
     """
     import pandas as pd
 
-    from fpq_analysis import measurement
+    from fpq_analysis.pipeline import measurement
     from fpq_analysis.probes.point import NEEDS
 
     sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed, "model": settings.model}

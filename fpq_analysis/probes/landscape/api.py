@@ -12,9 +12,9 @@ from torch import nn
 
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.operator import Loss
-from fpq_analysis.landscapes.directions import Move
-from fpq_analysis.landscapes.recipe import Recipe
-from fpq_analysis.landscapes.survey import Survey, quantity
+from fpq_analysis.probes.landscape.directions import Move
+from fpq_analysis.probes.landscape.recipe import Recipe
+from fpq_analysis.probes.landscape.survey import Survey, quantity
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
 from fpq_analysis.records import COLUMNS

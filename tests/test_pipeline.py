@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fpq_analysis import ForeignRuns, UserError, __version__, files, measure, records
 from fpq_analysis.cli import app
-from fpq_analysis.measurement import carry_out, plan
+from fpq_analysis.pipeline.measurement import carry_out, plan
 from tests.nets import tiny
 
 

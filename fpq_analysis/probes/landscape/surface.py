@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.memory import each
-from fpq_analysis.landscapes.directions import Move
-from fpq_analysis.landscapes.opened import Opened
+from fpq_analysis.probes.landscape.directions import Move
+from fpq_analysis.probes.landscape.opened import Opened
 from fpq_analysis.probes.subject import Subject
 
 # Tensors in one piece of memory begin at multiples of so many scalars, as they would if they were alone.

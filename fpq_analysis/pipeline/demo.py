@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from fpq_analysis.figures import draw_figures
-from fpq_analysis.landscapes import Recipe, measure_landscapes
-from fpq_analysis.measurement import measure
+from fpq_analysis.pipeline.figures import draw_figures
+from fpq_analysis.pipeline.landscapes import measure_landscapes
+from fpq_analysis.pipeline.measurement import measure
 from fpq_analysis.probes import Features, GradNorm, HessianTrace, OutputVariance
+from fpq_analysis.probes.landscape import Recipe
 from fpq_analysis.report import write_report
 from fpq_analysis.training import TrainConfig, train
 

@@ -24,9 +24,7 @@ from fpq_analysis import records as rec
 from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
-from fpq_analysis.landscapes.recipe import Recipe
-from fpq_analysis.landscapes.survey import Cell, Survey, check_others, quantity
-from fpq_analysis.measurement import (
+from fpq_analysis.pipeline.measurement import (
     FORECAST_IMAGES,
     Sampler,
     Source,
@@ -36,6 +34,8 @@ from fpq_analysis.measurement import (
     measurement_key,
     source_of,
 )
+from fpq_analysis.probes.landscape.recipe import Recipe
+from fpq_analysis.probes.landscape.survey import Cell, Survey, check_others, quantity
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
 from fpq_analysis.runs import file_hash

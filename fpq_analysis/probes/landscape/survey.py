@@ -27,13 +27,13 @@ from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
-from fpq_analysis.landscapes import directions as geometry
-from fpq_analysis.landscapes.directions import Move
-from fpq_analysis.landscapes.opened import Opened, check_alike, opened
-from fpq_analysis.landscapes.recipe import DEFINITION, Recipe
-from fpq_analysis.landscapes.surface import Surface
 from fpq_analysis.models import model_device
 from fpq_analysis.probes import hessian_eigs
+from fpq_analysis.probes.landscape import directions as geometry
+from fpq_analysis.probes.landscape.directions import Move
+from fpq_analysis.probes.landscape.opened import Opened, check_alike, opened
+from fpq_analysis.probes.landscape.recipe import DEFINITION, Recipe
+from fpq_analysis.probes.landscape.surface import Surface
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.probes.subject import check_finite, prepare
 from fpq_analysis.probes.trace import ROOT

@@ -97,7 +97,7 @@ def _measured(
     on_fault: Fault | None,
 ) -> pd.DataFrame:
     if where is not None:
-        from fpq_analysis import measurement
+        from fpq_analysis.pipeline import measurement
         from fpq_analysis.probes import PROBES
 
         if drawing.probe in PROBES:

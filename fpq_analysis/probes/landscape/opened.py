@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.landscapes.directions import Move
+from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.quantizers import Quantizer, latent_derivatives, quantizers, variables
 from fpq_analysis.quantizers.apply import latent_weight
 from fpq_analysis.quantizers.base import MIN_STEP
