@@ -25,7 +25,7 @@ from fpq_analysis.data import load_dataset
 from fpq_analysis.probes import HessianEigs, HessianTrace, hessian_trace
 from fpq_analysis.quantizers import calibrate, quantize
 from fpq_analysis.training import TrainConfig
-from fpq_analysis.training import folder as folders
+from fpq_analysis.training import resume as folders
 
 MODEL = "tests.test_hostile:least"
 FAST = ["--n-data", "8", "--device", "cpu", "--model", MODEL]

@@ -154,7 +154,7 @@ def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
 
 def test_a_kill_between_any_two_writes_is_made_good(tiny_runs, tmp_path, monkeypatch):
     """Every write of an epoch fails once, in turn; the resumed run ends the same."""
-    from fpq_analysis.training import folder
+    from fpq_analysis.training import resume
 
     config = TrainConfig(
         model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(tiny_runs / "fp"), epochs=2, batch_size=256
@@ -162,10 +162,10 @@ def test_a_kill_between_any_two_writes_is_made_good(tiny_runs, tmp_path, monkeyp
     train(config, tmp_path / "whole", device="cpu", log=quiet)
     truth = [read_checkpoint(p).sha256 for p in checkpoints(tmp_path / "whole").values()]
     places = [
-        (folder.ckpt, "save_checkpoint"),
-        (folder, "append_jsonl"),
-        (folder, "atomic_write"),
-        (folder, "write_json"),
+        (resume.ckpt, "save_checkpoint"),
+        (resume, "append_jsonl"),
+        (resume, "atomic_write"),
+        (resume, "write_json"),
     ]
     for owner, name in places:
         for nth in (1, 2):

@@ -41,7 +41,7 @@ from fpq_analysis.quantizers import (
     weight_codes,
 )
 from fpq_analysis.runs import checkpoints, read_run, read_training
-from fpq_analysis.training import folder
+from fpq_analysis.training import resume as run_folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.csd import Features, check_pair, csd_loss
 from fpq_analysis.training.kd import kd_loss
@@ -89,7 +89,7 @@ def train(
     """
     run = Path(run)
     where = pick_device(device)
-    done = folder.last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
+    done = run_folder.last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
     if done == config.epochs:
         log(f"{run}: all {config.epochs} epochs are done")
         rows = read_training(run)
@@ -106,19 +106,19 @@ def train(
     model, teacher, teacher_hash = _start(config, data)
     # Everything was checked; from here on the folder is written to.
     run.mkdir(parents=True, exist_ok=True)
-    if done != folder.NOTHING:
-        folder.check_teacher(run, teacher_hash)
+    if done != run_folder.NOTHING:
+        run_folder.check_teacher(run, teacher_hash)
         last = ckpt.read_checkpoint(run / f"epoch_{done:04d}.pt")
         ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", whose=ckpt.made_with(last.model["name"]))
-    folder.clear_after(run, done)
+    run_folder.clear_after(run, done)
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     optimizer = make_optimizer(config, model)
-    if done == folder.NOTHING:
-        folder.begin(run, config, data, teacher_hash)
+    if done == run_folder.NOTHING:
+        run_folder.begin(run, config, data, teacher_hash)
         row: dict[str, Any] = {"test_accuracy": accuracy(model, data, data.test)}
-        folder.finish_epoch(run, config, data, model, optimizer, 0, row)
+        run_folder.finish_epoch(run, config, data, model, optimizer, 0, row)
         done = 0
     else:
         _load_optimizer(optimizer, run)
@@ -130,7 +130,7 @@ def train(
         row["clipped_fraction"] = clipped_fraction(model)
         row["oscillating_fraction"] = changed_fraction(codes, weight_codes(model))
         row["step_sizes"] = step_sizes(model)
-        folder.finish_epoch(run, config, data, model, optimizer, epoch, row)
+        run_folder.finish_epoch(run, config, data, model, optimizer, epoch, row)
         left = (config.epochs - epoch) * row["seconds"]
         log(
             f"{run.name}  epoch {epoch}/{config.epochs}  loss {row['loss']:.4f}  "
@@ -141,7 +141,7 @@ def train(
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, run: Path) -> None:
-    state = folder.read_resume(run)["optimizer"]
+    state = run_folder.read_resume(run)["optimizer"]
     try:
         optimizer.load_state_dict(state)
         fits = all(

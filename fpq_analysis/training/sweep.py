@@ -39,7 +39,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.models import check_model_name
 from fpq_analysis.progress import duration
 from fpq_analysis.runs import read_manifest, read_run, read_training
-from fpq_analysis.training import folder
+from fpq_analysis.training import resume as run_folder
 from fpq_analysis.training.config import METHODS, TrainConfig
 from fpq_analysis.training.loop import train
 
@@ -333,12 +333,12 @@ def _short(value: Any) -> str:
 
 
 def _finished_epoch(sweep: Sweep, name: str) -> int:
-    """The last epoch of a run that counts as done, `folder.NOTHING` before the first."""
+    """The last epoch of a run that counts as done, `resume.NOTHING` before the first."""
     config, run = sweep.runs[name], sweep.out / name
     if (run / "run.json").exists():
         before = read_run(run)["config"]
         config = replace(config, **{key: before[key] for key in LOCATIONS if before.get(key) is not None})
-    return folder.last_finished_epoch(config, run, resume=True, overwrite=False)
+    return run_folder.last_finished_epoch(config, run, resume=True, overwrite=False)
 
 
 def _teacher_is_there(sweep: Sweep, name: str) -> bool:
@@ -352,7 +352,7 @@ def _finished_rows(sweep: Sweep, name: str) -> list[dict[str, Any]]:
     epoch, run = _finished_epoch(sweep, name), sweep.out / name
     if epoch == sweep.runs[name].epochs and name in sweep.teachers and _teacher_is_there(sweep, name):
         teacher = read_manifest(sweep.out / sweep.teachers[name])
-        folder.check_teacher(run, teacher[max(teacher)])
+        run_folder.check_teacher(run, teacher[max(teacher)])
     return [row for row in read_training(run) if row["epoch"] <= epoch]
 
 
