@@ -1,8 +1,11 @@
 # make demo           the whole job on embedded data: train, measure, figures, report
 # make test           the test suite
 # make test-portable  its numbers once more, as on another processor: the oldest instructions, one thread
+# make coverage       the test suite, and the share of the package's lines and branches it reaches
 # make notebooks      the notebooks, on the demo's checkpoints
 # make check          linter, formatter and type checker
+# make docs           the documentation into docs/_build/html; a warning is an error
+# make dist           sdist and wheel into dist/, and the wheel tried in an empty environment (DEMO=1: the demo too)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +15,7 @@ NOT_OF_NUMBERS := cli factories figures files guard hostile inspection notebooks
 	text training
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-portable notebooks check clean
+.PHONY: demo test test-portable coverage notebooks check docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fpq-analyze demo
@@ -23,6 +26,9 @@ test: $(VENV)/.installed-test
 test-portable: $(VENV)/.installed-test
 	$(OTHER_PROCESSOR) $(BIN)/python -m pytest $(NOT_OF_NUMBERS:%=--ignore=tests/test_%.py)
 
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+
 notebooks: $(VENV)/.installed-test
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
@@ -30,6 +36,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
+
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	DEMO=$(DEMO) PYTHON=$(PYTHON) .ci/try-wheel dist/*.whl
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

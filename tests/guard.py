@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 CACHES = {".git", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache", ".ipynb_checkpoints"}
+CACHES |= {"build"}  # what coverage writes
 Snapshot = dict[str, tuple[int, int] | None]
 BEFORE = pytest.StashKey[Snapshot]()
 CHANGES = pytest.StashKey[list[str]]()

@@ -34,9 +34,9 @@ class EigenEstimate:
 
     Attributes:
         values: (k,), the wanted end first.
-        residuals: (k,) |H v - value v|: there is an eigenvalue within it of each value (not a statistical error).
+        residuals: (k,) `|H v - value v|`: there is an eigenvalue within it of each value (not a statistical error).
         converged: (k,) whether the residual is within the tolerance.
-        vectors: by parameter name, (k, *its shape), or None; together each eigenvector has length 1.
+        vectors: by parameter name, `(k, *its shape)`, or None; together each eigenvector has length 1.
         definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
         operator: `hessian`, `gauss-newton` or `fisher`.
         which: `LA`, `SA` or `LM`.
@@ -83,7 +83,7 @@ def hessian_eigs(
     Args:
         model, batches, loss, definition, operator, parameters, seed, device, micro_batch: as for `hessian_trace`.
         which: `LA` (largest), `SA` (smallest), `LM` (largest in magnitude).
-        tol: a pair has converged when |H v - value v| is within `tol` times |value|.
+        tol: a pair has converged when `|H v - value v|` is within `tol` times `|value|`.
         start: `start` of an earlier estimate, of this network at an epoch nearby: fewer products, the same values.
         eigenvectors: return them.
         max_products: pairs that have not converged after so many products are returned as such.
