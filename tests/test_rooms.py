@@ -74,7 +74,12 @@ def test_no_torch_is_loaded(module):
 
 
 def test_every_public_name_can_be_imported():
+    assert dir(fpq_analysis) == sorted(fpq_analysis.__all__)
     for name in fpq_analysis.__all__:
         assert getattr(fpq_analysis, name).__doc__
     with pytest.raises(AttributeError):
         _ = fpq_analysis.nothing
+
+
+def test_types_are_there_for_users_of_the_package():
+    assert (PACKAGE / "py.typed").exists()
