@@ -1,8 +1,9 @@
-"""Who may import whom: the data flow one way, and drawing needs no torch."""
+"""The rooms of `docs/architecture.md`: data flow one way, a file has one job, and drawing needs no torch."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,59 +13,98 @@ import pytest
 import fpq_analysis
 
 PACKAGE = Path(fpq_analysis.__file__).parent
-ANYWHERE = {"errors", "files", "schema", "text"}
-# Room: what it may import of the package, beside itself and what may be imported anywhere.
+ANYWHERE = {"errors", "devices", "progress", "text", "files", "schema", "__version__"}
+# Room: what it may import of the package, beside itself and what may be imported anywhere.  Only rooms above it.
 ROOMS = {
-    "errors": set(),
-    "files": set(),
-    "text": set(),
-    "schema": set(),
-    "progress": set(),
-    "devices": set(),
     "linalg": set(),
-    "models": set(),
-    "data": set(),
-    "quantizers": set(),
     "curvature": {"linalg"},
+    "data": set(),
+    "models": set(),
+    "quantizers": set(),
     "runs": set(),
     "factories": set(),
     "checkpoint": {"models", "quantizers", "runs"},
     "foreign": {"checkpoint", "data", "factories", "models", "quantizers", "runs"},
-    "training": {"data", "models", "quantizers", "checkpoint", "devices", "progress", "runs"},
-    "probes": {"curvature", "linalg", "models", "progress", "quantizers", "records"},
+    "inspection": {"checkpoint", "foreign", "runs"},
+    "export": {"checkpoint", "quantizers", "runs"},
+    "training": {"checkpoint", "data", "models", "quantizers", "runs"},
     "records": set(),
     "comparison": set(),
-    "pipeline": {"checkpoint", "data", "devices", "factories", "foreign", "models", "plots", "probes", "progress"}
-    | {"records", "report", "runs", "training", "__version__"},
-    "plots": {"records"},
-    "report": {"comparison", "plots", "records", "runs", "__version__"},
-    "compat": {"curvature", "plots", "probes"},
-    "doctor": {"checkpoint", "curvature", "data", "devices", "foreign", "models", "quantizers"},
-    "inspection": {"checkpoint", "foreign", "runs"},
     "tables": {"runs"},
-    "export": {"checkpoint", "quantizers", "runs"},
-    "cli": None,  # anything
-    "__init__": None,
+    "probes": {"curvature", "linalg", "models", "quantizers", "records"},
+    "plots": {"records"},
+    "report": {"comparison", "plots", "records", "runs"},
+    "pipeline": {"checkpoint", "data", "factories", "foreign", "models", "plots", "probes", "records", "report", "runs"}
+    | {"training"},
+    "compat": {"curvature", "plots", "probes"},
+    "doctor": {"checkpoint", "curvature", "data", "foreign", "models", "quantizers"},
 }
+ROOMS["cli"] = ROOMS["__init__"] = set(ROOMS)
+FILES = sorted(PACKAGE.rglob("*.py"))
+LINES = 400
+TOO_LONG: set[str] = {  # until each is two files, or fewer lines
+    "curvature/exact.py",
+    "curvature/graph.py",
+    "pipeline/landscapes.py",
+    "pipeline/measurement.py",
+    "probes/features.py",
+    "probes/gradnorm.py",
+    "probes/sharpness.py",
+    "report/tables.py",
+}
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    rooms = set()
+    """The modules and names of the package that a file imports: `fpq_analysis.runs`, `fpq_analysis.__version__`."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fpq_analysis"):
-            parts = node.module.split(".")
-            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fpq_analysis":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module == "fpq_analysis" else {n if n in MODULES else node.module for n in names}
         elif isinstance(node, ast.Import):
-            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fpq_analysis.")}
-    return rooms
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "fpq_analysis"}
+    return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@every_file
 def test_imports_go_one_way(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    allowed = ROOMS[room]
-    if allowed is not None:
-        assert imports(path) <= allowed | ANYWHERE | {room}
+    allowed = ROOMS.get(room, set()) | ANYWHERE | {room}
+    assert {name.split(".")[1] for name in imports(path)} <= allowed
+
+
+def test_every_room_is_in_the_table_below_what_it_imports():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms - ANYWHERE == set(ROOMS)
+    for place, (room, allowed) in enumerate(ROOMS.items()):
+        assert allowed <= set(list(ROOMS)[:place]), room
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items() if path.stem != "__main__"}
+    del graph["fpq_analysis"]  # imports nothing before it is asked for a name
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
+
+
+@every_file
+def test_a_file_says_its_one_job_and_has_no_room_for_two(path):
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert said, "no docstring"
+    lines = len(path.read_text().splitlines())
+    too_long = str(path.relative_to(PACKAGE)) in TOO_LONG
+    assert (lines > LINES) == too_long, f"{lines} lines; TOO_LONG lists the files of more than {LINES}, and shrinks"
+
+
+def test_the_list_of_long_files_is_of_files():
+    assert all((PACKAGE / name).exists() for name in TOO_LONG)
 
 
 @pytest.mark.parametrize("module", ["", ".cli", ".pipeline.figures", ".report"])
