@@ -23,6 +23,15 @@ def raise_fault(path: Path, fault: UserError) -> None:
     raise named(fault, f"'{path}'") from fault
 
 
+class UnfitError(UserError):
+    """Something that makes a curvature meaningless: a sentence, and its cure."""
+
+    def __init__(self, finding: str, cure: str) -> None:
+        super().__init__(f"{finding} {cure}")
+        self.finding = finding
+        self.cure = cure
+
+
 class NothingToDraw(UserError):  # noqa: N818 -- as StopIteration: often no fault
     """Records hold nothing that this figure shows."""
 

@@ -22,7 +22,8 @@ from fpq_analysis.models import MODELS, ResNet
 from fpq_analysis.plots import caption3, caption4, figure3, figure4
 from fpq_analysis.plots.figure3 import BOX, MEAN
 from fpq_analysis.probes import Features, Point, features
-from fpq_analysis.probes.features import QUANTILES, find_site
+from fpq_analysis.probes.features import QUANTILES
+from fpq_analysis.probes.sites import find_site
 from fpq_analysis.quantizers import view
 from tests.nets import CalledTwice, tiny
 from tests.words import words

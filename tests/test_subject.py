@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
 from fpq_analysis.cli.hessian import print_traces
-from fpq_analysis.curvature import check_mean
 from fpq_analysis.doctor import diagnose
+from fpq_analysis.losses import check_mean
 from fpq_analysis.probes import HessianTrace, Point, gradient_norms, hessian_eigs, sharpness, spectral_density
 from fpq_analysis.quantizers import rounded_weight
 from tests.nets import dense_hessian, networks, tiny

@@ -22,9 +22,9 @@ from torch.func import functional_call
 
 from fpq_analysis.curvature import CurvatureOperator, as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import atomic_write
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes import hessian_eigs, hessian_trace, spectral_density
 from fpq_analysis.probes.subject import Subject, prepare
 

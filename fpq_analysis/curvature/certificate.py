@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.exact import FEW, Recorder, check_logits, find_layers
-from fpq_analysis.curvature.graph import NotExactError, prove, prove_parameters, wanting
+from fpq_analysis.curvature.exact import FEW
+from fpq_analysis.curvature.graph import prove, prove_parameters, wanting
+from fpq_analysis.curvature.layers import Recorder, check_logits, find_layers
 from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.curvature.samples import spread
 
 GRADIENT_IMAGES = 2  # whose gradients are compared

@@ -11,7 +11,7 @@ Flat vectors are rows, of the variables one after the other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,11 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import label_uniforms, sampled_factor
 from fpq_analysis.curvature.memory import GraphStore, each
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.losses import Loss
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 MAX_DENSE_BYTES = 2**33
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
+from fpq_analysis.losses import Loss
 
 
 def pyhessian_trace_samples(

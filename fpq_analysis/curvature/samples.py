@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.steps import first_difference, watch
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UnfitError
 
 # Numbers that differ by more than so many units in the last place, of the largest of them, do so for another reason
 # than the order in which a device adds.
@@ -17,15 +17,6 @@ RANDOM = "Switch its random numbers off in eval mode, as F.dropout(x, p, trainin
 STATE = "Let it do so in training mode only (if self.training: ...)."
 UNKNOWN = "Look for random numbers (NumPy's, or a generator of its own), or for a state that its forward changes."
 APART = "Normalise over channels or layers (GroupNorm, LayerNorm), or by running statistics."
-
-
-class UnfitError(UserError):
-    """Something that makes a curvature meaningless: a sentence, and its cure."""
-
-    def __init__(self, finding: str, cure: str) -> None:
-        super().__init__(f"{finding} {cure}")
-        self.finding = finding
-        self.cure = cure
 
 
 def tolerance(t: Tensor) -> float:

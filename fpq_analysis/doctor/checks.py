@@ -16,7 +16,6 @@ from fpq_analysis.curvature import (
     HessianOperator,
     NotExactError,
     certify,
-    check_mean,
     check_samples_apart,
     repeatable,
 )
@@ -34,6 +33,7 @@ from fpq_analysis.doctor.patient import (
     owner,
     short,
 )
+from fpq_analysis.losses import check_mean
 from fpq_analysis.quantizers import (
     clipped_fraction,
     live_observer,

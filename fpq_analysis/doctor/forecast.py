@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.memory import SHARE, free_memory
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.doctor.patient import admit, same_random_state
+from fpq_analysis.losses import Loss
 
 FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
 FORECAST_IMAGES = 32

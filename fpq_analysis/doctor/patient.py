@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.curvature import as_batches, resolve_loss
+from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.steps import Step, watch
+from fpq_analysis.losses import Loss, resolve_loss
 from fpq_analysis.models import model_device
 from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view

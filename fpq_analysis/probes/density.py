@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import SpectralMeasure, spectral_measure
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition

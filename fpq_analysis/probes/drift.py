@@ -34,8 +34,8 @@ from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
-from fpq_analysis.probes.features import by_channel, wide
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.sites import by_channel, wide
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import CONVOLUTIONS
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import eigenpairs
 from fpq_analysis.linalg.eigs import check_which
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction

@@ -10,12 +10,12 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis.curvature import UnfitError, check_mean, check_targets, repeatable
+from fpq_analysis.curvature import repeatable
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.losses import Loss
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.steps import watch
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UnfitError, UserError
+from fpq_analysis.losses import Loss, check_mean, check_targets
 
 # Of the cross-entropy so many samples are looked at, spread over the data; of other losses all, to see each batch.
 MOST = 4096

@@ -31,9 +31,9 @@ from torch.nn.utils import parametrize
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval

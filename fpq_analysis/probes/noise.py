@@ -40,9 +40,9 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg.estimate import degrees_of_freedom
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare

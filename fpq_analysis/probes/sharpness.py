@@ -41,10 +41,11 @@ from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import each
-from fpq_analysis.curvature.operator import CurvatureOperator, Loss
+from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.sampling import ALL, collected, layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, exact_or_sampled

@@ -17,13 +17,12 @@ from fpq_analysis.curvature import (
     HessianOperator,
     as_batches,
     check_samples_apart,
-    resolve_loss,
     select,
 )
 from fpq_analysis.curvature.batches import Batch, full_precision, merged
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.losses import Loss, resolve_loss
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.fit import Fit, examine
 from fpq_analysis.quantizers import check_definition_applies, check_plain, quantizers, rounds_weights, variables

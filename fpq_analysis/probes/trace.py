@@ -25,11 +25,12 @@ from fpq_analysis.curvature import (
     sampled_traces,
 )
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.operator import CurvatureOperator, Loss
+from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_of
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.operator import Loss
+from fpq_analysis.losses import Loss
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.recipe import Recipe
 from fpq_analysis.probes.landscape.survey import Survey, quantity

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.curvature.operator import Loss
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
+from fpq_analysis.losses import Loss
 from fpq_analysis.models import model_device
 from fpq_analysis.probes import hessian_eigs
 from fpq_analysis.probes.landscape import directions as geometry

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis.curvature.samples import UnfitError
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UnfitError, UserError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Relative disagreement of a batch's loss with the mean of its samples' that is no rounding, in float64 and below it.
