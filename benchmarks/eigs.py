@@ -45,12 +45,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpq_analysis import hessian_eigs, hessian_trace, load, spectral_density
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.curvature import HessianOperator
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.models import build_model
 from fpq_analysis.probes.subject import Subject, prepare
+from fpq_analysis.runs.checkpoint import read_checkpoint
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: build_model("resnet20", 10, 3),

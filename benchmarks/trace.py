@@ -54,7 +54,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpq_analysis import TraceEstimate, TrainConfig, hessian_trace, load, train
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.curvature import as_batches, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.data import load_dataset, training_sample
@@ -62,6 +61,7 @@ from fpq_analysis.devices import pick_device
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view
+from fpq_analysis.runs.checkpoint import read_checkpoint
 
 TARGET = 0.01
 COLUMNS = 4  # of a product in curvlinops' Hutchinson

@@ -1,13 +1,7 @@
 # The public names, each with its home: the one list, which `__init__.py` and type checkers read.
-from .checkpoint import load as load
 from .doctor import diagnose as diagnose
 from .doctor import forecast_measurements as forecast_measurements
 from .errors import UserError as UserError
-from .export import export_onnx as export_onnx
-from .export import export_safetensors as export_safetensors
-from .foreign import ForeignRuns as ForeignRuns
-from .inspection import inspect_checkpoint as inspect_checkpoint
-from .inspection import inspect_run as inspect_run
 from .pipeline.figures import draw_figures as draw_figures
 from .pipeline.landscapes import measure_landscapes as measure_landscapes
 from .pipeline.measurement import measure as measure
@@ -42,6 +36,12 @@ from .quantizers import QuantSpec as QuantSpec
 from .quantizers import calibrate as calibrate
 from .quantizers import quantize as quantize
 from .report import write_report as write_report
+from .runs.checkpoint import load as load
+from .runs.export import export_onnx as export_onnx
+from .runs.export import export_safetensors as export_safetensors
+from .runs.foreign import ForeignRuns as ForeignRuns
+from .runs.inspection import inspect_checkpoint as inspect_checkpoint
+from .runs.inspection import inspect_run as inspect_run
 from .tables import paper_tables as paper_tables
 from .training import TrainConfig as TrainConfig
 from .training import run_sweep as run_sweep

@@ -172,7 +172,7 @@ def load_run_data(config: dict[str, Any], root: str | None = None) -> Dataset:
         root: where it lies, if not where the config says.
     """
     data = load_dataset(config["data"], root or config["data_root"], image_size=config["image_size"])
-    feed = config.get("feed")  # of another program's checkpoint, see `foreign.py`
+    feed = config.get("feed")  # of another program's checkpoint, see `runs/foreign.py`
     return data.fed(**feed) if feed else data
 
 

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from fpq_analysis import QuantSpec, UserError, calibrate, feature_drift, quantize, records
 from fpq_analysis.cli import app
-from fpq_analysis.comparison import difference
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import drift_caption, drift_figure, drift_layer_figure
 from fpq_analysis.plots.style import COLOURS
 from fpq_analysis.probes import Drift, Point, drift
 from fpq_analysis.probes.drift import QUANTITIES
+from fpq_analysis.records.comparison import difference
 from fpq_analysis.training.csd import csd_loss
 from tests.nets import tiny
 from tests.words import words

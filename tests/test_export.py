@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpq_analysis import TrainConfig, UserError, calibrate, load, quantize
-from fpq_analysis.checkpoint import Checkpoint
-from fpq_analysis.export import export, export_onnx, export_safetensors, grids
 from fpq_analysis.quantizers import LSQ, quantizers
+from fpq_analysis.runs.checkpoint import Checkpoint
+from fpq_analysis.runs.export import export, export_onnx, export_safetensors, grids
 from fpq_analysis.training import METHODS
 from tests.nets import tiny
 from tests.test_cli import call
@@ -186,7 +186,7 @@ def test_bad_input(tiny_runs, tmp_path, monkeypatch):
 
     real = builtins.__import__
     monkeypatch.setattr(
-        "fpq_analysis.export.import_module",
+        "fpq_analysis.runs.export.import_module",
         lambda name: real("no_such_package") if name == "onnxscript" else real(name),
     )
     with pytest.raises(UserError, match=r"pip install 'fpq-analysis\[export\]'"):
@@ -204,7 +204,7 @@ def test_a_quantizer_of_another_kind_is_refused(monkeypatch):
 
 
 def test_a_file_that_gives_something_else_is_not_written(tmp_path, monkeypatch):
-    from fpq_analysis import export as module
+    from fpq_analysis.runs import export as module
 
     made = content("tiny", "W4A4")
     original = module.grids

@@ -10,8 +10,8 @@ import sys
 import pytest
 from torch import nn
 
-from fpq_analysis.factories import source_hash
 from fpq_analysis.models import MODELS
+from fpq_analysis.runs.factories import source_hash
 from tests.nets import tiny
 
 BLOCK = "from torch import nn\n\ndef block(n):\n    return nn.Sequential(nn.Linear(n, n), nn.{act}())\n"
@@ -72,7 +72,7 @@ def test_made_at_run_time():
 
 
 SCRIPT = """
-from fpq_analysis.factories import source_hash
+from fpq_analysis.runs.factories import source_hash
 WIDTH = {width}
 def block(n):
     return [n, {act}]

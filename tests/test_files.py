@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpq_analysis import UserError, load
-from fpq_analysis.checkpoint import load_tensors, read_checkpoint, save_checkpoint
 from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl
-from fpq_analysis.inspection import inspect_checkpoint
 from fpq_analysis.models import MODELS, build_model
 from fpq_analysis.runs import checkpoints, find_runs
+from fpq_analysis.runs.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from fpq_analysis.runs.inspection import inspect_checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -44,7 +44,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny_runs, tmp_path):
     before = read_checkpoint(run / "epoch_0002.pt").sha256
     code = f"""
 import pathlib, resource, signal, torch
-from fpq_analysis.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from fpq_analysis.runs.checkpoint import load_tensors, read_checkpoint, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, {resource.RLIM_INFINITY}))
 save_checkpoint(pathlib.Path({str(run)!r}), {{"epoch": 2, "state_dict": {{"w": torch.zeros(10000)}}}})

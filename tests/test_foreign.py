@@ -28,15 +28,15 @@ from fpq_analysis import (
     records,
 )
 from fpq_analysis.cli import app
-from fpq_analysis.comparison import by_epoch
 from fpq_analysis.data import load_dataset, parse_normalization, training_sample
-from fpq_analysis.foreign import ForeignCheckpoint, find_state, foreign_epochs, left_out
-from fpq_analysis.inspection import inspect_checkpoint, inspect_run
 from fpq_analysis.models import build_model
 from fpq_analysis.pipeline import landscapes as study
 from fpq_analysis.pipeline.measurement import plan
 from fpq_analysis.plots import figure5
 from fpq_analysis.probes import HessianTrace
+from fpq_analysis.records.comparison import by_epoch
+from fpq_analysis.runs.foreign import ForeignCheckpoint, find_state, foreign_epochs, left_out
+from fpq_analysis.runs.inspection import inspect_checkpoint, inspect_run
 from tests.nets import dense_hessian, tiny
 from tests.test_files import Canary
 from tests.words import words

@@ -19,11 +19,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from fpq_analysis import UserError, data, files, measure, records
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.cli import app
 from fpq_analysis.data import load_dataset
 from fpq_analysis.probes import HessianEigs, HessianTrace, hessian_trace
 from fpq_analysis.quantizers import calibrate, quantize
+from fpq_analysis.runs.checkpoint import read_checkpoint
 from fpq_analysis.training import TrainConfig
 from fpq_analysis.training import resume as folders
 

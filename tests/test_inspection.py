@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fpq_analysis import UserError
 from fpq_analysis.cli import app
 from fpq_analysis.files import read_jsonl, sha256
-from fpq_analysis.inspection import inspect_checkpoint, inspect_quantizers, inspect_run, unsafe_names
+from fpq_analysis.runs.inspection import inspect_checkpoint, inspect_quantizers, inspect_run, unsafe_names
 from tests.nets import tiny
 from tests.test_files import Canary
 from tests.words import words

@@ -31,7 +31,6 @@ from fpq_analysis import (
     quantize,
     records,
 )
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.pipeline import landscapes as study
@@ -43,6 +42,7 @@ from fpq_analysis.probes.landscape import directions
 from fpq_analysis.probes.landscape.survey import Survey
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import latent_derivatives, view
+from fpq_analysis.runs.checkpoint import read_checkpoint
 from tests.nets import tiny
 from tests.words import words
 

@@ -13,9 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpq_analysis import QuantSpec, TrainConfig, UserError, calibrate, load, quantize, train
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.files import read_jsonl
-from fpq_analysis.inspection import inspect_quantizers
 from fpq_analysis.quantizers import (
     LSQ,
     PACT,
@@ -33,6 +31,8 @@ from fpq_analysis.quantizers import (
 )
 from fpq_analysis.quantizers.calibration import least_squares, minmax, mse
 from fpq_analysis.runs import checkpoints
+from fpq_analysis.runs.checkpoint import read_checkpoint
+from fpq_analysis.runs.inspection import inspect_quantizers
 from fpq_analysis.training import METHODS, loop
 from fpq_analysis.training.csd import EPS, csd_loss
 from fpq_analysis.training.kd import kd_loss

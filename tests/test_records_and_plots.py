@@ -15,13 +15,13 @@ from matplotlib.text import Text
 
 from fpq_analysis import UserError, records
 from fpq_analysis.cli.measuring import draw
-from fpq_analysis.comparison import against_baseline, by_epoch, number
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
 from fpq_analysis.plots.figure5 import totals
 from fpq_analysis.plots.style import powers_of_ten
+from fpq_analysis.records.comparison import against_baseline, by_epoch, number
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):

@@ -22,23 +22,16 @@ ROOMS = {
     "data": set(),
     "models": set(),
     "quantizers": set(),
-    "runs": set(),
-    "factories": set(),
-    "checkpoint": {"models", "quantizers", "runs"},
-    "foreign": {"checkpoint", "data", "factories", "models", "quantizers", "runs"},
-    "inspection": {"checkpoint", "foreign", "runs"},
-    "export": {"checkpoint", "quantizers", "runs"},
-    "training": {"checkpoint", "data", "models", "quantizers", "runs"},
+    "runs": {"data", "models", "quantizers"},
+    "training": {"data", "models", "quantizers", "runs"},
     "records": set(),
-    "comparison": set(),
     "tables": {"runs"},
     "probes": {"curvature", "linalg", "losses", "models", "quantizers", "records"},
     "plots": {"records"},
-    "report": {"comparison", "plots", "records", "runs"},
-    "pipeline": {"checkpoint", "data", "factories", "foreign", "models", "plots", "probes", "records", "report", "runs"}
-    | {"training"},
+    "report": {"plots", "records", "runs"},
+    "pipeline": {"data", "models", "plots", "probes", "records", "report", "runs"} | {"training"},
     "compat": {"curvature", "losses", "plots", "probes"},
-    "doctor": {"checkpoint", "curvature", "data", "foreign", "losses", "models", "quantizers"},
+    "doctor": {"curvature", "data", "losses", "models", "quantizers", "runs"},
 }
 ROOMS["cli"] = ROOMS["__init__"] = set(ROOMS)
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpq_analysis import ForeignRuns, UserError, checkpoint, files, measure, records, runs
+from fpq_analysis import ForeignRuns, UserError, files, measure, records
 from fpq_analysis.pipeline.measurement import plan
-from fpq_analysis.runs import checkpoints, file_hash, read_header, read_manifest
+from fpq_analysis.runs import checkpoint, checkpoints, file_hash, read_header, read_manifest
+from fpq_analysis.runs import run as run_module
 from fpq_analysis.training import TrainConfig
 from tests.nets import DIGITS, tiny
 
@@ -45,7 +46,7 @@ def no_reading(monkeypatch):
         def refuse(*args, **kwargs):
             raise AssertionError("a file was read")
 
-        monkeypatch.setattr(runs, "sha256", refuse)
+        monkeypatch.setattr(run_module, "sha256", refuse)
         monkeypatch.setattr(torch, "load", refuse)
 
     return forbid
@@ -76,9 +77,9 @@ def test_two_hundred_large_checkpoints(tmp_path, no_reading):
         path = tmp_path / f"epoch_{epoch:04d}.pt"
         with path.open("wb") as file:
             file.truncate(45_000_000)
-        stamps[path.name] = runs.Stamp(f"{epoch:064x}", 45_000_000, path.stat().st_mtime_ns)
+        stamps[path.name] = run_module.Stamp(f"{epoch:064x}", 45_000_000, path.stat().st_mtime_ns)
     (tmp_path / "run.json").write_text(json.dumps(about))
-    runs.write_stamps(tmp_path / "manifest.json", stamps)
+    run_module.write_stamps(tmp_path / "manifest.json", stamps)
     no_reading()
     assert len(plan(tmp_path, Norm(), n_data=16).jobs) == 200
 
@@ -121,7 +122,7 @@ def test_a_folder_that_cannot_be_written_to(tiny_runs, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("read-only")
 
-    monkeypatch.setattr(runs, "write_stamps", full)
+    monkeypatch.setattr(run_module, "write_stamps", full)
     assert keys(run) == before
 
 

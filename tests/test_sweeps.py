@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fpq_analysis import TrainConfig, UserError, train
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.runs import checkpoints
+from fpq_analysis.runs.checkpoint import read_checkpoint
 from fpq_analysis.training import read_sweep, run_sweep, sweep_status
 from fpq_analysis.training.sweep import DONE, FAILED, WAITS, parse_shard, parse_sweep, summary
 from tests.test_cli import call

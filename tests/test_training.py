@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from fpq_analysis import QuantSpec, TrainConfig, UserError, calibrate, load, quantize, train
-from fpq_analysis.checkpoint import read_checkpoint
 from fpq_analysis.data import Dataset, load_dataset
 from fpq_analysis.files import read_jsonl
 from fpq_analysis.quantizers import clipped_fraction, quantizer_parameters, quantizers
 from fpq_analysis.runs import checkpoints, read_manifest
+from fpq_analysis.runs.checkpoint import read_checkpoint
 from fpq_analysis.training.csd import EPS, Features, StandardizedDistance, check_pair, csd_loss, standardize
 from fpq_analysis.training.loop import cosine
 from fpq_analysis.training.sfp import StochasticFeaturePerturbation

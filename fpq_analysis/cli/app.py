@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from fpq_analysis.foreign import ForeignRuns
+    from fpq_analysis.runs.foreign import ForeignRuns
 
 
 app = typer.Typer(
@@ -170,8 +170,8 @@ def _source(
             "--data is for checkpoints of another program, whose network must be named too: --model "
             "package.module:factory. A run of fpq-analyze says both itself."
         )
-    from fpq_analysis.foreign import ForeignRuns, foreign_runs, left_out
     from fpq_analysis.quantizers import QuantSpec
+    from fpq_analysis.runs.foreign import ForeignRuns, foreign_runs, left_out
 
     for path in [path for run in foreign_runs(folder) for path in left_out(run)]:
         say(f"'{path}' is left out: it has no number in its name, as others beside it have.")

@@ -58,10 +58,10 @@ def compare(
     """
     import pandas as pd
 
-    from fpq_analysis.comparison import by_epoch, number, told_apart
     from fpq_analysis.pipeline import measurement
     from fpq_analysis.plots.figure5 import totals
     from fpq_analysis.probes import HessianTrace
+    from fpq_analysis.records.comparison import by_epoch, number, told_apart
 
     pair = [_one_run(folder, measurement.source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)

@@ -30,7 +30,7 @@ def export(
 
       fpq-analyze export checkpoints/fpq/epoch_0010.pt --to safetensors --out fpq.safetensors
     """
-    from fpq_analysis import export as exports
+    from fpq_analysis.runs import export as exports
 
     frame = exports.export(checkpoint, to, out=out, model=model)
     if json:

@@ -29,7 +29,7 @@ def inspect(
 
       fpq-analyze inspect checkpoints/fpq
     """
-    from fpq_analysis import inspection
+    from fpq_analysis.runs import inspection
 
     if checkpoint.is_dir():
         files = inspection.inspect_run(checkpoint)

@@ -128,7 +128,7 @@ def _print(found: list[Terrain]) -> None:
     """A row a landscape: the loss at the centre, its lowest and highest point, the grid in quantization steps."""
     import numpy as np
 
-    from fpq_analysis.comparison import number
+    from fpq_analysis.records.comparison import number
 
     if not found:
         return

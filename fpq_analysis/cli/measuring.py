@@ -40,8 +40,8 @@ from fpq_analysis.errors import NothingToDraw, UserError, going_on
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fpq_analysis.foreign import ForeignRuns
     from fpq_analysis.probes import Probe
+    from fpq_analysis.runs.foreign import ForeignRuns
 
 
 LONGEST_NAME = 16  # of a run, that leaves a table of 80 columns room for its numbers
@@ -224,7 +224,7 @@ def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
     Args:
         headings: quantity to heading, in the order of the columns.
     """
-    from fpq_analysis.comparison import number
+    from fpq_analysis.records.comparison import number
 
     rows = some_epochs(frame[(frame["layer"] == "all") & frame["quantity"].isin(list(headings))])
     if rows.empty:

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.devices import pick_device
@@ -20,8 +19,9 @@ from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, w
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
-from fpq_analysis.foreign import ForeignRuns
 from fpq_analysis.losses import Loss
+from fpq_analysis.runs import checkpoint as ckpt
+from fpq_analysis.runs.foreign import ForeignRuns
 
 
 def diagnose(

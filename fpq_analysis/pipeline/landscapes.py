@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from fpq_analysis import records as rec
-from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.pipeline.measurement import (
@@ -39,6 +38,7 @@ from fpq_analysis.probes.landscape.survey import Cell, Survey, check_others, qua
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.progress import Progress
 from fpq_analysis.runs import file_hash
+from fpq_analysis.runs.checkpoint import Checkpoint
 
 # Seconds of work a kill may cost; writing every point at once would cost a fast device more than the loss itself.
 FLUSH = 2.0

@@ -14,18 +14,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fpq_analysis import __version__, checkpoint
+from fpq_analysis import __version__
 from fpq_analysis import records as rec
-from fpq_analysis.checkpoint import Checkpoint
 from fpq_analysis.data import Dataset, load_run_data, training_sample
 from fpq_analysis.devices import peak_memory, pick_device
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
-from fpq_analysis.factories import factory_name, source_hash
-from fpq_analysis.foreign import ForeignCheckpoint, ForeignRuns
 from fpq_analysis.models import MODELS, find_factory
 from fpq_analysis.probes import Point, Probe
 from fpq_analysis.progress import Progress
-from fpq_analysis.runs import Header, file_hash, find_teacher
+from fpq_analysis.runs import Header, checkpoint, file_hash, find_teacher
+from fpq_analysis.runs.checkpoint import Checkpoint
+from fpq_analysis.runs.factories import factory_name, source_hash
+from fpq_analysis.runs.foreign import ForeignCheckpoint, ForeignRuns
 
 # A forecast measures so many images and twice as many: what does not grow with them, the certificate, is told apart.
 FORECAST_IMAGES = 64

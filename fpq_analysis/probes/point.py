@@ -46,7 +46,7 @@ class Point:
 
 
 class Probe(Protocol):
-    """A measurement: a frozen dataclass of settings, called on a `Point`, gives rows (columns: `records.py`)."""
+    """A measurement: a frozen dataclass of settings, called on a `Point`, gives rows (columns: `records/table.py`)."""
 
     name: str
     version: int  # raised when the numbers change, so that old records do not count as done

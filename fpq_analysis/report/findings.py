@@ -12,8 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from fpq_analysis import records
-from fpq_analysis.comparison import Difference, against_baseline, difference, number
 from fpq_analysis.plots.style import NAMES
+from fpq_analysis.records.comparison import Difference, against_baseline, difference, number
 from fpq_analysis.report.study import DEFINITIONS, PLACES, Run, Study, number_of
 
 BASELINE = "lsq"

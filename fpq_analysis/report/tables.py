@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.comparison import number
 from fpq_analysis.plots import Drawing
 from fpq_analysis.plots.style import NAMES, colour
+from fpq_analysis.records.comparison import number
 from fpq_analysis.report.findings import BASELINE, Z95, Comparison, against_float, against_method, variant, varying
 from fpq_analysis.report.study import Run, Study, number_of
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.data import (
     Dataset,
     Split,
@@ -40,6 +39,7 @@ from fpq_analysis.quantizers import (
     step_sizes,
     weight_codes,
 )
+from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs import checkpoints, read_run, read_training
 from fpq_analysis.training import resume as run_folder
 from fpq_analysis.training.config import METHODS, TrainConfig

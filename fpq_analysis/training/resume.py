@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and where a stopped one goes on (the files: `checkpoint.py`, `runs.py`)."""
+"""What a run leaves in its folder, and where a stopped one goes on (the files: `runs/`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.data import Dataset
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import append_jsonl, atomic_write, write_json
+from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs import checkpoints, read_run, read_training, versions
 from fpq_analysis.schema import ResumeFile, check
 from fpq_analysis.training.config import TrainConfig

@@ -1,4 +1,4 @@
-"""The content of checkpoint files: tensors and primitives only (the folder they lie in: `runs.py`).
+"""The content of checkpoint files: tensors and primitives only (the folder they lie in: `run.py`).
 
 Every file is replaced in one step or appended to, so a kill at any moment leaves the last good checkpoint readable.
 Files are loaded with `weights_only=True`: code inside a checkpoint is never run.
@@ -20,7 +20,7 @@ from fpq_analysis.errors import UserError, naming
 from fpq_analysis.files import atomic_write, bad_member, reading
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import QuantSpec, quantize
-from fpq_analysis.runs import (
+from fpq_analysis.runs.run import (
     CHECKPOINT_NAME,
     FOREIGN_OPTIONS,
     Header,
@@ -31,8 +31,8 @@ from fpq_analysis.runs import (
     read_stamps,
     write_stamps,
 )
-from fpq_analysis.runs import checkpoints as checkpoints
-from fpq_analysis.runs import find_runs as find_runs
+from fpq_analysis.runs.run import checkpoints as checkpoints
+from fpq_analysis.runs.run import find_runs as find_runs
 from fpq_analysis.schema import CheckpointFile, check
 
 FORMAT = 1

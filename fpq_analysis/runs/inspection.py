@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from fpq_analysis import checkpoint as ckpt
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import has_checksums, sha256
-from fpq_analysis.foreign import find_state, foreign_epochs
-from fpq_analysis.runs import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run, read_training
+from fpq_analysis.runs import checkpoint as ckpt
+from fpq_analysis.runs.foreign import find_state, foreign_epochs
+from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run, read_training
 from fpq_analysis.schema import CheckpointFile, check
 
 COLUMNS = ["field", "value"]

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis import checkpoint as ckpt
-from fpq_analysis.checkpoint import COUNTER, Checkpoint
 from fpq_analysis.data import load_dataset, parse_normalization
 from fpq_analysis.errors import UserError
-from fpq_analysis.factories import factory_name
 from fpq_analysis.models import build_model, call_factory, check_model_name
 from fpq_analysis.quantizers import QuantSpec, quantize
-from fpq_analysis.runs import Header, Stamp, check_same, known_stamp, remember
+from fpq_analysis.runs import checkpoint as ckpt
+from fpq_analysis.runs.checkpoint import COUNTER, Checkpoint
+from fpq_analysis.runs.factories import factory_name
+from fpq_analysis.runs.run import Header, Stamp, check_same, known_stamp, remember
 
 SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".ckpt", ".safetensors")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # under which a state dict is kept

@@ -5,7 +5,7 @@
 <run>/manifest.json        SHA-256, size and time of each checkpoint, entered when it was written
 <run>/train.jsonl          a row an epoch
 <run>/resume.pt            optimiser state, for going on after a kill; replaced every epoch
-<run>/records/             what was measured, see `records.py`
+<run>/records/             what was measured, see `records/table.py`
 <run>/records/files.json   the same as the manifest, of files that it does not vouch for, entered when they were read
 """
 
@@ -26,7 +26,7 @@ from fpq_analysis.files import read_json, read_jsonl, sha256, write_json
 from fpq_analysis.schema import RunFile, TrainRow, check
 
 CHECKPOINT_NAME = re.compile(r"epoch_(\d{4,})\.pt")
-FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `foreign.py`
+FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `runs/foreign.py`
 # A file younger than this is hashed again the next time: where times are kept in steps of two seconds, it may change
 # once more without one (git calls such a file racy).
 SETTLED = 2.0
@@ -75,7 +75,7 @@ class Stamp:
     """What a file was when it was last hashed; `size` and `mtime_ns` are None in manifests of before 0.1.
 
     Attributes:
-        channels: of the images that a network of another program takes, see `foreign.py`; None if not known.
+        channels: of the images that a network of another program takes, see `runs/foreign.py`; None if not known.
     """
 
     sha256: str

@@ -24,12 +24,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.checkpoint import Checkpoint, read_checkpoint
 from fpq_analysis.errors import UserError, did_you_mean, naming
 from fpq_analysis.files import atomic_write
 from fpq_analysis.quantizers import quantizers, view
 from fpq_analysis.quantizers.apply import latent_weight
-from fpq_analysis.runs import checkpoints
+from fpq_analysis.runs.checkpoint import Checkpoint, read_checkpoint
+from fpq_analysis.runs.run import checkpoints
 
 OPSET = 21
 # The smallest type of ONNX that holds so many bits.
