@@ -9,7 +9,7 @@ of a surrogate.  Each definition is a copy of the model in which ordinary curvat
   of weights in range.  A method that clips more looks flatter; always read it with the clipped fraction.
 - `float`: the trained w with every quantizer taken off.
 
-Step sizes are among the variables of none, and held.
+Step sizes are constants in all three.
 
 For a model without quantizers the three are the same.
 """
