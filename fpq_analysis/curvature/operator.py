@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import label_uniforms, sampled_factor
 from fpq_analysis.curvature.memory import GraphStore, each
+from fpq_analysis.curvature.second_derivatives import SecondDerivatives
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.losses import Loss
 
@@ -97,7 +98,8 @@ class CurvatureOperator(ABC):
         def add(batch: tuple[Tensor, ...]) -> None:
             nonlocal begun
             try:
-                graph = self._graphs.of(batch, self._graph)
+                with SecondDerivatives():
+                    graph = self._graphs.of(batch, self._graph)
                 parts = [self._product(graph, row) for row in v]
             except RuntimeError:
                 self._graphs.clear()  # they may be what memory is wanting for
