@@ -24,9 +24,9 @@ from fpq_analysis import QuantSpec, calibrate, quantize, records
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.devices import pick_device
 from fpq_analysis.models import build_model
-from fpq_analysis.pipeline.landscapes import FLUSH
-from fpq_analysis.probes.landscape import Recipe
-from fpq_analysis.probes.landscape.survey import DEVICE_BATCH, Survey
+from fpq_analysis.pipeline.store import FLUSH
+from fpq_analysis.probes.landscape import LandscapeSettings
+from fpq_analysis.probes.landscape.grid import DEVICE_BATCH, LossGrid
 from fpq_analysis.probes.subject import prepare
 
 
@@ -62,11 +62,12 @@ def main() -> None:
                     subject.view(inputs)
 
     def drawn(weights: str, folder: Path | None = None) -> None:
-        survey = Survey(model, data, Recipe(weights=weights, points=args.points))
-        waiting = [*survey.notes]
+        settings = LandscapeSettings(weights=weights, points=args.points)
+        grid = LossGrid(model, data, settings)
+        waiting = [*grid.notes]
         written = time.monotonic()
-        for cell in survey.cells:
-            waiting += survey.measure_cell(cell)
+        for piece in settings.pieces(0):
+            waiting += grid.measure(piece)
             if folder is not None and time.monotonic() - written > FLUSH:
                 records.append(folder, "landscape", waiting)
                 waiting, written = [], time.monotonic()

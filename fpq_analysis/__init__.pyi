@@ -3,8 +3,8 @@ from .doctor import diagnose as diagnose
 from .doctor import forecast_measurements as forecast_measurements
 from .errors import UserError as UserError
 from .pipeline.figures import draw_figures as draw_figures
-from .pipeline.landscapes import measure_landscapes as measure_landscapes
-from .pipeline.measurement import measure as measure
+from .pipeline.run import measure as measure
+from .pipeline.run import measure_landscapes as measure_landscapes
 from .probes import Drift as Drift
 from .probes import EigenEstimate as EigenEstimate
 from .probes import FeatureDrift as FeatureDrift
@@ -30,7 +30,7 @@ from .probes import output_variance as output_variance
 from .probes import sharpness as sharpness
 from .probes import spectral_density as spectral_density
 from .probes.landscape import Landscape as Landscape
-from .probes.landscape import Recipe as Recipe
+from .probes.landscape import LandscapeSettings as LandscapeSettings
 from .probes.landscape import landscape as landscape
 from .quantizers import QuantSpec as QuantSpec
 from .quantizers import calibrate as calibrate

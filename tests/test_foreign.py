@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from fpq_analysis import (
     ForeignRuns,
+    LandscapeSettings,
     QuantSpec,
-    Recipe,
     UserError,
     calibrate,
     hessian_trace,
@@ -30,8 +30,8 @@ from fpq_analysis import (
 from fpq_analysis.cli import app
 from fpq_analysis.data import load_dataset, parse_normalization, training_sample
 from fpq_analysis.models import build_model
-from fpq_analysis.pipeline import landscapes as study
-from fpq_analysis.pipeline.measurement import plan
+from fpq_analysis.pipeline.plan import plan
+from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.plots import figure5
 from fpq_analysis.probes import HessianTrace
 from fpq_analysis.records.comparison import by_epoch
@@ -391,12 +391,12 @@ def test_a_folder_of_state_dicts(tmp_path):
     assert (tmp_path / "own" / "records" / "hessian_trace.jsonl").exists()
     assert figure5(records.load(tmp_path, "hessian_trace")).axes[0].lines[0].get_xdata().tolist() == [0, 1, 2]
     # Measured once; as another network, with other images or another file it is another measurement.
-    assert not plan(runs, HessianTrace(), n_data=16).jobs
+    assert not plan(runs, HessianTrace(), Sampling(16)).measurements
     for other in ({"model": "tests.test_foreign:leaky"}, {"normalize": "none"}, {"image_size": 9}):
         settings = {"folder": tmp_path, "model": NET, "data": "digits", **other}
-        assert len(plan(ForeignRuns(**settings), HessianTrace(), n_data=16).jobs) == 3
+        assert len(plan(ForeignRuns(**settings), HessianTrace(), Sampling(16)).measurements) == 3
     save(tmp_path / "own" / "epoch_2.pth", seed=7)
-    assert len(plan(runs, HessianTrace(), n_data=16).jobs) == 1
+    assert len(plan(runs, HessianTrace(), Sampling(16)).measurements) == 1
 
 
 def leaky(num_classes=10):
@@ -412,7 +412,7 @@ def test_beside_a_run_of_ours(tiny_runs, tmp_path):
         save(tmp_path / "theirs" / f"{epoch}.pt", state)
     own = measure(tmp_path / "ours", HessianTrace(), model=NET, **FAST)
     runs = ForeignRuns(tmp_path, NET, "digits")
-    assert len(plan(runs, HessianTrace(), n_data=16, model=NET).done) == 3  # ours keep their key
+    assert len(plan(runs, HessianTrace(), Sampling(16, model=NET)).done) == 3  # ours keep their key
     frame = measure(runs, HessianTrace(), model=NET, **FAST)
     totals = frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]
     assert sorted(totals["train_seed"].unique()) == ["0", "unknown"]
@@ -463,23 +463,23 @@ def test_landscapes(tmp_path):
     def values(frame, kind):
         return frame.loc[frame["quantity"].str.startswith(kind), "value"].tolist()
 
-    frame = measure_landscapes(runs, Recipe(points=3), **FAST)
+    frame = measure_landscapes(runs, LandscapeSettings(points=3), **FAST)
     assert set(frame["epoch"]) == {10}
     assert values(frame, "loss_2_2") == pytest.approx([losses[10]], rel=1e-6)
-    frame = measure_landscapes(runs, Recipe("pca", points=4), **FAST)
+    frame = measure_landscapes(runs, LandscapeSettings("pca", points=4), **FAST)
     points = frame[frame["quantity"].str.startswith("point_")]
     assert points["epoch"].tolist() == [2, 9, 10]
     assert points["value"].tolist() == pytest.approx(list(losses.values()), rel=1e-6)
     ends = [run / "epoch_2.pth", run]
-    frame = measure_landscapes(runs, Recipe("checkpoints", dim=1, points=4), through=ends, **FAST)
+    frame = measure_landscapes(runs, LandscapeSettings("checkpoints", dim=1, points=4), through=ends, **FAST)
     assert values(frame, "point_") == pytest.approx([losses[2], losses[10]], rel=1e-6)
     # Drawn once; with images fed otherwise it is another landscape.
-    assert not study.plan(runs, Recipe(points=3), n_data=16).jobs[0].cells
+    assert not plan(runs, LandscapeSettings(points=3), Sampling(16), epochs="last").n_left
     other = ForeignRuns(tmp_path, NET, "digits", normalize="none")
-    assert len(study.plan(other, Recipe(points=3), n_data=16).jobs[0].cells) == 9
+    assert plan(other, LandscapeSettings(points=3), Sampling(16), epochs="last").n_left == 9
     save(run / "epoch_10.pt")
     with pytest.raises(UserError, match="both of epoch 10"):
-        measure_landscapes(runs, Recipe(points=3), **FAST)
+        measure_landscapes(runs, LandscapeSettings(points=3), **FAST)
     with pytest.raises(UserError, match="fails on an image of 'digits'"):
         measure_landscapes(ForeignRuns(save(tmp_path / "b" / "1.pt").parent, fails_by_size, "digits"), **FAST)
 
@@ -569,7 +569,7 @@ def test_landscapes_by_command(tmp_path, monkeypatch):
     for epoch in (1, 2, 3):
         torch.manual_seed(epoch)
         save(run / f"checkpoint_{epoch}.pth.tar", {"state_dict": shufflenet_v2_x0_5(num_classes=10).state_dict()})
-    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: [])
+    monkeypatch.setattr("fpq_analysis.cli.measuring.draw", lambda *arguments: [])
     network = "torchvision.models:shufflenet_v2_x0_5"
     common = ["--model", network, "--data", "digits", "--image-size", 16, "--n-data", 8, "--device", "cpu"]
     here = ["--ckpt-dir", tmp_path, "--points", 5]

@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 from typer.testing import CliRunner
 
 from fpq_analysis import (
+    LandscapeSettings,
     QuantSpec,
-    Recipe,
     UserError,
     calibrate,
     hessian_eigs,
@@ -33,13 +33,15 @@ from fpq_analysis import (
 )
 from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.pipeline import landscapes as study
-from fpq_analysis.pipeline.measurement import Sampler
+from fpq_analysis.pipeline import store
+from fpq_analysis.pipeline.execute import images
+from fpq_analysis.pipeline.plan import plan
+from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.plots import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.landscape import levels, terrains
 from fpq_analysis.plots.landscape_html import surface_html
 from fpq_analysis.probes.landscape import directions
-from fpq_analysis.probes.landscape.survey import Survey
+from fpq_analysis.probes.landscape.grid import LossGrid
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import latent_derivatives, view
 from fpq_analysis.runs.checkpoint import read_checkpoint
@@ -486,41 +488,43 @@ def losses(frame):
 
 
 def test_what_a_kill_leaves_is_gone_on_with(runs, tmp_path, monkeypatch):
-    whole = measure_landscapes(shutil.copytree(runs / "fp", tmp_path / "whole"), Recipe(points=5), **FAST)
+    whole = measure_landscapes(shutil.copytree(runs / "fp", tmp_path / "whole"), LandscapeSettings(points=5), **FAST)
     assert len(losses(whole)) == 25
     run = shutil.copytree(runs / "fp", tmp_path / "run")
-    monkeypatch.setattr(study, "FLUSH", 0.0)
+    monkeypatch.setattr(store, "FLUSH", 0.0)
     done = []
-    measure = Survey.measure_cell
+    measure = LossGrid.measure
 
-    def killed(self, cell):
+    def killed(self, piece):
         if len(done) == 7:
             raise KeyboardInterrupt
-        done.append(cell)
-        return measure(self, cell)
+        done.append(piece)
+        return measure(self, piece)
 
-    monkeypatch.setattr(Survey, "measure_cell", killed)
+    monkeypatch.setattr(LossGrid, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
-        measure_landscapes(run, Recipe(points=5), **FAST)
+        measure_landscapes(run, LandscapeSettings(points=5), **FAST)
     path = run / "records" / "landscape.jsonl"
     path.write_text(path.read_text()[:-30])  # and its last row torn
     rest = []
-    monkeypatch.setattr(Survey, "measure_cell", lambda self, cell: rest.append(cell) or measure(self, cell))
-    frame = measure_landscapes(run, Recipe(points=5), **FAST)
-    assert rest == [(1, 1), *[(i, j) for i in range(5) for j in range(5) if (i, j) > (1, 1)]]
+    monkeypatch.setattr(LossGrid, "measure", lambda self, piece: rest.append(piece) or measure(self, piece))
+    frame = measure_landscapes(run, LandscapeSettings(points=5), **FAST)
+    assert rest == LandscapeSettings(points=5).pieces(0)[6:]
     pd.testing.assert_series_equal(losses(frame), losses(whole))
     rest.clear()
-    measure_landscapes(run, Recipe(points=5), **FAST)
+    measure_landscapes(run, LandscapeSettings(points=5), **FAST)
     assert not rest
-    measure_landscapes(run, Recipe(points=5), overwrite=True, **FAST)
+    measure_landscapes(run, LandscapeSettings(points=5), overwrite=True, **FAST)
     assert len(rest) == 25
-    assert study.plan(run, Recipe(points=5, weights="float"), n_data=24).jobs[0].cells  # another landscape
+    assert (
+        plan(run, LandscapeSettings(points=5, weights="float"), Sampling(24), epochs="last").n_left == 25
+    )  # another landscape
 
 
 def test_shards_add_up(runs, tmp_path):
     run = shutil.copytree(runs / "lsq-w4a4", tmp_path / "run")
     other = shutil.copytree(runs / "lsq-w4a4", tmp_path / "other")
-    recipe = Recipe("pca", points=4)
+    recipe = LandscapeSettings("pca", points=4)
     whole = measure_landscapes(other, recipe, **FAST)
     for shard in ((1, 3), (3, 3)):
         frame = measure_landscapes(run, recipe, shard=shard, **FAST)
@@ -539,7 +543,7 @@ def test_shards_add_up(runs, tmp_path):
 
 def test_other_directions_do_not_go_into_one_landscape(runs, tmp_path):
     run = shutil.copytree(runs / "fp", tmp_path / "run")
-    measure_landscapes(run, Recipe(points=5), shard=(1, 2), **FAST)
+    measure_landscapes(run, LandscapeSettings(points=5), shard=(1, 2), **FAST)
     path = run / "records" / "landscape.1of2.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -547,34 +551,34 @@ def test_other_directions_do_not_go_into_one_landscape(runs, tmp_path):
             row["value"] += 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="come out otherwise"):
-        measure_landscapes(run, Recipe(points=5), **FAST)
+        measure_landscapes(run, LandscapeSettings(points=5), **FAST)
 
 
 def test_planes_through_runs(runs):
     ends = [runs / "lsq-w4a4", runs / "fpq-w4a4"]
-    frame = measure_landscapes("", Recipe("checkpoints", dim=1, points=5), through=ends, **FAST)
+    frame = measure_landscapes("", LandscapeSettings("checkpoints", dim=1, points=5), through=ends, **FAST)
     assert set(frame["run"]) == {"lsq-w4a4"}
     points = frame[frame["quantity"].str.startswith("point_")]
     assert points["method"].tolist() == ["lsq", "fpq"]
-    sample = Sampler(24, 0, None, torch.device("cpu"))
+    sampling = Sampling(24, device="cpu")
     for row, end in zip(points.to_dict("records"), ends, strict=True):
         net = load(end / "epoch_0002.pt", "tests.nets:tiny").to(memory_format=torch.channels_last)
         content = read_checkpoint(end / "epoch_0002.pt")
-        assert row["value"] == pytest.approx(mean_loss(net, sample(content)), rel=1e-6)
-    assert study.plan("", Recipe("checkpoints", dim=1), through=[ends[0] / "epoch_0001.pt", ends[1]]).jobs
+        assert row["value"] == pytest.approx(mean_loss(net, images(content, sampling)), rel=1e-6)
+    assert plan("", LandscapeSettings("checkpoints", dim=1), through=[ends[0] / "epoch_0001.pt", ends[1]]).n_left
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):
-        study.plan("", Recipe("checkpoints", dim=1), through=["nothing", ends[1]])
+        plan("", LandscapeSettings("checkpoints", dim=1), through=["nothing", ends[1]])
     with pytest.raises(UserError, match="two or three of them"):
-        study.plan(runs, Recipe("checkpoints", dim=1))
+        plan(runs, LandscapeSettings("checkpoints", dim=1))
     with pytest.raises(UserError, match="at least 2 images"):
-        study.plan(runs, Recipe(), n_data=1)
+        Sampling(1)
 
 
 # --- Figures ---
 
 
 def test_the_figure_shows_what_was_measured(runs):
-    frame = measure_landscapes(runs, Recipe("pca", points=5, weights="float"), **FAST)
+    frame = measure_landscapes(runs, LandscapeSettings("pca", points=5, weights="float"), **FAST)
     found = terrains(frame)
     assert [terrain.title for terrain in found] == ["FP", "FPQ W4A4", "LSQ W4A4"]
     for terrain in found:
@@ -603,7 +607,7 @@ def test_the_figure_shows_what_was_measured(runs):
 
 
 def test_lines_are_drawn_with_their_bands(runs):
-    frame = measure_landscapes(runs, Recipe(dim=1, points=5), **FAST)
+    frame = measure_landscapes(runs, LandscapeSettings(dim=1, points=5), **FAST)
     (axes,) = landscape_figure(frame).axes
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     found = {terrain.title: terrain for terrain in terrains(frame)}
@@ -648,13 +652,13 @@ def test_command(runs, tmp_path, monkeypatch):
     common = ["--model", "tests.nets:tiny", "--n-data", 24, "--device", "cpu", "--figures", tmp_path]
     here = ["--ckpt-dir", shutil.copytree(runs / "fpq-w4a4", tmp_path / "run"), "--points", 3, *common]
     result = call(*here, "--weights", "requantized")
-    assert "0 points done, 9 to do" in words(result.stderr)
+    assert "0 done, 9 to do" in words(result.stderr)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     assert "Aliased" in result.stdout
     for name in ("landscape", "surface"):
         assert "rounded again" in (tmp_path / f"{name}.txt").read_text()
         assert (tmp_path / f"{name}.png").stat().st_size > 0
-    monkeypatch.setattr("fpq_analysis.cli.landscape.draw", lambda *arguments: [])  # drawn once is enough
+    monkeypatch.setattr("fpq_analysis.cli.measuring.draw", lambda *arguments: [])  # drawn once is enough
     rows = [json.loads(line) for line in call(*here, "--weights", "requantized", "--json").stdout.splitlines()]
     corner = [row for row in rows if row["quantity"] == "loss_1_3"]
     assert [(row["axis_1"], row["axis_2"], row["status"]) for row in corner] == [(-1.0, 1.0, "aliased")]
@@ -663,6 +667,6 @@ def test_command(runs, tmp_path, monkeypatch):
     both = ["--through", runs / "lsq-w4a4", "--through", runs / "fpq-w4a4"]
     call(*both, "--points", 5, *common)
     assert "two planes" in words(call(*both, "--plane", "pca", *common, code=1).stderr)
-    assert "no checkpoint of epoch 9" in " ".join(call(*here, "--epoch", 9, code=1).stderr.split())
+    assert "a checkpoint of epoch 9" in " ".join(call(*here, "--epoch", 9, code=1).stderr.split())
     monkeypatch.setattr("fpq_analysis.plots.landscape_html.find_spec", lambda name: None)
     assert "fpq-analysis[html]" in "".join(call(*here, "--html", code=1).stderr.split("\n"))

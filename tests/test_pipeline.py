@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from fpq_analysis import ForeignRuns, UserError, __version__, files, measure, records
 from fpq_analysis.cli import app
-from fpq_analysis.pipeline.measurement import carry_out, plan
+from fpq_analysis.pipeline.plan import plan
+from fpq_analysis.pipeline.run import run
+from fpq_analysis.pipeline.task import Sampling
 from tests.nets import tiny
 
 
@@ -37,8 +39,8 @@ class Distance:
         return rows
 
 
-SAMPLE = {"n_data": 16, "model": "tests.nets:tiny"}
-MODEL = {**SAMPLE, "device": "cpu"}
+SAMPLE = Sampling(16, device="cpu", model="tests.nets:tiny")
+MODEL = {"n_data": 16, "device": "cpu", "model": "tests.nets:tiny"}
 
 
 @pytest.fixture
@@ -64,15 +66,15 @@ def test_only_quantized_networks(runs):
 def test_another_network_beside_it_is_another_measurement(runs):
     probe = Distance(("previous",))
     measure(runs / "fp", probe, **MODEL)
-    assert not plan(runs / "fp", probe, **SAMPLE).jobs
+    assert not plan(runs / "fp", probe, SAMPLE).measurements
     manifest = runs / "fp" / "manifest.json"
     first = records.load(runs / "fp", "distance")["checkpoint"].iloc[0]
     assert first in manifest.read_text()
     (runs / "fp" / "epoch_0000.pt").unlink()
-    assert not plan(runs / "fp", probe, **SAMPLE).jobs  # epoch 1 has nothing before it any more, epoch 2 is done
+    assert not plan(runs / "fp", probe, SAMPLE).measurements  # epoch 1 has nothing before it any more, epoch 2 is done
     shutil.copy(runs / "fp" / "epoch_0002.pt", runs / "fp" / "epoch_0000.pt")
     manifest.unlink()
-    assert [job.path.name for job in plan(runs / "fp", probe, **SAMPLE).jobs] == ["epoch_0001.pt"]
+    assert [job.path.name for job in plan(runs / "fp", probe, SAMPLE).measurements] == ["epoch_0001.pt"]
 
 
 def test_a_moved_teacher_is_found_and_a_lost_one_named(runs, tiny_runs):
@@ -82,13 +84,13 @@ def test_a_moved_teacher_is_found_and_a_lost_one_named(runs, tiny_runs):
     shutil.move(runs / "lsq-w4a4", lone)
     shutil.copytree(runs / "fp", lone.parent / "fp")
     assert len(measure(lone, probe, **MODEL)) == 6
-    for run in (runs / "fp", lone.parent / "fp"):
-        shutil.rmtree(run)
+    for folder in (runs / "fp", lone.parent / "fp"):
+        shutil.rmtree(folder)
     if (tiny_runs / "fp").exists():  # where it was trained, and is looked for first
-        assert not plan(lone, probe, n_data=16).faults
+        assert not plan(lone, probe, Sampling(16)).faults
     text = (lone / "run.json").read_text()
     (lone / "run.json").write_text(text.replace(str(tiny_runs / "fp"), str(runs / "fp")))
-    assert len(plan(lone, probe, n_data=16).faults) == 3
+    assert len(plan(lone, probe, Sampling(16)).faults) == 3
     with pytest.raises(UserError, match="float network that .* started from is not in"):
         measure(lone, probe, **MODEL)
 
@@ -108,7 +110,9 @@ def test_records_alone_of_one_setting(runs):
 
 def test_some_epochs(runs):
     assert set(measure(runs, Distance(), epochs="last", **MODEL)["epoch"]) == {2}
-    assert [job.path.stem for job in plan(runs / "fp", Distance(), epochs="0,2,7", **SAMPLE).jobs] == ["epoch_0000"]
+    assert [job.path.stem for job in plan(runs / "fp", Distance(), SAMPLE, epochs="0,2,7").measurements] == [
+        "epoch_0000"
+    ]
     with pytest.raises(UserError, match="epoch 7; their last is 2"):
         plan(runs, Distance(), epochs="7")
     with pytest.raises(UserError, match="no epochs"):
@@ -170,7 +174,7 @@ def test_another_factory_is_another_measurement(runs, factory):
     relu, tanh = value("ReLU"), value("Tanh")
     assert abs(relu - tanh) > 1e-3
     assert value("Tanh", overwrite=True) == tanh
-    assert not plan(run, Outputs(), n_data=16, epochs="last", model=factory("ReLU")).jobs
+    assert not plan(run, Outputs(), Sampling(16, model=factory("ReLU")), epochs="last").measurements
     assert value("ReLU") == relu
     value("GELU", "another_factory")
     rows = files.read_jsonl(run / "records" / "outputs.jsonl")
@@ -183,11 +187,11 @@ def test_another_factory_is_another_measurement(runs, factory):
 
 def test_a_factory_that_is_not_named_is_not_imported(runs, factory):
     measure(runs / "fp", Outputs(), **MODEL)
-    assert len(plan(runs / "fp", Outputs(), n_data=16).jobs) == 3
+    assert len(plan(runs / "fp", Outputs(), Sampling(16)).measurements) == 3
     with pytest.raises(UserError, match="code named by a file is not run"):
         measure(runs / "fp", Outputs(), n_data=16, device="cpu")
     with pytest.raises(UserError, match="Cannot import the model"):
-        plan(runs / "fp", Outputs(), n_data=16, model="no_such:module")
+        plan(runs / "fp", Outputs(), Sampling(16, model="no_such:module"))
 
 
 def test_foreign_factories_by_themselves(runs):
@@ -198,8 +202,11 @@ def test_foreign_factories_by_themselves(runs):
     def other(num_classes):
         return nn.Sequential(*tiny(num_classes), nn.Identity())
 
-    found = {plan(ForeignRuns(folder, make, "digits"), Outputs()).jobs[0].key for make in (tiny, other, lambda: tiny())}
-    found |= {plan(ForeignRuns(folder, partial(tiny, n), "digits"), Outputs()).jobs[0].key for n in (10, 11)}
+    found = {
+        plan(ForeignRuns(folder, make, "digits"), Outputs()).measurements[0].key
+        for make in (tiny, other, lambda: tiny())
+    }
+    found |= {plan(ForeignRuns(folder, partial(tiny, n), "digits"), Outputs()).measurements[0].key for n in (10, 11)}
     assert len(found) == 5
 
 
@@ -221,7 +228,7 @@ def test_records_of_before_can_be_read_and_are_measured_once_more(runs):
     file.unlink()
     files.append_jsonl(file, rows)
     assert list(records.load(run, "outputs")["value"]) == list(frame["value"])
-    assert len(plan(run, Outputs(), **SAMPLE).jobs) == 3
+    assert len(plan(run, Outputs(), SAMPLE).measurements) == 3
     assert len(measure(run, Outputs(), **MODEL)) == 3
     assert list(records.load(run, "outputs")["epoch"]) == [0, 1, 2]
     assert records.load(run, "outputs")["package"].notna().all()
@@ -239,8 +246,8 @@ def test_weights_that_are_no_floating_point_numbers(runs, kind):
     torch.save(content, path)
     (runs / "fp" / "manifest.json").unlink()
     faults = {}
-    todo = plan(runs / "fp", Outputs(), **SAMPLE)
-    frame = carry_out(todo, Outputs(), seed=0, on_fault=faults.__setitem__, **MODEL)
+    todo = plan(runs / "fp", Outputs(), SAMPLE)
+    frame = run(todo, on_fault=faults.__setitem__)
     assert list(frame["epoch"]) == [0, 1]
     assert f"stores '3.weight' as {str(kind).removeprefix('torch.')}" in str(faults[path])
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpq_analysis import ForeignRuns, UserError, files, measure, records
-from fpq_analysis.pipeline.measurement import plan
+from fpq_analysis.pipeline.plan import plan
+from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.runs import checkpoint, checkpoints, file_hash, read_header, read_manifest
 from fpq_analysis.runs import run as run_module
 from fpq_analysis.training import TrainConfig
@@ -59,14 +60,14 @@ def settle(folder):
 
 
 def keys(folder, **options):
-    todo = plan(folder, Norm(), n_data=16, **options)
-    return {job.path.name: job.key for job in todo.jobs}, [path.name for path, _ in todo.faults]
+    todo = plan(folder, Norm(), Sampling(16), **options)
+    return {job.path.name: job.key for job in todo.measurements}, [path.name for path, _ in todo.faults]
 
 
 def test_planning_reads_no_weights(tiny_runs, tmp_path, no_reading):
     folder = shutil.copytree(tiny_runs, tmp_path / "runs")  # times as they were
     no_reading()
-    assert len(plan(folder, Norm(), n_data=16).jobs) == 9
+    assert len(plan(folder, Norm(), Sampling(16)).measurements) == 9
 
 
 def test_two_hundred_large_checkpoints(tmp_path, no_reading):
@@ -81,7 +82,7 @@ def test_two_hundred_large_checkpoints(tmp_path, no_reading):
     (tmp_path / "run.json").write_text(json.dumps(about))
     run_module.write_stamps(tmp_path / "manifest.json", stamps)
     no_reading()
-    assert len(plan(tmp_path, Norm(), n_data=16).jobs) == 200
+    assert len(plan(tmp_path, Norm(), Sampling(16)).measurements) == 200
 
 
 def test_a_copy_without_its_times_is_hashed_once(tiny_runs, tmp_path, no_reading):
@@ -144,11 +145,8 @@ def test_a_copy_under_another_epoch_is_named(tiny_runs, tmp_path, vouched):
     shutil.copy(run / "epoch_0002.pt", run / "epoch_0000.pt")
     if not vouched:
         (run / "manifest.json").unlink()
-    todo = plan(run, Norm(), n_data=16)
     faults = {}
-    from fpq_analysis.pipeline.measurement import carry_out
-
-    rows = carry_out(todo, Norm(), n_data=16, seed=0, device="cpu", model=NET, on_fault=faults.__setitem__)
+    rows = measure(run, Norm(), n_data=16, device="cpu", model=NET, on_fault=faults.__setitem__)
     assert sorted(rows["epoch"]) == [1, 2]
     (fault,) = faults.values()
     assert "epoch_0000.pt" in str(fault)
@@ -164,7 +162,7 @@ def test_without_run_json_the_files_speak(tiny_runs, tmp_path):
     assert keys(run) == before
     assert checkpoint.header(run / "epoch_0002.pt") == said
     (run / "run.json").write_text('{"config": null}')
-    ((path, fault), *_) = plan(run, Norm(), n_data=16).faults
+    ((path, fault), *_) = plan(run, Norm(), Sampling(16)).faults
     assert path.name == "epoch_0000.pt"
     assert "run.json' is damaged" in str(fault)
     assert "'config' is None" in str(fault)

@@ -105,6 +105,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
+ShardOf = Annotated[str | None, typer.Option("--shard", help="i/N, the i-th of N machines' part of the work.")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
 
 

@@ -29,7 +29,7 @@ from fpq_analysis.cli.app import (
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
-    from fpq_analysis.pipeline.measurement import Source
+    from fpq_analysis.pipeline.source import Source
 
 
 @app.command()
@@ -58,17 +58,18 @@ def compare(
     """
     import pandas as pd
 
-    from fpq_analysis.pipeline import measurement
+    from fpq_analysis.pipeline.run import measure
+    from fpq_analysis.pipeline.source import source_of
     from fpq_analysis.plots.figure5 import totals
     from fpq_analysis.probes import HessianTrace
     from fpq_analysis.records.comparison import by_epoch, number, told_apart
 
-    pair = [_one_run(folder, measurement.source_of(folder)) for folder in (run_a, run_b)]
+    pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)
     faults: dict[Path, UserError] = {}
     traces = [
         totals(
-            measurement.measure(
+            measure(
                 run,
                 HessianTrace(definition),
                 n_data=n_data,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.cli.app import fail, fail_all, new_table, print_json, print_table, say, tell
-from fpq_analysis.cli.measuring import Settings, draw, measuring_command, print_forecast
-from fpq_analysis.errors import UserError, going_on
+from fpq_analysis.cli.app import new_table, print_table, say, tell
+from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command
+from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,6 @@ def landscape(
         str, typer.Option(help="pca, --through: interpolate or re-estimate its statistics.")
     ] = "interpolate",
     epoch: Annotated[int | None, typer.Option(help="Of each run. Default: its last.")] = None,
-    shard: Annotated[str | None, typer.Option(help="i/N, the i-th of N machines' part of the points.")] = None,
     html: Annotated[bool, typer.Option("--html", help="A page to turn the surface in, too (needs plotly).")] = False,
 ) -> None:
     """The loss on a plane through weight space about the last checkpoint of every run, as contours and as a surface.
@@ -55,15 +55,12 @@ def landscape(
 
       fpq-analyze landscape --through checkpoints/lsq --through checkpoints/fpq
     """
-    from fpq_analysis.pipeline import landscapes as study
-    from fpq_analysis.plots.landscape import landscape_caption, terrains
-    from fpq_analysis.probes.landscape import Recipe
-    from fpq_analysis.training.sweep import parse_shard
+    from fpq_analysis.probes.landscape import LandscapeSettings
 
     ends = through or []
     if ends and plane not in (None, "checkpoints"):
         raise UserError(f"--plane {plane} and --through are two planes; leave one of them out.")
-    recipe = Recipe(
+    probe = LandscapeSettings(
         "checkpoints" if ends else plane or "random",
         weights,
         dim or (1 if len(ends) == 2 else 2),
@@ -75,53 +72,24 @@ def landscape(
         from fpq_analysis.plots.landscape_html import check_plotly
 
         check_plotly()
-    part = parse_shard(shard) if shard else (1, 1)
-    about: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed, "model": settings.model}
-    where: dict[str, Any] = {**about, "device": settings.device, "data_root": settings.data_root}
-    todo = study.plan(
-        settings.ckpt_dir,
-        recipe,
-        through=ends,
-        epoch=epoch,
-        shard=part,
-        overwrite=settings.overwrite,
-        records=settings.records,
-        **about,
-    )
-    left = sum(len(job.cells) for job in todo.jobs)
-    total = sum(job.n_cells for job in todo.jobs)
-    bad = f", {len(todo.faults)} cannot be drawn" if todo.faults else ""
-    say(f"{recipe.name}: {total - left} points done, {left} to do{bad}")
-    if settings.dry_run:
-        print_forecast(study.forecast(todo, recipe, **where))
-        return
-    faults: dict[Path, UserError] = {}
-    undrawn: list[UserError] = []
-    frame = study.carry_out(todo, recipe, shard=part, on_fault=faults.__setitem__, **where)
-    found = terrains(frame)
-    if settings.json:
-        print_json(_with_coordinates(frame))
-    else:
-        _print(found)
-    tried = [job for job in todo.jobs if job.path not in faults]
-    if len(found) < len(tried):
-        say("Points of other shards are missing; when these are done, run the command without --shard to draw.")
-    elif found:
-        if not settings.json:
-            tell(textwrap.fill(landscape_caption(frame), width=80))
-        undrawn = draw(recipe.name, frame, settings.figures)
-        if html and recipe.dim == 2:
-            from fpq_analysis.plots.landscape_html import surface_html
 
-            with going_on(undrawn.append, "The page"):
-                say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
-    if faults:
-        say(f"{len(faults)} of {len(todo.jobs) + len(todo.faults)} landscapes could not be drawn.")
-    for fault in undrawn:
-        fail(fault)
-    fail_all(faults)
-    if undrawn:
-        raise typer.Exit(1)
+    def show(frame: pd.DataFrame) -> None:
+        from fpq_analysis.plots.landscape import landscape_caption, terrains
+
+        found = terrains(frame)
+        if found:
+            _print(found)
+            tell(textwrap.fill(landscape_caption(frame), width=80))
+
+    def page(frame: pd.DataFrame) -> None:
+        from fpq_analysis.plots.landscape_html import surface_html
+
+        say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
+
+    if epoch is not None:
+        settings = replace(settings, epochs=str(epoch))
+    pages = [page] if html and probe.dim == 2 else []
+    measure_and_show([probe], settings, {probe.name: show}, through=ends, rows=_with_coordinates, pages=pages)
 
 
 def _print(found: list[Terrain]) -> None:
@@ -130,8 +98,6 @@ def _print(found: list[Terrain]) -> None:
 
     from fpq_analysis.records.comparison import number
 
-    if not found:
-        return
     headings = ("Epoch", "Loss", "± 95 %", "Dip", "± 95 % ", "at", "Highest", "Steps")
     table = new_table({"Run": "left", **dict.fromkeys(headings, "right")})
     for terrain in found:

@@ -25,6 +25,7 @@ from fpq_analysis.cli.app import (
     Overwrite,
     Records,
     Seed,
+    ShardOf,
     app,
     fail,
     fail_all,
@@ -59,6 +60,7 @@ class Settings:
     figures: Path
     records: Path | None
     device: str
+    shard: str | None
     overwrite: bool
     dry_run: bool
     json: bool
@@ -76,6 +78,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "figures": (Figures, Path("figures")),
     "records": (Records, None),
     "device": (Device, "auto"),
+    "shard": (ShardOf, None),
     "overwrite": (Overwrite, False),
     "dry_run": (DryRun, False),
     "json": (Json, False),
@@ -111,70 +114,93 @@ def measuring_command(fixed: Mapping[str, Any] | None = None, **defaults: Any) -
 
 
 def measure_and_show(
-    probes: Sequence[Probe], settings: Settings, show: Mapping[str, Callable[[pd.DataFrame], None]]
+    probes: Sequence[Probe],
+    settings: Settings,
+    show: Mapping[str, Callable[[pd.DataFrame], None]],
+    *,
+    through: Sequence[Path] = (),
+    rows: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    pages: Sequence[Callable[[pd.DataFrame], None]] = (),
 ) -> None:
     """Measure what is not measured yet, print and draw all of it; exit with 1 if anything could not be done.
 
     Args:
         show: prints the records of a probe, by the probe's name.
+        through: see `measure`.
+        rows: what `--json` prints, made from the records; None: these themselves.
+        pages: write what else there is to see, from all the records.
     """
     import pandas as pd
 
-    from fpq_analysis.pipeline import measurement
+    from fpq_analysis.pipeline.forecast import forecast
+    from fpq_analysis.pipeline.plan import plan
+    from fpq_analysis.pipeline.run import run
+    from fpq_analysis.pipeline.task import WHOLE, Sampling
     from fpq_analysis.probes.point import NEEDS
+    from fpq_analysis.training.sweep import parse_shard
 
-    sample: dict[str, Any] = {"n_data": settings.n_data, "seed": settings.seed, "model": settings.model}
-    where = {**sample, "device": settings.device, "data_root": settings.data_root}
+    sampling = Sampling(settings.n_data, settings.seed, settings.device, settings.data_root, settings.model)
+    shard = parse_shard(settings.shard) if settings.shard else WHOLE
+    options: dict[str, Any] = {"epochs": settings.epochs, "through": through, "shard": shard}
+    options |= {"overwrite": settings.overwrite, "records": settings.records}
     found: dict[str, list[pd.DataFrame]] = {}
     faults: dict[Path, UserError] = {}
     forecasts, checkpoints = [], 0
     for probe in probes:
-        todo = measurement.plan(
-            settings.ckpt_dir,
-            probe,
-            epochs=settings.epochs,
-            overwrite=settings.overwrite,
-            records=settings.records,
-            **sample,
-        )
+        todo = plan(settings.ckpt_dir, probe, sampling, **options)
         bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
-        say(f"{probe.name}: {len(todo.done)} done, {len(todo.jobs)} to do{bad}")
-        checkpoints = len(todo.jobs) + len(todo.done) + len(todo.faults)
-        if not checkpoints and probe.needs:
+        say(f"{probe.name}: {todo.n_done} done, {todo.n_left} to do{bad}")
+        checkpoints = len(todo.measurements) + len(todo.done) + len(todo.faults)
+        if not checkpoints and probe.needs and shard == WHOLE:
             say(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
         if settings.dry_run:
             what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
-            forecasts.append(measurement.forecast(todo, probe, **where).assign(measurement=what))
-            continue
-        frame = measurement.carry_out(todo, probe, on_fault=faults.__setitem__, **where)
-        found.setdefault(probe.name, []).append(frame)
+            forecasts.append(forecast(todo, faults.__setitem__).assign(measurement=what))
+        else:
+            found.setdefault(probe.name, []).append(run(todo, on_fault=faults.__setitem__))
     if settings.dry_run:
         print_forecast(pd.concat(forecasts, ignore_index=True))
+        fail_all(faults)
         return
 
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+    everything = pd.concat(frames.values(), ignore_index=True)
     if settings.json:
-        print_json(pd.concat(frames.values(), ignore_index=True))
+        print_json(rows(everything) if rows else everything)
     unshown: list[UserError] = []
-    for name, frame in frames.items():
-        if not settings.json:
-            with going_on(unshown.append, f"The table of {name}"):
-                show[name](shorten_runs(frame))
-    stored = pd.concat([frame["dtype"] for frame in frames.values()]).dropna()
-    for kind in sorted({str(kind) for kind in stored if "measured in" in str(kind)}):
+    if shard != WHOLE:
+        say(f"Part {settings.shard} is done. When all are, the same command without --shard gathers and draws.")
+    else:
+        unshown = _show(frames, settings, show)
+        for page in pages:
+            with going_on(unshown.append, "The page"), contextlib.suppress(NothingToDraw):
+                page(everything)
+    for kind in sorted({str(kind) for kind in everything["dtype"].dropna() if "measured in" in str(kind)}):
         say(f"Weights in some of the files: {kind}.")
-    for name, frame in frames.items():
-        unshown += draw(name, frame, settings.figures)
     for fault in unshown:
         fail(fault)
     if faults:
         say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
-    unreached = sum(int((frame["status"] == "tolerance not reached").sum()) for frame in frames.values())
+    unreached = int((everything["status"] == "tolerance not reached").sum())
     if unreached:
         say(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
     fail_all(faults)
     if unshown or unreached:
         raise typer.Exit(1)
+
+
+def _show(
+    frames: Mapping[str, pd.DataFrame], settings: Settings, show: Mapping[str, Callable[[pd.DataFrame], None]]
+) -> list[UserError]:
+    """Tables, unless rows were asked for, and figures; what went wrong."""
+    faults: list[UserError] = []
+    for name, frame in frames.items():
+        if not settings.json:
+            with going_on(faults.append, f"The table of {name}"):
+                show[name](shorten_runs(frame))
+    for name, frame in frames.items():
+        faults += draw(name, frame, settings.figures)
+    return faults
 
 
 def draw(probe: str, frame: pd.DataFrame, folder: Path) -> list[UserError]:

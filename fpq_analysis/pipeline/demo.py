@@ -8,16 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from fpq_analysis.pipeline.figures import draw_figures
-from fpq_analysis.pipeline.landscapes import measure_landscapes
-from fpq_analysis.pipeline.measurement import measure
+from fpq_analysis.pipeline.run import measure, measure_landscapes
 from fpq_analysis.probes import Features, GradNorm, HessianTrace, OutputVariance
-from fpq_analysis.probes.landscape import Recipe
+from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.report import write_report
 from fpq_analysis.training import TrainConfig, train
 
 BITS = ("W4A4", "W2A4")
 METHODS = ("lsq", "fpq")
-LANDSCAPE = Recipe(points=15)
+LANDSCAPE = LandscapeSettings(points=15)
 
 
 def configs(out: Path) -> dict[str, TrainConfig]:

@@ -97,12 +97,11 @@ def _measured(
     on_fault: Fault | None,
 ) -> pd.DataFrame:
     if where is not None:
-        from fpq_analysis.pipeline import measurement
+        from fpq_analysis.pipeline.run import measure
         from fpq_analysis.probes import PROBES
 
         if drawing.probe in PROBES:
+            epochs = "last" if drawing.last else "all"
             probe = PROBES[drawing.probe]()
-            what = {name: where[name] for name in ("n_data", "seed", "model")}
-            todo = measurement.plan(ckpt_dir, probe, epochs="last" if drawing.last else "all", records=records, **what)
-            return measurement.carry_out(todo, probe, on_fault=on_fault, **where)
+            return measure(ckpt_dir, probe, epochs=epochs, records=records, on_fault=on_fault, **where)
     return rec.load(records or ckpt_dir, drawing.probe)

@@ -140,7 +140,10 @@ def _check_settings(
 
 @dataclass(frozen=True)
 class HessianEigs:
-    """The probe: `hessian_eigs` on a checkpoint, started warm from the checkpoint before it.
+    """The probe: `hessian_eigs` on a checkpoint.
+
+    Not started from the checkpoint before, which would save a tenth of the products: a record depends on its key alone,
+    whatever was measured before it, and where.
 
     Attributes: see `hessian_eigs`.
 
@@ -172,10 +175,8 @@ class HessianEigs:
             definition=self.definition,
             operator=self.operator,
             tol=self.tol,
-            start=point.memory.get(self.name),
             seed=point.seed,
         )
-        point.memory[self.name] = estimate.start
         common: dict[str, Any] = {
             "layer": "all",
             "definition": self.definition,

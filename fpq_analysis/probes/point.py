@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ NEEDS = {
     "quantizers": "the network is quantized",
     "teacher": "the float network the run started from",
     "previous": "the same run's network an epoch before",
+    "trajectory": "the same run's earlier networks",
+    "through": "further checkpoints are named",
 }
 
 
@@ -31,18 +33,17 @@ class Point:
     Attributes:
         batches: (inputs, targets).
         seed: of everything random in the measurement.
-        memory: what a probe wants to find again at the next checkpoint of the same run (a warm start), by its name;
-            it may change a measurement's cost, never its meaning.
         teacher, previous: networks in eval mode, there if the probe needs them; see `NEEDS`.
+        others: those of the trajectory, in order, or the further ones that were named; on the CPU.
     """
 
     model: nn.Module
     batches: tuple[Tensor, Tensor]
     loss: str = "cross_entropy"
     seed: int = 0
-    memory: dict[str, Any] = field(default_factory=dict)
     teacher: nn.Module | None = None
     previous: nn.Module | None = None
+    others: Sequence[nn.Module] = ()
 
 
 class Probe(Protocol):
@@ -58,4 +59,36 @@ class Probe(Protocol):
 
     def __call__(self, point: Point) -> Rows:
         """Measure; the last row is the total, whose presence on disk means that the measurement is complete."""
+        ...
+
+
+class Pieces(Protocol):
+    """A measurement that is set up, and done piece by piece."""
+
+    @property
+    def notes(self) -> Rows:
+        """What is known from setting it up alone.
+
+        Pieces from two processes are put together if the `signature_...` among these rows agree.
+        """
+        ...
+
+    def measure(self, piece: str) -> Rows:
+        """The rows of a piece; one of them, of layer `all`, has the piece's name as its quantity.
+
+        A row of another network than the centre has a key `network`: its place in `Point.others`.
+        """
+        ...
+
+
+@runtime_checkable
+class Piecewise(Probe, Protocol):
+    """A probe made of pieces (the points of a grid), which are kept as they are done and may be done in any process."""
+
+    def pieces(self, n_others: int) -> Sequence[str]:
+        """Names of the pieces, which the settings and the number of further networks must be enough to know."""
+        ...
+
+    def begin(self, point: Point) -> Pieces:
+        """Set it up on a point."""
         ...

@@ -1,6 +1,6 @@
 """Loss landscapes: the loss on lines and planes through weight space, with everything stated."""
 
-from fpq_analysis.probes.landscape.api import Landscape, landscape
-from fpq_analysis.probes.landscape.recipe import BATCHNORM, PLANES, WEIGHTS, Recipe
+from fpq_analysis.probes.landscape.api import Landscape, LandscapeSettings, landscape
+from fpq_analysis.probes.landscape.choices import BATCHNORM, PLANES, WEIGHTS
 
-__all__ = ["BATCHNORM", "PLANES", "WEIGHTS", "Landscape", "Recipe", "landscape"]
+__all__ = ["BATCHNORM", "PLANES", "WEIGHTS", "Landscape", "LandscapeSettings", "landscape"]

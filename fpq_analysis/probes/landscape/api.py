@@ -1,4 +1,4 @@
-"""`landscape`: the loss of any network on a line or a plane, in one call."""
+"""Landscapes of checkpoints, as a probe, and of any network, in one call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,40 @@ from torch import nn
 
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.losses import Loss
+from fpq_analysis.probes.landscape.choices import LandscapeChoices, quantity
 from fpq_analysis.probes.landscape.directions import Move
-from fpq_analysis.probes.landscape.recipe import Recipe
-from fpq_analysis.probes.landscape.survey import Survey, quantity
-from fpq_analysis.probes.point import Rows
+from fpq_analysis.probes.landscape.grid import LossGrid
+from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.progress import Progress
 from fpq_analysis.records import COLUMNS
+
+
+@dataclass(frozen=True)
+class LandscapeSettings(LandscapeChoices):
+    """The probe: a landscape about a checkpoint, whose grid points are its pieces.
+
+    Attributes: see `LandscapeChoices`.
+
+    Raises:
+        UserError: for choices that are unknown or contradict each other.
+    """
+
+    name = "landscape"
+    version = 1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The networks that the plane goes through, beside the checkpoint itself."""
+        return {"pca": ("trajectory",), "checkpoints": ("through",)}.get(self.plane, ())
+
+    def begin(self, point: Point) -> LossGrid:
+        """Put the plane in place."""
+        return LossGrid(point.model, point.batches, self, others=point.others, seed=point.seed, loss=point.loss)
+
+    def __call__(self, point: Point) -> Rows:
+        """Rows: see `grid.py`."""
+        grid = self.begin(point)
+        return [*grid.notes, *(row for piece in self.pieces(len(point.others)) for row in grid.measure(piece))]
 
 
 @dataclass(frozen=True)
@@ -25,7 +53,7 @@ class Landscape:
     """Losses on a grid, with their errors and everything that says how they were drawn.
 
     Attributes:
-        recipe: the choices.
+        settings: the choices.
         axes: coordinates of the grid along each axis; zero is the network itself.
         loss: mean loss, (points,) on a line, (points, points) on a plane, where `loss[i, j]` is at `axes[0][i]` and
             `axes[1][j]`.
@@ -35,10 +63,10 @@ class Landscape:
         aliased: weights are rounded again and a grid step passes over whole stairs: the picture is a sample of a
             staircase, and its smoothness means nothing.
         directions: the moves of the variables, by name, one for each axis.
-        rows: all of it as records, see `survey.py` for the quantities.
+        rows: all of it as records, see `grid.py` for the quantities.
     """
 
-    recipe: Recipe
+    settings: LandscapeSettings
     axes: tuple[np.ndarray, ...]
     loss: np.ndarray
     sem_data: np.ndarray
@@ -50,7 +78,7 @@ class Landscape:
 
     def frame(self, run: str = "") -> pd.DataFrame:
         """The rows as a table of records, for the figures of `fpq_analysis.plots`; `run` is the title."""
-        about = {"run": run, "probe": self.recipe.name, "key": run, "settings": run, "status": "ok"}
+        about = {"run": run, "probe": self.settings.name, "key": run, "settings": run, "status": "ok"}
         return pd.DataFrame([{**about, **row} for row in self.rows], columns=list(COLUMNS))
 
 
@@ -96,27 +124,30 @@ def landscape(
         UserError: for choices that are unknown or contradict each other, networks that are not alike or lie on one
             line, data the loss does not fit, or a loss that is not finite at the centre.
     """
-    recipe = Recipe(plane, weights, dim, points, span, batchnorm)
-    survey = Survey(model, batches, recipe, others=others, seed=seed, loss=loss, device=device, micro_batch=micro_batch)
-    rows = [*survey.notes, *survey.measure_points()]
-    with Progress(len(survey.cells), recipe.name) as progress:
-        for cell in survey.cells:
-            rows += survey.measure_cell(cell)
+    settings = LandscapeSettings(plane, weights, dim, points, span, batchnorm)
+    grid = LossGrid(
+        model, batches, settings, others=others, seed=seed, loss=loss, device=device, micro_batch=micro_batch
+    )
+    pieces = settings.pieces(len(others))
+    rows = [*grid.notes]
+    with Progress(len(pieces), settings.name) as progress:
+        for piece in pieces:
+            rows += grid.measure(piece)
             progress.advance()
     by_quantity = {row["quantity"]: row for row in rows if row["layer"] == "all"}
 
-    def grid(name: str, column: str) -> np.ndarray:
-        values = [by_quantity[quantity(name, cell)][column] for cell in survey.cells]
-        return np.array(values).reshape([len(axis) for axis in survey.axes])
+    def on_grid(name: str, column: str) -> np.ndarray:
+        values = [by_quantity[quantity(name, cell)][column] for cell in settings.cells()]
+        return np.array(values).reshape([len(axis) for axis in grid.axes])
 
     return Landscape(
-        recipe,
-        tuple(map(np.array, survey.axes)),
-        grid("loss", "value"),
-        grid("loss", "sem_data"),
-        grid("rise", "value"),
-        grid("rise", "sem_data"),
-        survey.aliased,
-        survey.directions,
+        settings,
+        tuple(map(np.array, grid.axes)),
+        on_grid("loss", "value"),
+        on_grid("loss", "sem_data"),
+        on_grid("rise", "value"),
+        on_grid("rise", "sem_data"),
+        grid.aliased,
+        grid.directions,
         rows,
     )

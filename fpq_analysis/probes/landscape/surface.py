@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.probes.landscape.directions import Move
-from fpq_analysis.probes.landscape.opened import Opened
+from fpq_analysis.probes.landscape.movable import MovableNetwork
 from fpq_analysis.probes.subject import Subject
 
 # Tensors in one piece of memory begin at multiples of so many scalars, as they would if they were alone.
@@ -28,19 +28,19 @@ class Surface:
     """Losses of single samples as a function of coordinates.
 
     Args:
-        network: laid open; from now on the surface's own.
+        network: from now on the surface's own.
         subject: its data and loss.
         directions: moves of its variables, one for each axis.
-        rides: moves of its riders, one for each axis; none where they stay.
+        carried_moves: moves of what it carries along, one for each axis; none where that stays.
         re_estimate: take BatchNorm's statistics anew at every point, from all the data as one batch.
     """
 
     def __init__(
         self,
-        network: Opened,
+        network: MovableNetwork,
         subject: Subject,
         directions: Sequence[Move],
-        rides: Sequence[Move] = (),
+        carried_moves: Sequence[Move] = (),
         *,
         re_estimate: bool = False,
     ) -> None:
@@ -49,8 +49,10 @@ class Surface:
         # `each` halves these, which must be a list of our own.
         self.batches: list[tuple[Tensor, ...]] = list(subject.data)
         self.variables = _Block(network.variables, [network.transmitted(d) for d in directions])
-        self.riders = _Block(network.riders, rides) if rides else None
-        self.whole = [name for name in network.riders if rides and _whole([network.riders, *rides], name)]
+        self.carried = _Block(network.carried, carried_moves) if carried_moves else None
+        self.whole = [
+            name for name in network.carried if carried_moves and _whole([network.carried, *carried_moves], name)
+        ]
         norms = [m for m in network.view.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self.norms = norms if re_estimate else []
 
@@ -58,18 +60,18 @@ class Surface:
     def losses(self, coordinates: Sequence[float]) -> Tensor:
         """(N,) losses at a point of the surface, on the device; float64 where the device has it."""
         self.variables.move(coordinates)
-        if self.riders is not None:
-            self.riders.move(coordinates)
+        if self.carried is not None:
+            self.carried.move(coordinates)
             for name in self.whole:
-                self.network.riders[name].round_()
+                self.network.carried[name].round_()
             for name, floor in self.network.floors.items():
-                self.network.riders[name].clamp_(min=floor)
+                self.network.carried[name].clamp_(min=floor)
         return self._losses()
 
     @torch.no_grad()
-    def losses_of(self, variables: Move, riders: Move) -> Tensor:
-        """(N,) losses of another network of the same form, by the values of its variables and riders."""
-        for ours, theirs in ((self.network.variables, variables), (self.network.riders, riders)):
+    def losses_of(self, variables: Move, carried: Move) -> Tensor:
+        """(N,) losses of another network of the same form, by its variables and what it carries along."""
+        for ours, theirs in ((self.network.variables, variables), (self.network.carried, carried)):
             for name, tensor in ours.items():
                 tensor.copy_(theirs[name])
         return self._losses()

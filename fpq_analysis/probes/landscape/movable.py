@@ -1,4 +1,4 @@
-"""A network laid open: which of its tensors a landscape moves, for each kind of weights.
+"""A copy of a network that can be moved: which of its tensors a landscape moves, for each kind of weights.
 
     kind              variables that move    the loss is that of
     dequantized       w_hat, at first Q(w)   the network with weights w_hat
@@ -7,8 +7,9 @@
     float             w                      ... with weights w, without quantizers, those of inputs neither
 
 w0 is the centre.  Biases and BatchNorm's parameters are variables of every kind.  What is not a variable (BatchNorm's
-statistics, quantizers' scales, zero points and offsets, frozen parameters) is a rider: on planes of directions it stays
-as it is; on planes of checkpoints it moves linearly, as the other checkpoints would not be on their own plane without.
+statistics, quantizers' scales, zero points and offsets, frozen parameters) is carried
+along: on planes of directions it stays as it is; on planes of checkpoints it moves linearly with the weights, so that
+the checkpoints themselves lie on the plane.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from fpq_analysis.quantizers.base import MIN_STEP
 
 
 @dataclass(frozen=True)
-class Opened:
+class MovableNetwork:
     """A copy of a network with its state in reach.
 
     Attributes:
         view: the copy, in eval mode, with plain weights.
         variables: the tensors that directions are added to, by plain name.
-        riders: all else of floating point in its state.
+        carried: all else of floating point in its state, which is carried along.
         sizes: values of the variables at the centre, by which filters are normalised (for straight-through weights the
             trained w, which is not a tensor of the copy).
         rounded: for requantized weights: quantizer, name of the variable it rounds, weight of the copy it fills.
         masks: for straight-through weights: which part of a move reaches the network, 0 or 1.
         steps: quantization step of each quantized weight, broadcastable to it.
-        floors: riders that must not fall below a bound.
+        floors: bounds below which carried tensors must not fall.
         form: what must be equal for a line between two networks to make sense.
     """
 
     view: nn.Module
     variables: Move
-    riders: Move
+    carried: Move
     sizes: Move
     rounded: list[tuple[Quantizer, str, Tensor]]
     masks: Move
@@ -60,8 +61,8 @@ class Opened:
         return {name: d * self.masks[name] if name in self.masks else d for name, d in direction.items()}
 
 
-def opened(model: nn.Module, view: nn.Module, weights: str) -> Opened:
-    """Lay `view` open for this kind of weights.
+def make_movable(model: nn.Module, view: nn.Module, weights: str) -> MovableNetwork:
+    """Make `view` movable in this kind of weights.
 
     Args:
         model: the network itself; not touched.
@@ -94,14 +95,14 @@ def opened(model: nn.Module, view: nn.Module, weights: str) -> Opened:
                 moved[name] = sizes[name].clone()
                 tensors.update({f"{name}.quantizer.{key}": t for key, t in _tensors(own)})
                 owners.append(own)
-    riders = {name: t for name, t in tensors.items() if name not in moved and t.is_floating_point()}
-    form = [f"'{name}' of shape {tuple(t.shape)}" for name, t in (*moved.items(), *riders.items())]
+    carried = {name: t for name, t in tensors.items() if name not in moved and t.is_floating_point()}
+    form = [f"'{name}' of shape {tuple(t.shape)}" for name, t in (*moved.items(), *carried.items())]
     if weights != "float":
         form += [
             f"{type(q).__name__} of {q.bits} bits for the {'weight' if is_weight else 'input'} of '{name}'"
             for name, q, is_weight in quantizers(model)
         ]
-    return Opened(view, moved, riders, sizes, rounded, masks, steps, _floors(owners, riders), sorted(form))
+    return MovableNetwork(view, moved, carried, sizes, rounded, masks, steps, _floors(owners, carried), sorted(form))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +121,7 @@ def _masks(model: nn.Module, moved: Move, found: dict[str, Quantizer]) -> Move:
     return {name: derivatives[name].to(moved[name]) for name in moved.keys() & derivatives.keys()}
 
 
-def _floors(owners: list[nn.Module], riders: Move) -> dict[str, float]:
+def _floors(owners: list[nn.Module], carried: Move) -> dict[str, float]:
     """Step sizes stay positive and variances not negative, wherever a line leads."""
     bounds: dict[int, float] = {}
     for module in (m for owner in owners for m in owner.modules()):
@@ -128,10 +129,10 @@ def _floors(owners: list[nn.Module], riders: Move) -> dict[str, float]:
             bounds.update({id(scale): MIN_STEP for scale in module.scales()})
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
             bounds[id(module.running_var)] = 0.0
-    return {name: bounds[id(t)] for name, t in riders.items() if id(t) in bounds}
+    return {name: bounds[id(t)] for name, t in carried.items() if id(t) in bounds}
 
 
-def check_alike(networks: list[Opened]) -> None:
+def check_alike(networks: list[MovableNetwork]) -> None:
     """Raise `UserError` unless lines between these networks make sense."""
     for place, other in enumerate(networks[1:], 2):
         if other.form != networks[0].form:

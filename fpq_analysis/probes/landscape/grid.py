@@ -14,7 +14,6 @@ Quantities, all with the layer `all` but where said; axes and networks count fro
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,11 +27,11 @@ from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import Loss
 from fpq_analysis.models import model_device
-from fpq_analysis.probes import hessian_eigs
+from fpq_analysis.probes.eigs import hessian_eigs
 from fpq_analysis.probes.landscape import directions as geometry
+from fpq_analysis.probes.landscape.choices import DEFINITION, LandscapeChoices, quantity
 from fpq_analysis.probes.landscape.directions import Move
-from fpq_analysis.probes.landscape.opened import Opened, check_alike, opened
-from fpq_analysis.probes.landscape.recipe import DEFINITION, Recipe
+from fpq_analysis.probes.landscape.movable import MovableNetwork, check_alike, make_movable
 from fpq_analysis.probes.landscape.surface import Surface
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.probes.subject import check_finite, prepare
@@ -47,21 +46,17 @@ MAX_PRODUCTS = 200
 # Forward passes hold no graph, so that a device can take more images at once than for gradients.
 DEVICE_BATCH = 256
 
-Cell = tuple[int, ...]
 
-
-class Survey:
+class LossGrid:
     """A plane in place, ready to be measured point by point.
 
     Args:
         model: the centre; not touched.
         others: further networks: those of a trajectory before its last, the centre (pca), or one or two (checkpoints).
-        abouts: columns for the rows of each network, in the order of `points`.
         batches, seed, loss, device, micro_batch: as for `landscape`.
 
     Attributes:
         axes: coordinates of the grid along each axis.
-        cells: all grid points, by their numbers along the axes.
         directions: the moves of the variables, one for each axis.
         points: (networks, dim) coordinates on the plane: a trajectory's in its order, the centre last; otherwise the
             centre first; none on planes of directions.
@@ -75,56 +70,55 @@ class Survey:
         self,
         model: nn.Module,
         batches: Batch | Iterable[Batch],
-        recipe: Recipe,
+        choices: LandscapeChoices,
         *,
         others: Sequence[nn.Module] = (),
-        abouts: Sequence[dict[str, Any]] = (),
         seed: int = 0,
         loss: str | Loss = "cross_entropy",
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        check_others(recipe, len(others))
+        check_others(choices, len(others))
         where = torch.device(device) if device is not None else model_device(model)
         if micro_batch is None and where.type == "cuda":
             micro_batch = DEVICE_BATCH
-        base = "float" if recipe.weights == "float" else "dequantized"
+        base = "float" if choices.weights == "float" else "dequantized"
         subject = prepare(model, batches, loss=loss, definition=base, device=where, micro_batch=micro_batch)
-        network = opened(model, subject.view, recipe.weights)
-        self.recipe = recipe
-        self.abouts = abouts
-        self.points = np.zeros((0, recipe.dim))
+        network = make_movable(model, subject.view, choices.weights)
+        self.choices = choices
+        self.points = np.zeros((0, choices.dim))
         self.notes: Rows = []
         self._states: list[tuple[Move, Move]] = []
         self._off: list[float] = []
         self.common = {
             "layer": "all",
-            "definition": recipe.weights,
-            "estimator": recipe.sentence(len(others)),
+            "definition": choices.weights,
+            "estimator": choices.sentence(len(others)),
             "n_data": subject.n_data,
             "sem": 0.0,
         }
-        rides: list[Move] = []
-        if recipe.plane == "random":
-            self.directions = geometry.random_directions(network.sizes, recipe.dim, seed)
-        elif recipe.plane == "hessian":
+        carried_moves: list[Move] = []
+        if choices.plane == "random":
+            self.directions = geometry.random_directions(network.sizes, choices.dim, seed)
+        elif choices.plane == "hessian":
             self.directions = self._eigenvectors(model, subject.data, loss, seed)
         else:
-            self.directions, rides = self._follow(network, others, base)
+            self.directions, carried_moves = self._follow(network, others, base)
         self.axes = self._grid()
-        self.cells: list[Cell] = list(itertools.product(*(range(len(axis)) for axis in self.axes)))
+        self._places = {quantity("off_plane", (place,)): place for place in range(len(self.points))}
+        self._cells = {quantity("rise", cell): cell for cell in choices.cells()}
         self._describe(network)
-        re_estimate = recipe.batchnorm == "re-estimate"
-        self.surface = Surface(network, subject, self.directions, rides, re_estimate=re_estimate)
-        self.centre = self.surface.losses([0.0] * recipe.dim)
+        re_estimate = choices.batchnorm == "re-estimate"
+        self.surface = Surface(network, subject, self.directions, carried_moves, re_estimate=re_estimate)
+        self.centre = self.surface.losses([0.0] * choices.dim)
         check_finite(float(self.centre.mean()), "loss at the centre")
 
     def _eigenvectors(self, model: nn.Module, data: list[Batch], loss: str | Loss, seed: int) -> list[Move]:
-        definition = DEFINITION[self.recipe.weights]
+        definition = DEFINITION[self.choices.weights]
         found = hessian_eigs(
             model,
             data,
-            self.recipe.dim,
+            self.choices.dim,
             loss=loss,
             definition=definition,
             eigenvectors=True,
@@ -133,26 +127,26 @@ class Survey:
             max_products=MAX_PRODUCTS,
         )
         assert found.vectors is not None
-        for k in range(self.recipe.dim):
+        for k in range(self.choices.dim):
             status = "ok" if found.converged[k] else "tolerance not reached"
             about = {"status": status, "n_products": found.n_products}
             self._note(f"eigenvalue_{k + 1}", float(found.values[k]), **about)
             self._note(f"residual_{k + 1}", float(found.residuals[k]), **about)
         return [
             geometry.signed({name: vectors[k] for name, vectors in found.vectors.items()})
-            for k in range(self.recipe.dim)
+            for k in range(self.choices.dim)
         ]
 
-    def _follow(self, network: Opened, others: Sequence[nn.Module], base: str) -> tuple[list[Move], list[Move]]:
-        """Directions and rides of a plane of checkpoints; the states of all networks are kept to be measured."""
-        found = [opened(other, view(other, base).cpu(), self.recipe.weights) for other in others]
+    def _follow(self, network: MovableNetwork, others: Sequence[nn.Module], base: str) -> tuple[list[Move], list[Move]]:
+        """Moves of the variables and of what is carried along; the states of all networks are kept to be measured."""
+        found = [make_movable(other, view(other, base).cpu(), self.choices.weights) for other in others]
         check_alike([network, *found])
-        states = [(other.variables, other.riders) for other in found]
-        here = (_copied(network.variables), _copied(network.riders))
-        moves, riding = ([_minus(state[part], here[part]) for state in states] for part in (0, 1))
+        states = [(other.variables, other.carried) for other in found]
+        here = (_copied(network.variables), _copied(network.carried))
+        moves, carried = ([_minus(state[part], here[part]) for state in states] for part in (0, 1))
         products = geometry.gram(moves)
-        if self.recipe.plane == "pca":
-            axes, coordinates, explained = geometry.principal(products, self.recipe.dim)
+        if self.choices.plane == "pca":
+            axes, coordinates, explained = geometry.principal(products, self.choices.dim)
             for k, share in enumerate(explained, 1):
                 self._note(f"explained_{k}", float(share))
         else:
@@ -160,28 +154,28 @@ class Survey:
         squares = np.diag(products)
         on_plane = np.einsum("ij,jk,ik->i", coordinates, axes.T @ products @ axes, coordinates)
         off = np.sqrt(np.maximum(0.0, squares - on_plane) / np.where(squares > 0, squares, 1.0))
-        zero = np.zeros((1, self.recipe.dim))
-        if self.recipe.plane == "pca":
+        zero = np.zeros((1, self.choices.dim))
+        if self.choices.plane == "pca":
             self.points, self._off = np.concatenate([coordinates, zero]), [*off.tolist(), 0.0]
             self._states = [*states, here]
         else:
             self.points, self._off = np.concatenate([zero, coordinates]), [0.0, *off.tolist()]
             self._states = [here, *states]
-        directions, rides = ([geometry.combination(part, axis) for axis in axes.T] for part in (moves, riding))
-        return directions, rides
+        directions, carried_moves = ([geometry.combination(part, axis) for axis in axes.T] for part in (moves, carried))
+        return directions, carried_moves
 
     def _grid(self) -> list[list[float]]:
-        recipe = self.recipe
-        if not recipe.follows_checkpoints:
-            return [geometry.symmetric_grid(recipe.points, recipe.reach)] * recipe.dim
-        if recipe.plane == "checkpoints" and recipe.dim == 1:
-            return [geometry.unit_grid(recipe.points)]
-        return [geometry.covering_grid(column.tolist(), recipe.points) for column in self.points.T]
+        choices = self.choices
+        if not choices.follows_checkpoints:
+            return [geometry.symmetric_grid(choices.points, choices.reach)] * choices.dim
+        if choices.plane == "checkpoints" and choices.dim == 1:
+            return [geometry.unit_grid(choices.points)]
+        return [geometry.covering_grid(column.tolist(), choices.points) for column in self.points.T]
 
     def _note(self, quantity: str, value: float, **other: Any) -> None:
         self.notes.append({**self.common, "quantity": quantity, "value": value, **other})
 
-    def _describe(self, network: Opened) -> None:
+    def _describe(self, network: MovableNetwork) -> None:
         """The rows about axes and directions."""
         self.aliased = False
         for k, (axis, direction) in enumerate(zip(self.axes, self.directions, strict=True), 1):
@@ -195,7 +189,7 @@ class Survey:
             lengths = [math.sqrt(geometry.inner(d, d)) for d in (one, two)]
             self._note("cosine", geometry.inner(one, two) / (lengths[0] * lengths[1]))
 
-    def _note_steps(self, quantity: str, network: Opened, direction: Move, step: float) -> None:
+    def _note_steps(self, quantity: str, network: MovableNetwork, direction: Move, step: float) -> None:
         """How far a grid step moves the quantized weights, in quantization steps."""
         squares, total = 0.0, 0
         for name, move in network.transmitted(direction).items():
@@ -206,31 +200,33 @@ class Survey:
                 self._note(quantity, float(ratio.square().mean().sqrt()), layer=layer_of(name) or ROOT)
         if total:
             value = math.sqrt(squares / total)
-            aliased = self.recipe.weights == "requantized" and value > ALIASED
+            aliased = self.choices.weights == "requantized" and value > ALIASED
             self.aliased |= aliased
             self._note(quantity, value, status=ALIASED_STATUS if aliased else "ok")
 
-    def measure_points(self) -> Rows:
-        """Rows about the networks on or near the plane: none on planes of directions."""
-        rows: Rows = []
-        for place, (state, coordinates) in enumerate(zip(self._states, self.points, strict=True)):
-            there, projection = self.surface.losses_of(*state), self.surface.losses(coordinates.tolist())
-            about = self.abouts[place] if self.abouts else {}
-            samples = coordinates.tolist()
-            rows += [
-                {**self._mean(f"point_{place + 1}", there), **about, "samples": samples},
-                {**self._mean(f"projection_{place + 1}", projection), **about, "samples": samples},
-                {**self._mean(f"gap_{place + 1}", there - projection), **about},
-                {**self.common, "quantity": f"off_plane_{place + 1}", "value": self._off[place], **about},
-            ]
-        return rows
+    def measure(self, piece: str) -> Rows:
+        """The four rows of a network on or near the plane, or the two of a grid point."""
+        return self._measure_network(self._places[piece]) if piece in self._places else self._measure_cell(piece)
 
-    def measure_cell(self, cell: Cell) -> Rows:
-        """The two rows of a grid point."""
+    def _measure_network(self, place: int) -> Rows:
+        coordinates = self.points[place].tolist()
+        there, projection = self.surface.losses_of(*self._states[place]), self.surface.losses(coordinates)
+        rows = [
+            {**self._mean(f"point_{place + 1}", there), "samples": coordinates},
+            {**self._mean(f"projection_{place + 1}", projection), "samples": coordinates},
+            self._mean(f"gap_{place + 1}", there - projection),
+            {**self.common, "quantity": f"off_plane_{place + 1}", "value": self._off[place]},
+        ]
+        # The centre is the last of a trajectory, and the first of the networks named.
+        other = place if self.choices.plane == "pca" else place - 1
+        return [{**row, "network": other} for row in rows] if 0 <= other < len(self.points) - 1 else rows
+
+    def _measure_cell(self, piece: str) -> Rows:
+        cell = self._cells[piece]
         losses = self.surface.losses([axis[i] for axis, i in zip(self.axes, cell, strict=True)])
         status = ALIASED_STATUS if self.aliased else "ok"
         return [
-            {**self._mean(quantity(name, cell), values), "status": status, "last": True}
+            {**self._mean(quantity(name, cell), values), "status": status}
             for name, values in (("loss", losses), ("rise", losses - self.centre))
         ]
 
@@ -241,25 +237,20 @@ class Survey:
         return {**self.common, "quantity": quantity, **numbers}
 
 
-def quantity(name: str, cell: Cell) -> str:
-    """`loss_1_2` for the first place along axis 1 and the second along axis 2."""
-    return "_".join([name, *(str(i + 1) for i in cell)])
-
-
-def check_others(recipe: Recipe, n: int) -> None:
-    """Raise `UserError` if the recipe's plane is not one of the centre and `n` other networks."""
-    if recipe.plane == "checkpoints" and n != recipe.dim:
+def check_others(choices: LandscapeChoices, n: int) -> None:
+    """Raise `UserError` if the plane is not one of the centre and `n` other networks."""
+    if choices.plane == "checkpoints" and n != choices.dim:
         raise UserError(
-            f"{n + 1} network(s) for a plane of dimension {recipe.dim}: a line (dim=1) goes through two, a plane "
+            f"{n + 1} network(s) for a plane of dimension {choices.dim}: a line (dim=1) goes through two, a plane "
             "(dim=2) through three."
         )
-    if recipe.plane == "pca" and n < recipe.dim:
+    if choices.plane == "pca" and n < choices.dim:
         raise UserError(
-            f"A trajectory of {n + 1} checkpoint(s) has no {recipe.dim} principal components about its last; it needs "
-            f"at least {recipe.dim + 1}."
+            f"A trajectory of {n + 1} checkpoint(s) has no {choices.dim} principal components about its last; it needs "
+            f"at least {choices.dim + 1}."
         )
-    if not recipe.follows_checkpoints and n:
-        raise UserError(f"The plane '{recipe.plane}' is about one network; others are for 'pca' and 'checkpoints'.")
+    if not choices.follows_checkpoints and n:
+        raise UserError(f"The plane '{choices.plane}' is about one network; others are for 'pca' and 'checkpoints'.")
 
 
 def _copied(state: Move) -> Move:

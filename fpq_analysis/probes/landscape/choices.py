@@ -1,11 +1,12 @@
 """How a loss landscape is drawn: every choice, by name.
 
-"How did you draw that landscape?" has no answer in a picture alone.  A `Recipe`, the seed and the data are the whole
-answer; they decide a record's key, and `Recipe.sentence` is printed under every figure.
+These choices, the seed and the data decide a landscape and the key of its records; `sentence` is printed under every
+figure.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -36,9 +37,11 @@ MOVED_WITH_STATE = ("pca", "checkpoints")  # planes on which BatchNorm statistic
 # Half the length of an axis: Li et al.'s 1; for eigenvectors, of length 1, the 0.5 of PyHessian's examples.
 SPANS = {"random": 1.0, "hessian": 0.5}
 
+Cell = tuple[int, ...]
+
 
 @dataclass(frozen=True)
-class Recipe:
+class LandscapeChoices:
     """What decides a landscape, beside the network, the data and the seed.
 
     Attributes:
@@ -61,9 +64,6 @@ class Recipe:
     points: int = 25
     span: float | None = None
     batchnorm: str = "interpolate"
-
-    name = "landscape"
-    version = 1  # part of a record's key: raise it when the numbers change
 
     def __post_init__(self) -> None:
         for what, known in (("plane", PLANES), ("weights", WEIGHTS), ("batchnorm", BATCHNORM)):
@@ -103,6 +103,19 @@ class Recipe:
         """Whether the plane is one of checkpoints, and not of directions from one network."""
         return self.plane in MOVED_WITH_STATE
 
+    def pieces(self, n_others: int) -> list[str]:
+        """Names of what is measured one by one: the networks on or near the plane, and the grid points.
+
+        Args:
+            n_others: networks beside the centre.
+        """
+        networks = range(1, n_others + 2) if self.follows_checkpoints else ()
+        return [*(f"off_plane_{place}" for place in networks), *(quantity("rise", cell) for cell in self.cells())]
+
+    def cells(self) -> list[Cell]:
+        """All grid points, by their places along the axes."""
+        return list(itertools.product(range(self.points), repeat=self.dim))
+
     @property
     def reach(self) -> float:
         """The span, or its default."""
@@ -127,3 +140,8 @@ class Recipe:
         if self.batchnorm == "interpolate":
             return f"{how}; BatchNorm statistics and scales moved linearly with the weights"
         return f"{how}; scales moved linearly with the weights, BatchNorm statistics re-estimated at every point"
+
+
+def quantity(name: str, cell: Cell) -> str:
+    """`loss_1_2` for the first place along axis 1 and the second along axis 2."""
+    return "_".join([name, *(str(i + 1) for i in cell)])

@@ -1,0 +1,251 @@
+"""From a task to its rows, in whatever process: nothing is needed but the task, nothing is written."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpq_analysis import __version__
+from fpq_analysis.data import load_run_data, training_sample
+from fpq_analysis.devices import pick_device
+from fpq_analysis.errors import UserError, explained
+from fpq_analysis.pipeline.plan import network_code
+from fpq_analysis.pipeline.task import Result, Sampling, Task
+from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
+from fpq_analysis.runs import file_hash
+from fpq_analysis.runs.checkpoint import Checkpoint
+from fpq_analysis.runs.foreign import ForeignCheckpoint
+
+Batch = tuple[Tensor, Tensor]
+
+
+def execute(task: Task) -> Result:
+    """Measure one piece.  What it takes to begin is kept for the next piece of the same measurement.
+
+    Raises:
+        UserError: if it cannot be measured, whatever the reason; with FPQ_DEBUG=1 what was raised is raised on.
+    """
+    with _one_at_a_time:
+        try:
+            return _execute(task)
+        except UserError:
+            raise
+        except Exception as error:
+            if os.environ.get("FPQ_DEBUG"):
+                raise
+            # As text: not every exception can be handed to another process.
+            raise explained(error, f"'{task.measurement.path}'") from error
+
+
+def forget() -> None:
+    """Let go of what is kept between tasks."""
+    _kept.begun = None
+    _kept.batches.clear()
+
+
+def _execute(task: Task) -> Result:
+    start = time.perf_counter()
+    same = replace(task, piece="")
+    fresh = _kept.begun is None or _kept.begun.task != same
+    if fresh:
+        _kept.begun = None  # its networks first
+        _kept.begun = _Begun(same)
+    begun = _kept.begun
+    assert begun is not None
+    rows = begun.pieces.measure(task.piece)
+    seconds = {"seconds": round(time.perf_counter() - start, 4)}
+    return Result(begun.complete(rows, **seconds), begun.complete(begun.pieces.notes) if fresh else [])
+
+
+class _Begun:
+    """A measurement that is set up.
+
+    Attributes:
+        task: any of its tasks, but for the piece.
+        pieces: the probe on its point.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        content = read(task)
+        point = point_of(task, content)
+        self.pieces = begin(task.probe, point)
+        self._others = point.others
+        measurement = task.measurement
+        named = "through" in task.probe.needs
+        self._common = {
+            **describe(content, task.sampling),
+            "probe": task.probe.name,
+            "seed": task.sampling.seed,
+            "settings": task.settings,
+            "key": measurement.key,
+            "through": "+".join(map(file_hash, measurement.others)) if named else None,
+        }
+
+    def complete(self, rows: Rows, **more: Any) -> Rows:
+        """The rows with the columns that say what they are about."""
+        return [{**self._common, **self._about(row.get("network")), **row, **more} for row in rows]
+
+    def _about(self, network: int | None) -> dict[str, Any]:
+        if network is None or not isinstance(self._others, Networks):
+            return {}
+        return self._others.abouts[network]
+
+
+class _Whole:
+    """A probe that is not made of pieces, as one."""
+
+    notes: Rows = []  # noqa: RUF012
+
+    def __init__(self, probe: Probe, point: Point) -> None:
+        self._probe = probe
+        self._point = point
+
+    def measure(self, piece: str) -> Rows:
+        return self._probe(self._point)
+
+
+def begin(probe: Probe, point: Point) -> Pieces:
+    """Set the probe up on its point; one that is not made of pieces is a piece."""
+    return probe.begin(point) if isinstance(probe, Piecewise) else _Whole(probe, point)
+
+
+def read(task: Task) -> Checkpoint:
+    """The checkpoint of a task.
+
+    Raises:
+        UserError: if it cannot be read, or is not the one that was planned.
+    """
+    measurement = task.measurement
+    content = task.source.read_checkpoint(measurement.path)
+    if content.header != measurement.header:
+        raise UserError(
+            f"'{measurement.path}' is not what it was when this command began: it was changed since, or the run.json "
+            "beside it is of another run. Run the command again; if it stays so, put the right run.json there."
+        )
+    return content
+
+
+def point_of(task: Task, content: Checkpoint) -> Point:
+    """The network with the images to measure it on, and what else the probe needs.
+
+    Raises:
+        UserError: see `Checkpoint.build` and `images`.
+    """
+    sampling, measurement = task.sampling, task.measurement
+    net = build_network(content, sampling)
+    named = {
+        need: build_network(task.source.read_checkpoint(path), sampling) for need, path in measurement.networks.items()
+    }
+    others = Networks(task, content)
+    batch = images(content, sampling)
+    return Point(net, batch, loss=sampling.loss, seed=sampling.seed, others=others, **named)
+
+
+def build_network(content: Checkpoint, sampling: Sampling) -> nn.Module:
+    """The network of a checkpoint, on the device that it is measured on.
+
+    Raises:
+        UserError: see `Checkpoint.build`, or if another program's network does not take these images.
+    """
+    device = pick_device(sampling.device)
+    net = content.build(sampling.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(content, ForeignCheckpoint):
+        content.check_runs(net, images(content, sampling)[0])
+    return net
+
+
+class Networks(Sequence[nn.Module]):
+    """The networks in a row, each built when it is asked for: a trajectory of them may not fit into memory.
+
+    Attributes:
+        abouts: of those asked for, by place, the columns that say which checkpoint it is.
+    """
+
+    def __init__(self, task: Task, centre: Checkpoint) -> None:
+        self._task = task
+        self._fingerprint = centre.data["fingerprint"]
+        self.abouts: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._task.measurement.others)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        path, sampling = self._task.measurement.others[index], self._task.sampling
+        content = self._task.source.read_checkpoint(path)
+        if content.data["fingerprint"] != self._fingerprint:
+            raise UserError(
+                f"'{path}' was trained on other data than the first checkpoint, and a landscape is that of one data "
+                "set."
+            )
+        self.abouts[index] = describe(content, sampling)
+        return content.build(sampling.model).to(memory_format=torch.channels_last)
+
+
+def images(content: Checkpoint, sampling: Sampling) -> Batch:
+    """Images and labels to measure a checkpoint on; several runs on one data set have them from memory.
+
+    Raises:
+        UserError: if the data are missing, or are not those it was trained on.
+    """
+    config, device = content.run, pick_device(sampling.device)
+    root = sampling.data_root or config["data_root"]
+    where = (config["data"], root, config["image_size"], str(config.get("feed")))
+    key = (*where, sampling.n_data, sampling.seed, str(device))
+    if key not in _kept.batches:
+        data = load_run_data(config, root)
+        x, y = training_sample(data, sampling.n_data or len(data.train), sampling.seed)
+        _kept.batches[key] = data.describe(), (x.to(device), y.to(device))
+    about, batch = _kept.batches[key]
+    if about["fingerprint"] != content.data["fingerprint"]:
+        raise UserError(
+            f"The data in '{root or about['name']}' are not those the checkpoint was trained on ({about['n_train']} "
+            f"training images in {len(about['classes'])} classes here, {content.data['n_train']} in "
+            f"{len(content.data['classes'])} then, or other pixels). Point --data-root at the data set of the "
+            "training run."
+        )
+    return batch
+
+
+def describe(content: Checkpoint, sampling: Sampling) -> dict[str, Any]:
+    """The columns that say which checkpoint a row is about, and what measured it."""
+    quant = content.quant
+    name, code = network_code(content.header, sampling.model)
+    return {
+        "method": content.run["method"],
+        "model": name,
+        "factory": code,
+        "dataset": content.data["name"],
+        "bits": f"W{quant['weight_bits']}A{quant['act_bits']}" if quant else "FP",
+        "train_seed": content.run["seed"],
+        "data": content.data["fingerprint"],
+        "epoch": content.epoch,
+        "checkpoint": content.sha256,
+        "package": __version__,
+        "torch": str(torch.__version__),
+        "device": str(pick_device(sampling.device)),
+        "dtype": content.dtype,
+    }
+
+
+class _Kept:
+    """What a process keeps from one task to the next: a measurement that is set up, and images."""
+
+    def __init__(self) -> None:
+        self.begun: _Begun | None = None
+        self.batches: dict[tuple[Any, ...], tuple[dict[str, Any], Batch]] = {}
+
+
+_kept = _Kept()
+# Torch's switches and random state are the process's, so that threads take turns.
+_one_at_a_time = threading.Lock()

@@ -1,0 +1,162 @@
+"""From a plan to records: tasks go to an executor, what comes back is written here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
+from fpq_analysis.pipeline import store
+from fpq_analysis.pipeline.engines.serial import SerialExecutor
+from fpq_analysis.pipeline.execute import execute, forget
+from fpq_analysis.pipeline.plan import Plan, plan
+from fpq_analysis.pipeline.task import WHOLE, Measurement, Result, Sampling, Shard, Task
+from fpq_analysis.probes.landscape import LandscapeSettings
+from fpq_analysis.probes.point import Probe
+from fpq_analysis.progress import Progress
+
+# Tasks handed out at a time: enough to keep many workers busy, few enough to call back when a measurement fails.
+IN_FLIGHT = 256
+
+
+def measure(
+    ckpt_dir: str | os.PathLike[str],
+    probe: Probe,
+    *,
+    n_data: int | None = 1024,
+    seed: int = 0,
+    epochs: str = "all",
+    through: Sequence[str | Path] = (),
+    shard: Shard = WHOLE,
+    overwrite: bool = False,
+    device: str = "auto",
+    data_root: str | None = None,
+    model: str | None = None,
+    records: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    on_fault: Fault | None = None,
+) -> pd.DataFrame:
+    """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
+
+    All checkpoints see the same `n_data` training images (None: all), drawn by `seed`, without augmentation.
+
+    Args:
+        ckpt_dir: a run, or a folder of runs; for another program's checkpoints a `ForeignRuns`.
+        epochs: of each run: `all`, `last`, or numbers with commas between.
+        through: for landscapes on a plane of checkpoints, two or three files or runs (the last checkpoint of `epochs`),
+            the centre first; `ckpt_dir` then has no part, but that a `ForeignRuns` says how they are read.
+        shard: (i, n), the i-th of n parts of the work, kept in files of its own; call without it afterwards to gather
+            these.
+        data_root: where the data set lies, if not where it was when the run was trained.
+        model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
+            changed, it is measured anew.
+        records: folder in which measurements are kept, each run's under its name, where the runs themselves may not be
+            written to; None: in the runs.
+        executor: where tasks are done, a `concurrent.futures.Executor` of processes; None: here, one by one.
+        on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
+
+    Returns:
+        The records of this probe with these settings on the checkpoints that are there now, old and new (columns:
+        `records.COLUMNS`).
+
+    Raises:
+        UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
+    """
+    sampling = Sampling(n_data, seed, device, data_root, model)
+    what: dict[str, Any] = {"epochs": epochs, "through": through, "shard": shard}
+    todo = plan(ckpt_dir, probe, sampling, overwrite=overwrite, records=records, **what)
+    return run(todo, executor=executor, on_fault=on_fault)
+
+
+def measure_landscapes(
+    ckpt_dir: str | os.PathLike[str],
+    settings: LandscapeSettings | None = None,
+    *,
+    n_data: int | None = 512,
+    epochs: str = "last",
+    **options: Any,
+) -> pd.DataFrame:
+    """The landscape about the last checkpoint of every run at or below `ckpt_dir`; points on disk are not done again.
+
+    All runs see the same training images; of one architecture they also get the same random directions, before
+    normalisation.
+
+    Args:
+        settings: how to draw it; None for the default.
+        n_data, epochs, options: see `measure`.
+
+    Returns:
+        The records of these landscapes (columns: `records.COLUMNS`; quantities: `probes/landscape/grid.py`).
+
+    Raises:
+        UserError: see `measure`.
+    """
+    return measure(ckpt_dir, settings or LandscapeSettings(), n_data=n_data, epochs=epochs, **options)
+
+
+def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None = None) -> pd.DataFrame:
+    """Do what `plan` listed; see `measure`."""
+    report = on_fault or raise_fault
+    for path, fault in todo.faults:
+        report(path, fault)
+    name = todo.probe.name
+    for home in todo.homes if todo.shard == WHOLE else ():
+        with going_on(partial(report, home), f"'{home}'"):
+            store.gather(home, name)
+    writer = store.Writer(name, todo.shard, todo.measurements)
+    failed: set[Path] = set()
+
+    def fail(path: Path, fault: UserError) -> None:
+        if path not in failed:
+            failed.add(path)
+            report(path, fault)
+
+    try:
+        with Progress(todo.n_left, name) as progress:
+
+            def wanted() -> Iterator[Task]:
+                for task in todo.tasks():
+                    if task.measurement.path in failed:
+                        progress.advance()
+                    else:
+                        yield task
+
+            for task, future in _results(executor or SerialExecutor(), wanted()):
+                measurement = task.measurement
+                with going_on(partial(fail, measurement.path), f"'{measurement.path}'"):
+                    result = future.result()
+                    if measurement.path not in failed:
+                        writer.add(measurement, result)
+                progress.advance()
+    finally:  # stopped by the user, say
+        forget()
+        _flush(writer, todo.measurements, report)
+    return store.read(todo.root, todo.homes, name, todo.done | writer.written)
+
+
+def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[Result]]]:
+    """Each task with its outcome, as they are done."""
+    flying: dict[Future[Result], Task] = {}
+    try:
+        for task in tasks:
+            flying[executor.submit(execute, task)] = task
+            done, _ = wait(flying, None if len(flying) >= IN_FLIGHT else 0, FIRST_COMPLETED)
+            yield from ((flying.pop(future), future) for future in done)
+        while flying:
+            done, _ = wait(flying, None, FIRST_COMPLETED)
+            yield from ((flying.pop(future), future) for future in done)
+    finally:
+        for future in flying:
+            future.cancel()
+
+
+def _flush(writer: store.Writer, measurements: Iterable[Measurement], report: Fault) -> None:
+    for measurement in measurements:
+        with going_on(partial(report, measurement.path), f"'{measurement.path}'"):
+            writer.flush(measurement)

@@ -1,0 +1,63 @@
+"""Who knows the form on disk: runs of this package, or a `ForeignRuns`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from fpq_analysis import runs
+from fpq_analysis.runs import Header
+
+if TYPE_CHECKING:
+    from fpq_analysis.runs.checkpoint import Checkpoint
+
+
+@runtime_checkable
+class Source(Protocol):
+    """How a folder of checkpoints is read; a value that other processes can be handed."""
+
+    def find_runs(self, folder: str | Path) -> list[Path]:
+        """Every run at or below `folder`, sorted."""
+        ...
+
+    def checkpoints(self, run: Path) -> dict[int, Path]:
+        """Epoch to file for one run, in order of epochs."""
+        ...
+
+    def header(self, path: Path) -> Header:
+        """What can be known of a checkpoint without its weights."""
+        ...
+
+    def read_checkpoint(self, path: Path) -> Checkpoint:
+        """Read one file."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnRuns:
+    """Runs that `fpq-analyze train` wrote; torch is loaded only where weights are read."""
+
+    def find_runs(self, folder: str | Path) -> list[Path]:
+        """See `runs.find_runs`."""
+        return runs.find_runs(folder)
+
+    def checkpoints(self, run: Path) -> dict[int, Path]:
+        """See `runs.checkpoints`."""
+        return runs.checkpoints(run)
+
+    def header(self, path: Path) -> Header:
+        """From `run.json`; the file itself is read only if that does not say enough."""
+        return runs.read_header(path) or self.read_checkpoint(path).header
+
+    def read_checkpoint(self, path: Path) -> Checkpoint:
+        """See `checkpoint.read_checkpoint`."""
+        from fpq_analysis.runs.checkpoint import read_checkpoint
+
+        return read_checkpoint(path)
+
+
+def source_of(ckpt_dir: str | os.PathLike[str]) -> Source:
+    """How checkpoints in this folder are read."""
+    return ckpt_dir if isinstance(ckpt_dir, Source) else OwnRuns()

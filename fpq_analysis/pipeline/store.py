@@ -1,0 +1,152 @@
+"""The records of a command on disk: which file they stand in, and when rows are written.
+
+A shard writes a file of its own, `<probe>.IofN.jsonl`, so that no two processes ever write to one; the next command
+without a shard moves its rows into the run's own file, `<probe>.jsonl`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fpq_analysis import records as rec
+from fpq_analysis.errors import UserError
+from fpq_analysis.pipeline.task import WHOLE, Measurement, Result, Shard
+
+# Seconds of work that a kill may cost; writing every piece at once would cost a fast device more than the work itself.
+FLUSH = 2.0
+# Quantities by which what a measurement's pieces have in common (the directions of a landscape) is known again.
+SIGNATURE = "signature_"
+SAME = 1e-2  # two computations of one thing agree better than this in its signature
+
+Row = dict[str, Any]
+
+
+def recorded(home: Path, probe: str) -> dict[str, dict[str, float]]:
+    """Of each key in a run's records, shards included: the quantities of the whole network, and their values."""
+    found: dict[str, dict[str, float]] = {}
+    for name in [probe, *_shards(home, probe)]:
+        for row in _rows(home, name):
+            quantities = found.setdefault(row["key"], {})
+            if row["layer"] == "all":
+                quantities[row["quantity"]] = row["value"]
+    return found
+
+
+def read(root: Path, homes: Iterable[Path], probe: str, keys: set[str]) -> pd.DataFrame:
+    """The rows of these measurements, shards included; see `records.read`."""
+    homes = list(homes)
+    names = dict.fromkeys([probe, *(name for home in homes for name in _shards(home, probe))])
+    frames = [rec.read(root, homes, name, keys) for name in names]
+    frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
+    return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
+
+
+def gather(home: Path, probe: str) -> None:
+    """Move what shards have measured into the run's own file.
+
+    Raises:
+        UserError: if their pieces do not fit together.
+    """
+    shards = _shards(home, probe)
+    known: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for name in [probe, *shards] if shards else []:
+        for row in _rows(home, name):
+            if row["quantity"].startswith(SIGNATURE):
+                signature = known.setdefault(row["key"], {})
+                check_same(signature, {row["quantity"]: row["value"]})
+                signature[row["quantity"]] = row["value"]
+            if name != probe:
+                found.setdefault(row["key"], {})[row["layer"], row["quantity"]] = row
+    for rows in found.values():
+        rec.append(home, probe, rows.values())
+    for name in shards:
+        _file(home, name).unlink()
+
+
+def check_same(known: dict[str, float], signature: dict[str, float]) -> None:
+    """Raise `UserError` if pieces that were measured with one signature do not fit those of the other."""
+    for name, value in signature.items():
+        was = known.get(name, value)
+        if abs(value - was) > SAME * max(1.0, abs(was)):
+            raise UserError(
+                "The directions of this landscape come out otherwise than when it was begun (another machine or "
+                "release of torch, perhaps), so its points would not fit together. Draw it anew with --overwrite, "
+                "all shards in one place."
+            )
+
+
+class Writer:
+    """Takes results as they come and writes them: measurements when they are whole, pieces every `FLUSH` seconds.
+
+    Attributes:
+        written: keys of the measurements of which something was written.
+    """
+
+    def __init__(self, probe: str, shard: Shard, measurements: Iterable[Measurement]) -> None:
+        self.written: set[str] = set()
+        self._name = probe if shard == WHOLE else f"{probe}.{shard[0]}of{shard[1]}"
+        self._begun = {_identity(measurement): _Begun(measurement) for measurement in measurements}
+
+    def add(self, measurement: Measurement, result: Result) -> None:
+        """Take the result of one piece.
+
+        Raises:
+            UserError: if it does not fit the other pieces, or the machine does not let it be written.
+        """
+        begun = self._begun[_identity(measurement)]
+        signature = {row["quantity"]: row["value"] for row in result.notes if row["quantity"].startswith(SIGNATURE)}
+        check_same(begun.known, signature)
+        if result.notes and not begun.known:
+            begun.known = signature
+            begun.waiting += result.notes
+        begun.waiting += result.rows
+        begun.left -= 1
+        if not begun.left or time.monotonic() - begun.written > FLUSH:
+            self.flush(measurement)
+
+    def flush(self, measurement: Measurement) -> None:
+        """Write what waits of a measurement.
+
+        Raises:
+            UserError: if the machine does not let it be written.
+        """
+        begun = self._begun[_identity(measurement)]
+        rows, begun.waiting = begun.waiting, []
+        if rows:
+            rec.append(measurement.home, self._name, rows)
+            self.written.add(measurement.key)
+        begun.written = time.monotonic()
+
+
+class _Begun:
+    """A measurement that is being written."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        self.known = measurement.known
+        self.left = len(measurement.pieces)
+        self.waiting: list[Row] = []
+        self.written = time.monotonic()
+
+
+def _identity(measurement: Measurement) -> tuple[Path, str]:
+    return measurement.home, measurement.key  # of a run that was copied the keys are the same
+
+
+def _shards(home: Path, probe: str) -> list[str]:
+    """Names of the files of shards, without suffix."""
+    return sorted(path.stem for path in (home / "records").glob(f"{probe}.*of*.jsonl"))
+
+
+def _rows(home: Path, name: str) -> list[Row]:
+    return rec.read_rows(_file(home, name))
+
+
+def _file(home: Path, name: str) -> Path:
+    return home / "records" / f"{name}.jsonl"

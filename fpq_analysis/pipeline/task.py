@@ -1,0 +1,104 @@
+"""What is to be done, as frozen values that can be handed to any process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fpq_analysis.errors import UserError
+from fpq_analysis.pipeline.source import Source
+from fpq_analysis.runs import Header
+
+if TYPE_CHECKING:
+    from fpq_analysis.probes import Probe
+    from fpq_analysis.probes.point import Rows
+
+Shard = tuple[int, int]  # (i, n): the i-th of n parts of the work
+WHOLE: Shard = (1, 1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """On what everything is measured, and where: the same for all tasks of a command.
+
+    Which data set it is stands in the checkpoint, or in the `ForeignRuns`.
+
+    Attributes:
+        n_data: training images, drawn without augmentation; None for all.
+        seed: of the draw, and of everything random in a measurement.
+        device: `auto`, or any name torch knows; chosen in the process that measures.
+        data_root: where the data set lies, if not where it was when the run was trained.
+        model: for a network of the user's own, `package.module:factory`.
+        loss: by its name.
+
+    Raises:
+        UserError: if so few images give no error over the data.
+    """
+
+    n_data: int | None = 1024
+    seed: int = 0
+    device: str = "auto"
+    data_root: str | None = None
+    model: str | None = None
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if self.n_data is not None and self.n_data < 2:
+            raise UserError(f"n_data is {self.n_data}; an error over the data needs at least 2 images.")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement of one checkpoint.
+
+    Attributes:
+        run: its folder.
+        home: the folder whose `records/` holds its rows.
+        path: the checkpoint.
+        header: what was known of it when the measurement was planned.
+        key: of its rows.
+        networks: files of the further networks that the probe needs one of, by need.
+        others: files of the further networks that the probe needs in a row.
+        pieces: those to do, see `probes.point.Piecewise`; one of no name for a probe that is not made of pieces.
+        known: value of each `signature_...` that stands in the records already.
+    """
+
+    run: Path
+    home: Path
+    path: Path
+    header: Header
+    key: str
+    networks: dict[str, Path] = field(default_factory=dict)
+    others: tuple[Path, ...] = ()
+    pieces: tuple[str, ...] = ("",)
+    known: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of a measurement, with all that it takes to do it: the argument of `execute`.
+
+    Attributes:
+        settings: hash of all that does not depend on the checkpoint.
+    """
+
+    source: Source
+    probe: Probe
+    sampling: Sampling
+    measurement: Measurement
+    settings: str
+    piece: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task found, as rows for the records.
+
+    Attributes:
+        rows: of the piece.
+        notes: of the measurement as a whole, if it was set up for this task.
+    """
+
+    rows: Rows
+    notes: Rows
