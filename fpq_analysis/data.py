@@ -46,12 +46,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split with what is needed to feed them to a network.
+    """A training and a test split, and how their images are prepared for a network.
 
     Attributes:
         mean, std: per-channel statistics of the training images in [0, 1], used to normalise.
-        flip: whether a mirrored image is still a valid one (not so for digits).
-        resize: side that images are brought to when they are normalised; None: as they are.
+        flip: whether mirrored images are valid (not so for digits).
+        resize: side to which images are resized when they are normalised; None: as they are.
         repeat: how often the channel of grey images is repeated when they are normalised.
     """
 
@@ -81,7 +81,7 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) to float32 with zero mean and unit standard deviation a channel, channels last."""
+        """uint8 (N, C, H, W) to float32 with zero mean and unit standard deviation per channel, channels last."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         x = images.float() / 255
@@ -90,8 +90,8 @@ class Dataset:
         x = (x.repeat(1, self.repeat, 1, 1) - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
 
-    def fed(self, *, image_size: int | None, channels: int, normalize: str) -> Dataset:
-        """The same images, as another program fed them to its network.
+    def prepared(self, *, image_size: int | None, channels: int, normalize: str) -> Dataset:
+        """The same images, prepared as another program did for its network.
 
         Args:
             image_size: side to which they are resized (bilinear, as torchvision does it); None: as they are.
@@ -113,7 +113,7 @@ class Dataset:
         return replace(self, mean=mean * times, std=std * times, resize=resize, repeat=repeat)
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of its data set."""
+        """What a checkpoint records of its data set."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -128,7 +128,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the training images, labels and normalisation: two data sets that differ anywhere differ here."""
+        """Hash of the training images, labels and normalisation: it differs wherever two data sets do."""
         digest = hashlib.sha256(repr((self.mean, self.std, self.classes)).encode())
         if self.resize is not None or self.repeat > 1:
             digest.update(repr((self.resize, self.repeat)).encode())
@@ -166,14 +166,14 @@ def load_dataset(
 
 
 def load_run_data(config: dict[str, Any], root: str | None = None) -> Dataset:
-    """The data set of a run's config as its network saw it.
+    """The data set of a run's config, prepared as for its network.
 
     Args:
-        root: where it lies, if not where the config says.
+        root: its folder, if not the one in the config.
     """
     data = load_dataset(config["data"], root or config["data_root"], image_size=config["image_size"])
     feed = config.get("feed")  # of another program's checkpoint, see `runs/foreign.py`
-    return data.fed(**feed) if feed else data
+    return data.prepared(**feed) if feed else data
 
 
 def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -325,8 +325,8 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches of normalised training images for one epoch.
 
-    The last, incomplete batch is left out (each epoch leaves out other images): BatchNorm and the channel statistics
-    of distillation are poor on a handful of images.  Augmentation is a random crop from an image padded by an eighth
+    The last, incomplete batch is left out (other images in each epoch): BatchNorm and the channel statistics of
+    distillation are poor on a handful of images.  Augmentation is a random crop from an image padded by an eighth
     of its side, and a mirror flip where the data set allows one.
 
     Yields:

@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has taken so far, in MB: of CUDA if it was used, else of the machine.
+    """Peak memory of this process so far, in MB: CUDA's if it was used, else the machine's.
 
     0 where the system does not say (Windows).
     """

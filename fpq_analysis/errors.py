@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend.  The message says what is wrong, the likely cause, and what to do next."""
+    """Something the user can fix.  The message says what is wrong, the likely cause, and what to do next."""
 
 
 # What is done with a file or folder that cannot be used.
@@ -19,7 +19,7 @@ Fault = Callable[[Path, UserError], None]
 
 
 def raise_fault(path: Path, fault: UserError) -> None:
-    """Unless said otherwise, the first one ends all."""
+    """The default `Fault`: stop at the first one."""
     raise named(fault, f"'{path}'") from fault
 
 

@@ -1,4 +1,4 @@
-"""Writing so that a kill or a full disk never destroys what was there, and reading what a kill left behind."""
+"""Atomic writes, which a kill or a full disk cannot turn into damage, and reading what a kill left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fpq_analysis.errors import UserError, refused
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, what the machine refuses (a full disk, a read-only folder, ...) becomes a `UserError` about `path`."""
+    """Context in which an `OSError` (a full disk, a read-only folder, ...) becomes a `UserError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -26,7 +26,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """The same, of a file that is read."""
+    """The same for reading."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     disk, say), the old file stands and the temporary one is removed.
 
     Raises:
-        UserError: if the machine does not let it be written.
+        UserError: if it cannot be written.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append `rows`, one JSON object a line, in a single write that is on disk when this returns.
 
     Raises:
-        UserError: if the machine does not let them be written.
+        UserError: if they cannot be written.
     """
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     with writing(path):
@@ -156,10 +156,10 @@ def sha256(path: Path) -> str:
 
 
 def bad_member(path: Path) -> str | None:
-    """The first part of a zip archive that has not the checksum (CRC-32) written beside it; None if all have it.
+    """The first member of a zip archive that does not match its checksum (CRC-32); None if all match.
 
-    Archives that hold no checksums (all zero, as `torch.serialization.set_crc32_options(False)` leaves them) and files
-    of another form give None too, see `has_checksums`.
+    None too for archives without checksums (all zero, after `torch.serialization.set_crc32_options(False)`) and for
+    other files, see `has_checksums`.
     """
     if not has_checksums(path):
         return None
@@ -168,7 +168,7 @@ def bad_member(path: Path) -> str | None:
 
 
 def has_checksums(path: Path) -> bool:
-    """Whether a flipped bit in this file can be seen without another copy of it."""
+    """Whether the file can show by itself that a bit was flipped."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Float networks for small images: ResNet-18, -20 and -50, MobileNetV1 and V2, and a door for the user's own.
+"""Float networks for small images: ResNet-18, -20 and -50, MobileNetV1 and V2; and building a user's own.
 
 All of them take any number of classes and input channels, and images from 8x8 up.  Activations are separate, named,
 out-of-place modules, so that a hook on any layer sees exactly that layer's output.
@@ -241,7 +241,7 @@ def check_model_name(name: str) -> None:
 def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: bool = True) -> nn.Module:
     """Build the float network `name`: one of `MODELS`, or a user's own `package.module:factory`.
 
-    The factory is called with those of `num_classes` and `in_channels` that it takes.
+    The factory is given `num_classes` and `in_channels` if it takes them.
 
     Args:
         allow_import: whether `package.module:factory` may be imported.  False when the name comes out of a file: a
@@ -281,10 +281,10 @@ def find_factory(name: str) -> Callable[..., Any]:
 
 
 def call_factory(factory: Callable[..., Any], name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """The network that `factory` gives for those of `num_classes` and `in_channels` that it takes.
+    """The network that `factory` returns, given `num_classes` and `in_channels` if it takes them.
 
-    One that takes any keyword (`**kwargs`) is offered both, and called again without a keyword that it, or what it
-    hands them on to, refuses: torchvision's take `num_classes` only, and say so only then.
+    A factory with `**kwargs` is given both, and called again without a keyword that is refused further down:
+    torchvision's accept `num_classes` only, which their signatures do not show.
 
     Raises:
         UserError: if it fails, or gives no `nn.Module`.
@@ -315,7 +315,7 @@ def call_factory(factory: Callable[..., Any], name: str, num_classes: int, in_ch
 
 
 def _refuses(error: Exception, keyword: str) -> bool:
-    """Whether Python itself refused this keyword of a call; any other error of the user's code is to be seen."""
+    """Whether Python itself refused this keyword; any other error of the user's code must be shown."""
     return isinstance(error, TypeError) and f"got an unexpected keyword argument '{keyword}'" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Progress with the time left: a bar on a terminal, a plain line now and then elsewhere.  Always on stderr."""
+"""Progress with the time left: a bar on a terminal, elsewhere a line from time to time.  Always on stderr."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the files of a run must hold to be used: dataclasses that say it, and one function that checks it.
+"""What the files of a run must contain: dataclasses that say so, and one function that checks it.
 
-A field may hold more than is said here (a later version's settings, say), but what is used is of the stated type and
-size before anything is built from it.
+A file may contain more (settings of a later version, say), but what is used has the stated type and range before
+anything is built from it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Config:
-    """`run` in a checkpoint, `config` in `run.json`: of the settings of a training those that are read here."""
+    """`run` in a checkpoint, `config` in `run.json`: the settings of a training run that are read again."""
 
     method: str
     model: str
@@ -154,7 +154,7 @@ class RecordRow:
 
 
 def check(kind: type, value: Any, what: str) -> None:
-    """Raise `UserError` unless `value` has the fields of the dataclass `kind`, each of its type and size.
+    """Raise `UserError` unless `value` has the fields of the dataclass `kind`, each of its type and in its range.
 
     Args:
         what: the file, as the beginning of a sentence.
@@ -173,7 +173,7 @@ def fits(kind: type, value: Any) -> bool:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
-    """Field to its type, and whether it must be there."""
+    """For each field its type, and whether it is required."""
     hints = get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     return {
@@ -241,7 +241,7 @@ NAMES = {
 
 def _is(kind: Any, value: Any) -> bool:
     if kind is float:
-        # A whole number too large for a float is none.
+        # An integer too large for a float is no number.
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1.8e308
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Text from outside, names of runs and files above all, made safe to show."""
+"""Text from outside, such as names of runs and files, made safe to show."""
 
 from __future__ import annotations
 

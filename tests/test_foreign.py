@@ -327,25 +327,25 @@ def test_networks_that_do_not_run(tmp_path, how, message):
         measure(ForeignRuns(tmp_path, lambda: Fails(how), "digits"), HessianTrace(), **FAST)
 
 
-# ---- how images are fed
+# ---- how images are prepared
 
 
 def test_images_as_another_program_fed_them():
     from torchvision.transforms.functional import resize
 
     digits = load_dataset("digits")
-    fed = digits.fed(image_size=16, channels=3, normalize="imagenet")
+    prepared = digits.prepared(image_size=16, channels=3, normalize="imagenet")
     raw = digits.train.images[:5]
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in parse_normalization("imagenet"))
     expected = (resize(raw.float() / 255, [16, 16], antialias=True).repeat(1, 3, 1, 1) - mean) / std
-    assert torch.allclose(fed.normalize(raw), expected, atol=1e-6)
-    assert (fed.channels, fed.size, fed.fingerprint != digits.fingerprint) == (3, 16, True)
-    plain = digits.fed(image_size=8, channels=1, normalize="data")
+    assert torch.allclose(prepared.normalize(raw), expected, atol=1e-6)
+    assert (prepared.channels, prepared.size, prepared.fingerprint != digits.fingerprint) == (3, 16, True)
+    plain = digits.prepared(image_size=8, channels=1, normalize="data")
     assert plain.fingerprint == digits.fingerprint  # so that they can be compared with runs of ours
-    none = digits.fed(image_size=None, channels=1, normalize="none").normalize(raw)
+    none = digits.prepared(image_size=None, channels=1, normalize="none").normalize(raw)
     assert torch.equal(none, raw.float() / 255)
-    numbers = digits.fed(image_size=None, channels=1, normalize="0.5/0.5")
-    assert numbers.fingerprint == digits.fed(image_size=None, channels=1, normalize="half").fingerprint
+    numbers = digits.prepared(image_size=None, channels=1, normalize="0.5/0.5")
+    assert numbers.fingerprint == digits.prepared(image_size=None, channels=1, normalize="half").fingerprint
     assert parse_normalization("0.1,0.2,0.3/1,2,3") == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
 
 
@@ -473,7 +473,7 @@ def test_landscapes(tmp_path):
     ends = [run / "epoch_2.pth", run]
     frame = measure_landscapes(runs, LandscapeSettings("checkpoints", dim=1, points=4), through=ends, **FAST)
     assert values(frame, "point_") == pytest.approx([losses[2], losses[10]], rel=1e-6)
-    # Drawn once; with images fed otherwise it is another landscape.
+    # Drawn once; with images prepared otherwise it is another landscape.
     assert not plan(runs, LandscapeSettings(points=3), Sampling(16), epochs="last").n_left
     other = ForeignRuns(tmp_path, NET, "digits", normalize="none")
     assert plan(other, LandscapeSettings(points=3), Sampling(16), epochs="last").n_left == 9

@@ -1,11 +1,11 @@
-"""PyHessian's class (Yao et al. 2020, arXiv:1912.07145): scripts that use it gain by changing one import line.
+"""PyHessian's class (Yao et al. 2020, arXiv:1912.07145): scripts that use it need to change one import line.
 
     from fpq_analysis.compat.pyhessian import hessian        # instead of: from pyhessian import hessian
 
 Same constructor, methods, attributes and return shapes; the functions of `pyhessian.utils` and `get_esd_plot` of its
-`density_plot.py` are here too.  What differs: results are converged or say that they are not; the model is
-left as it was; it works on CPU and CUDA alike; parameters that the loss does not use, ragged batches and negative
-traces are measured rightly; densities work on torch 2.  See docs/from_pyhessian.md.
+`density_plot.py` are here too.  What differs: results are converged or say that they are not; the model is left as it
+was; it works on CPU and CUDA alike; parameters that the loss does not use, batches of different sizes and negative
+traces are handled; densities work on torch 2.  See docs/from_pyhessian.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Vector = Sequence[Tensor]  # in parts, shaped like the parameters
 
 @dataclass
 class _Stand:
-    """What was made for the model's state at one time, so that it serves until a script moves the weights.
+    """What was computed for one state of the model, valid until a script moves the weights.
 
     Attributes:
         state: a copy of the model's parameters and buffers; variables: by name, see `hessian.params`.
@@ -58,14 +58,14 @@ class hessian:
         cuda: bool = True,
         seed: int = 0,
     ) -> None:
-        """Take what is to be measured.
+        """Keep what is to be measured.
 
         Args:
             model: measured in eval mode, as a copy, on the device it is on.
             criterion: (outputs, targets) to the mean over the batch.
             data: one batch (inputs, targets); or
             dataloader: an iterable of such batches, gone through once, here.
-            cuda: as in PyHessian, but without effect: the model's device counts.
+            cuda: without effect, as the model's device decides.
             seed: of random vectors (PyHessian draws from the global generator).
 
         Raises:
@@ -83,7 +83,7 @@ class hessian:
     def params(self) -> list[Tensor]:
         """The variables, in the order of eigenvectors: the model's trainable parameters.
 
-        Of a network quantized by this package, the weights that it uses, Q(w), stand for those behind a quantizer.
+        For a network quantized by this package, Q(w) takes the place of each quantized weight.
         """
         return list(self._stand().variables.values())
 
@@ -91,8 +91,7 @@ class hessian:
     def gradsH(self) -> list[Tensor]:  # noqa: N802
         """The gradient of the mean loss over all data, with its graph, for `hessian_vector_product`.
 
-        Made and kept when first asked for, as the graph takes memory for all data at once: for many,
-        `dataloader_hv_product` is the better way.
+        Computed at first use and kept, with a graph over all data at once; for much data use `dataloader_hv_product`.
         """
         stand = self._stand()
         if stand.gradients is None:
@@ -113,7 +112,7 @@ class hessian:
         """v^T H v, and H v in parts, H the Hessian of the mean loss over all data.
 
         Args:
-            v: a tensor a parameter, as `params`.
+            v: one tensor for each of `params`.
         """
         stand = self._stand()
         if stand.operator is None:
@@ -148,11 +147,11 @@ class hessian:
 
         Args:
             maxIter: products with vectors for each eigenvalue at most.
-            tol: relative residual |H v - value v| / |value| (PyHessian: relative change between iterations).
+            tol: relative residual `|H v - value v| / |value|` (PyHessian: relative change between iterations).
 
         Returns:
-            Eigenvalues; and for each a list of tensors shaped like the model's parameters, in their order, of length 1
-            together.  A value that did not converge is warned of.
+            Eigenvalues, and for each a list of tensors shaped like the model's parameters and in their order, together
+            of length 1.  A warning counts values that did not converge.
         """
         found = hessian_eigs(
             self.model,
@@ -178,12 +177,13 @@ class hessian:
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Numbers whose mean is the trace.
 
-        Their standard deviation over the root of their number is its standard error: over the data where the exact
-        method holds (one number an image), over the probes elsewhere.
+        Its standard error is their standard deviation over the square root of their number: over the data where the
+            exact
+        method applies (one number per image), over the probes elsewhere.
 
         Args:
-            maxIter: products with vectors, where the exact method does not hold.
-            tol: without effect; PyHessian's rule, to stop when the mean moves less, says nothing of the error.
+            maxIter: products with vectors, where the exact method does not apply.
+            tol: without effect; PyHessian stops when the mean moves less than this, which says nothing about the error.
         """
         found = hessian_trace(self.model, self.batches, n_products=max(4, maxIter), **self.settings)
         return found.draws.tolist()
@@ -198,10 +198,10 @@ def hessian_vector_product(gradsH: Vector, params: Vector, v: Vector) -> tuple[T
     """H v in parts, by differentiating the gradient once more; zeros where the gradient does not depend on `params`.
 
     Args:
-        gradsH: the gradient with its graph: `hessian.gradsH`, or of `get_params_grad` behind
+        gradsH: the gradient with its graph: `hessian.gradsH`, or from `get_params_grad` after
             `loss.backward(create_graph=True)`.
-        params: what it was taken in.
-        v: a tensor a parameter.
+        params: the variables it was taken with respect to.
+        v: one tensor for each parameter.
     """
     curved = [(g, part) for g, part in zip(gradsH, v, strict=True) if g.requires_grad]
     if not curved:
@@ -217,7 +217,7 @@ def hessian_vector_product(gradsH: Vector, params: Vector, v: Vector) -> tuple[T
 
 
 def group_product(xs: Vector, ys: Vector) -> Tensor:
-    """The inner product of two vectors in parts: a tensor of one number."""
+    """The inner product of two vectors given in parts, as a scalar tensor."""
     return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)]).sum()
 
 
@@ -230,22 +230,22 @@ def group_add(params: list[Tensor], update: Vector, alpha: float | Tensor = 1) -
 
 
 def normalization(v: Vector) -> list[Tensor]:
-    """`v` divided by its length; a vector of length zero as it is."""
+    """`v` divided by its length; a zero vector is returned as it is."""
     length = group_product(v, v).sqrt()
     return [part / length if length > 0 else part.clone() for part in v]
 
 
 def orthnormal(w: Vector, v_list: Iterable[Vector]) -> list[Tensor]:
-    """What of `w` is orthogonal to all of `v_list` (of length 1, orthogonal to each other), with length 1."""
+    """The part of `w` orthogonal to `v_list` (orthonormal vectors), scaled to length 1."""
     vectors = list(v_list)
     rest = [part.clone() for part in w]
-    for v in vectors * 2:  # what rounding leaves of a long part, the second time takes
+    for v in vectors * 2:  # twice, as rounding leaves a share of long parts
         rest = group_add(rest, v, -group_product(rest, v))
     return normalization(rest)
 
 
 def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The trainable parameters, and what stands in their `grad`, its graph included; zeros where nothing does."""
+    """The trainable parameters, and their `grad` with its graph, or zeros where there is none."""
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     return params, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
 

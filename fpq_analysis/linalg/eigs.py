@@ -1,9 +1,9 @@
 """Extreme eigenpairs of a symmetric matrix, by the Lanczos process with thick restarts.
 
-The start is random, or a sum of the eigenvectors of a matrix nearby: a sum, because giving these one by one costs a
-product each before anything new is seen, which on networks was more than a cold start took.  No Ritz vector is formed
-before the last one has converged: their residuals are known without.  When the basis is full it is restarted from the
-best of them (Wu, Simon 2000).
+The start is random, or the sum of the eigenvectors of a similar matrix.  A sum, because a block of them costs one
+product each before anything new is learnt, which on networks was more than a cold start took.  Residuals are known
+without Ritz vectors, so none is formed before the last pair has converged.  A full basis is restarted from the best of
+them (Wu and Simon 2000).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fpq_analysis.linalg.matrix import Matrix, random_normal
 from fpq_analysis.linalg.rows import combined, norms
 
 WHICH = ("LA", "SA", "LM")
-# The basis may take so many bytes.
+# The most bytes that the basis may take.
 MAX_BASIS_BYTES = 2**31
 # Ritz vectors beyond the wanted ones that are kept for a restart: they hold what comes next.
 GUARDS = 2
 FRESH = 0.1  # share of the random vector in a warm start
-# Residuals of so little of the largest value, the guards' among them, are those of a space that has closed: rounding
-# grows by as much as the vectors that came before it were short.
+# Where all residuals, the guards' included, are below this share of the largest value, the Krylov space is invariant:
+# rounding is amplified by as much as the vectors before it were short.
 CLOSED = 1e-9
-TRIAL = 5  # steps from a fresh random vector where the space has closed
+TRIAL = 5  # steps from a fresh random vector once the space is invariant
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Eigenpairs:
     Attributes:
         values: (k,) float64.
         vectors: (k, n), orthonormal.
-        residuals: (k,) float64, |A v - value v|: an eigenvalue lies within it around each value.  From the products
-            that the basis was made of, and so true to their rounding.
+        residuals: (k,) float64, `|A v - value v|`: an eigenvalue lies within this distance of each value.  Computed
+            from the products that built the basis, and so exact to their rounding.
         converged: (k,) bool, whether the residual is within the tolerance, or within rounding.
         n_products: products with single vectors.
-        start: (n,), for a warm start at a matrix nearby.
+        start: (n,), for a warm start at a similar matrix.
     """
 
     values: Tensor
@@ -70,9 +70,9 @@ def eigenpairs(
         tol: a pair has converged when its residual is within `tol` times |value|, or within rounding: 50 units in
             the last place of the largest Ritz value.
         generator: of the random vector to start from.
-        start: (n,), `start` of a matrix nearby; some of the random vector is mixed in, so that no eigenvector that is
-            new is shut out.
-        max_products: the most products; pairs may then be left unconverged.
+        start: (n,), `start` of a similar matrix; some of the random vector is mixed in, so that no new eigenvector is
+            excluded.
+        max_products: upper limit; pairs may then be left unconverged.
         max_basis: rows of the basis at most; None for what 2 GiB hold.
 
     Raises:
@@ -81,7 +81,7 @@ def eigenpairs(
     check_which(which)
     n = matrix.size
     if not 1 <= k <= n:
-        raise UserError(f"{k} eigenvalues are asked of a matrix with {n} rows.")
+        raise UserError(f"{k} eigenvalues were asked of a matrix with {n} rows.")
     roomiest = MAX_BASIS_BYTES // (n * matrix.dtype.itemsize) if max_basis is None else max_basis
     most = min(n, max(roomiest, k + GUARDS + 2))
     first = random_normal(matrix, 1, generator)[0]
@@ -102,10 +102,10 @@ def eigenpairs(
             break
         if len(lanczos) >= most:
             lanczos.restart(coefficients, values)
-        # An invariant subspace may lack what its start did not contain, as further copies of an eigenvalue: a fresh
+        # An invariant subspace lacks what its start did not contain, such as further copies of an eigenvalue: a fresh
         # random vector is tried for some steps.
         if lanczos.ended or (found and trial == 0):
-            lanczos.turn(generator)
+            lanczos.append_random(generator)
         trial = trial + 1 if found else 0
     vectors = combined(coefficients[:, :k].T, lanczos.q)
     # The smaller of the wanted ones converge last, and get more weight.

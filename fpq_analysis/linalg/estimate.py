@@ -1,4 +1,4 @@
-"""A trace with its error, and how many more draws an error asks for."""
+"""An estimated trace with its standard error, and how many more draws a smaller error takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from scipy import stats
 from torch import Tensor
 
-# Fewer draws tell too little of their own spread: with a skewed distribution, as probes of a matrix with one large
-# eigenvalue have, intervals from 10 draws hold the truth in 86 % of cases instead of 95, from 30 in 91.
+# Fewer draws say too little about their own spread: for a skewed distribution, as from a matrix with one large
+# eigenvalue, intervals from 10 draws contain the truth in 86 % of cases instead of 95, and from 30 in 91.
 FIRST = 32
 MAX_PRODUCTS = 100_000
 
@@ -22,9 +22,9 @@ class Estimate:
         value, sem: the sum and its standard error.
         blocks, block_sems: (b,) float64 each.
         dof: degrees of freedom behind `sem`, for Student's t.
-        draws: (k,) float64 what `value` is the mean of.
-        n_products: products with single vectors that it took.
-        rank: dimensions that were taken out exactly.
+        draws: (k,) float64, whose mean is `value`.
+        n_products: products with single vectors.
+        rank: dimensions of the subspace whose trace is exact.
         converged: False if a tolerance was asked for and not reached.
     """
 
@@ -42,7 +42,7 @@ class Estimate:
     def of_draws(
         cls, draws: Tensor, n_products: int, *, known: Tensor | None = None, rank: int = 0, tol: float | None = None
     ) -> Estimate:
-        """The mean of independent (k, b) draws, beside what is `known` (b,) without error."""
+        """The mean of independent (k, b) draws, plus a part `known` (b,) without error."""
         if known is not None:
             draws = draws + known
         blocks, block_sems = mean_and_error(draws)
@@ -52,7 +52,7 @@ class Estimate:
         return cls(value, sem, blocks, block_sems, dof, whole, n_products, rank, reached(value, sem, tol))
 
     def half_width(self, level: float = 0.95) -> float:
-        """Of the two-sided interval at `level`."""
+        """Half the width of the two-sided confidence interval at `level`."""
         return float(stats.t.ppf((1 + level) / 2, self.dof)) * self.sem if self.sem else 0.0
 
 
@@ -64,8 +64,8 @@ def mean_and_error(draws: Tensor) -> tuple[Tensor, Tensor]:
 def degrees_of_freedom(draws: Tensor) -> float:
     """Of the standard error of the mean of (k,) draws: how well it is known, for Student's t.
 
-    k - 1 for normal draws.  Probes of a matrix with few large eigenvalues are skewed and heavy-tailed, and tell less of
-    their own spread; by Satterthwaite's argument 2 / Var(s^2 / sigma^2), with the sampled kurtosis in it.
+    k - 1 for normal draws.  Probes of a matrix with few large eigenvalues are skewed and heavy-tailed, and say less
+    about their own spread: by Satterthwaite's argument 2 / Var(s^2 / sigma^2), which contains the sample kurtosis.
     """
     k = len(draws)
     centred = draws - draws.mean()
@@ -75,15 +75,15 @@ def degrees_of_freedom(draws: Tensor) -> float:
 
 
 def reached(value: float, sem: float, tol: float | None) -> bool:
-    """Whether the relative error is small enough; a number that is not finite gets no better by more draws."""
+    """Whether the relative error is small enough, or not finite, which more draws would not change."""
     return tol is None or sem <= tol * abs(value) or not math.isfinite(value + sem)
 
 
 def more_draws(draws: int, value: float, sem: float, tol: float) -> int:
-    """Draws still missing to the relative error `tol`, from the error after `draws`; at least a quarter as many again.
+    """Draws still needed for the relative error `tol`, given the error after `draws`; at least a quarter of these.
 
-    Looking again and again and stopping at the first small error found would stop early by chance.  Aiming past the
-    mark by a tenth, and never by small steps, keeps the looks to two or three, which tests show to be harmless.
+    Checking after every draw would stop early by chance.  Aiming a tenth too high, and never taking small steps, needs
+    two or three checks only, which tests show to be harmless.
     """
     needed = 1.1 * draws * (sem / (tol * abs(value))) ** 2 if value else math.inf
     return int(min(max(needed - draws, draws / 4 + 1), 1e9))

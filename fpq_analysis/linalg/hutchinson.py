@@ -1,4 +1,4 @@
-"""Hutchinson's trace estimator (Hutchinson 1990), plain or with a subspace taken out exactly.
+"""Hutchinson's trace estimator (Hutchinson 1990), plain or with a subspace deflated exactly.
 
 A probe v of random signs gives v . A v, whose mean is the trace.  Its variance is twice the squared norm of the
 off-diagonal part of A, which a few large eigenvalues dominate.  With an orthonormal basis Q (rows) of a subspace that
@@ -6,9 +6,9 @@ holds most of these, P = Q^T Q and M = I - P,
 
     Tr A = Tr(A P) + Tr(M A M),       v . M A M v = (M v) . A (M v),
 
-the first part is known from A Q^T, and probes see the second alone.  The estimate stays unbiased whatever Q is, as
-long as it does not depend on the probes.  Hutch++ (Meyer et al. 2021) takes Q from a sketch, two products a row; here
-it may also be the basis of a Lanczos process, one product a row and nearer to the extreme eigenvectors.
+the first part is known from A Q^T, and only the second is probed.  The estimate is unbiased for any Q that does not
+depend on the probes.  Hutch++ (Meyer et al. 2021) takes Q from a sketch, two products a row; here it may also be the
+basis of a Lanczos process, which takes one product a row and is closer to the extreme eigenvectors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fpq_analysis.linalg.estimate import (
 from fpq_analysis.linalg.matrix import Matrix, random_signs
 from fpq_analysis.linalg.rows import block_sums, inner
 
-AT_ONCE = 8  # probes in one product: they share the gradient's graph, and take memory
+AT_ONCE = 8  # probes in one call: they share the gradient's graph, and take memory
 FIRST_RANK = 16
-# The basis, and the products where they are kept, may take so many bytes.
+# The most bytes that the basis, and the products where they are kept, may take.
 MAX_BASIS_BYTES = 2**31
 
 
 class Subspace(Protocol):
-    """An orthonormal basis `q` (m, n) of which A Q^T is known; grows by `COST` products a row; `ended` if it cannot."""
+    """An orthonormal basis `q` (m, n) with A Q^T known; a new row costs `COST` products; `ended` if there is none."""
 
     COST: int
     ended: bool
@@ -64,8 +64,8 @@ def hutchinson(
 
     Args:
         blocks: slices that divide 0 ... size: each one's trace is estimated from the same products.
-        n_probes: probes; with `tol`, `FIRST` or more at first, and then as many as the relative standard error `tol`
-            asks for, up to `max_products`.
+        n_probes: probes without `tol`.
+        tol: relative standard error wanted: `FIRST` probes, then as many more as it takes, up to `max_products`.
     """
     draws = _draw(matrix, blocks, generator, n_probes if tol is None else max(2, min(FIRST, max_products)))
     while True:
@@ -87,13 +87,13 @@ def deflated_hutchinson(
     tol: float | None = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Estimate:
-    """With `subspace` taken out.
+    """With `subspace` deflated.
 
     Args:
-        subspace: a new `Lanczos` or `Sketch`; it is grown here.
+        subspace: a new `Lanczos` or `Sketch`, which is extended here.
         n_products: without `tol`: half of them for the subspace, half for probes.
-        tol: relative standard error wanted.  The subspace is doubled as long as that saves more probes than it costs
-            products (judged by the doubling before), then probes are drawn.
+        tol: relative standard error wanted.  The subspace is doubled as long as that saves more products than it costs
+            (judged by the last doubling); then probes are drawn.
     """
     largest = max(1, min(matrix.size, MAX_BASIS_BYTES // (2 * matrix.size * matrix.dtype.itemsize)))
     if tol is None:
@@ -104,11 +104,11 @@ def deflated_hutchinson(
         return Estimate.of_draws(draws, used + len(draws), known=known, rank=len(subspace))
 
     subspace.extend(min(FIRST_RANK, largest))
-    # The first probes and their products are kept: when the subspace grows they are projected anew, at no product.
+    # The first probes and their products are kept: when the subspace grows they are projected again, without products.
     v = random_signs(matrix, FIRST, generator)
     av = in_parts(matrix, v)
     draws = _projected(v.clone(), av.clone(), subspace, blocks)
-    before = math.inf  # products the last, smaller subspace would have taken in all
+    before = math.inf  # products that the last, smaller subspace would have taken in total
     while True:
         rank = len(subspace)
         used = subspace.n_products + len(draws)
@@ -142,7 +142,7 @@ def _draw(
 def _projected(v: Tensor, av: Tensor, subspace: Subspace | None, blocks: list[slice]) -> Tensor:
     """Samples (M v)_b . (A M v)_b, (k, blocks): unbiased for the blocks of A M, and in sum for M A M.
 
-    `v` and `av` are used up.
+    Overwrites `v` and `av`.
     """
     if subspace is not None:
         inside = inner(subspace.q, v)
@@ -152,5 +152,5 @@ def _projected(v: Tensor, av: Tensor, subspace: Subspace | None, blocks: list[sl
 
 
 def in_parts(matrix: Matrix, v: Tensor) -> Tensor:
-    """Products with the rows of (k, n), so many at once that they share the gradient's graph and fit into memory."""
+    """Products with the rows of (k, n), `AT_ONCE` at a time."""
     return torch.cat([matrix.products(part) for part in v.split(AT_ONCE)])

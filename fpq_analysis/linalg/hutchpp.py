@@ -10,7 +10,7 @@ from fpq_analysis.linalg.rows import Basis, block_sums, combined
 
 
 class Sketch:
-    """An orthonormal basis Q of the range of A S, with Z = A Q^T; two products a row.
+    """An orthonormal basis Q of the range of A S, with Z = A Q^T; two products for each row.
 
     Attributes:
         q, z: (m, n); z is the products of the rows of q.

@@ -1,7 +1,6 @@
-"""The Lanczos process with full reorthogonalisation (Lanczos 1950; Paige 1972 on why the plain one loses its way).
+"""The Lanczos process with full reorthogonalisation (Lanczos 1950; Paige 1972 on why it is needed).
 
-One basis is kept and nothing else of its size.  The products follow from it: with T = Q A Q^T tridiagonal and r the
-vector that comes next,
+Only the basis is kept, as the products follow from it: with T = Q A Q^T tridiagonal and r the next vector,
 
     A Q^T = Q^T T + beta r e_m^T ,
 
@@ -16,15 +15,16 @@ from torch import Tensor
 from fpq_analysis.linalg.matrix import Matrix, check_symmetric, random_normal
 from fpq_analysis.linalg.rows import Basis, block_sums, combined, inner, norms
 
-LEFT = 4  # share of a vector along a row, in units in the last place, that is left in it
-AT_ONCE = 8  # rows that are worked out side by side: they take memory
+LEFT = 4  # components along a row below so many units in the last place are not removed
+AT_ONCE = 8  # rows computed together: they take memory
 
 
 class Lanczos:
     """An orthonormal basis Q of the Krylov space of a start vector, and the matrix projected into it.
 
-    Grown by `extend`, a product a row.  A product is first rid of the rows it must hold by symmetry, and the rest of
-    its rounding along all others, once more where that was much; without it, converged eigenvalues come back as ghosts.
+    `extend` adds rows, for one product each.  From a product its components along the rows that symmetry couples it to
+    are removed first, then what rounding left along all others, twice where that was much.  Without this, converged
+    eigenvalues reappear as ghosts.
 
     Attributes:
         ended: the Krylov space is exhausted; an invariant subspace was found.
@@ -48,8 +48,8 @@ class Lanczos:
         self.matrix = matrix
         self.n_products = 0
         self.ended = False
-        self.beta = 0.0  # length of what comes next, before it was brought to one
-        # The last row is what comes next, and has no product yet.
+        self.beta = 0.0  # length of the next vector, before normalisation
+        # The last row is the next vector, which has no product yet.
         self._basis = Basis(matrix.size, start.dtype, start.device, most=(most or matrix.size) + 1)
         self._basis.extend(start[None].clone())
         # H[i, j] for i <= j is q_i . A q_j as measured; below the diagonal stands what it must be if A is symmetric.
@@ -87,13 +87,13 @@ class Lanczos:
         self.matrix.products(basis.rows[m:], out=w)
         self.n_products += 1
         column = torch.zeros(m + 1, 1, dtype=torch.float64)
-        # The first kind of row is few (two, or those kept at a restart), and takes most of the product with it.
+        # Coupled rows are few (two, or those kept at a restart), and removing them takes away most of the product.
         first = int(self._due.nonzero()[0]) if bool(self._due.any()) else m
         near = basis.rows[first:]
         column[first:] = inner(near, w)
         w.addmm_(column[first:].T.to(w), near, alpha=-1)
         before = float(norms(w))
-        # What is no more than the rounding of w stays, which saves half of the work; it is seen again in the next step.
+        # Components no larger than the rounding of w stay, which saves half of the work; the next step sees them again.
         column += basis.remove_from(w, above=LEFT * torch.finfo(w.dtype).eps * before)
         after = float(norms(w))
         if after < before / 2:
@@ -114,10 +114,11 @@ class Lanczos:
             basis.accept()
 
     def restart(self, coefficients: Tensor, values: Tensor) -> None:
-        """Keep only Ritz vectors and what comes next (thick restart: Wu, Simon 2000).
+        """Keep only Ritz vectors and the next vector (thick restart: Wu and Simon 2000).
 
         Args:
-            coefficients: (m, k) of the Ritz vectors in the basis; values: (k,) theirs.
+            coefficients: (m, k), of the Ritz vectors in the basis.
+            values: (k,), their Ritz values.
         """
         k = coefficients.shape[1]
         going_on = torch.zeros(k + 1, len(self) + 1, dtype=torch.float64)
@@ -126,8 +127,8 @@ class Lanczos:
         self._h = values.double().diag()
         self._due = self.beta * coefficients[-1].double()
 
-    def turn(self, generator: torch.Generator) -> None:
-        """Go on with a random vector outside of the basis; a no-op if the basis is everything."""
+    def append_random(self, generator: torch.Generator) -> None:
+        """Continue with a random vector orthogonal to the basis, unless that spans the whole space."""
         self._basis.drop(len(self))
         self._basis.extend(random_normal(self.matrix, 1, generator))
         self.beta, self._due = 0.0, torch.zeros_like(self._due)
@@ -138,7 +139,7 @@ class Lanczos:
         return (self._h + self._h.T) / 2
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values (m,) upwards, coefficients (m, m) of their vectors as columns, and lengths (m,) of residuals."""
+        """Ritz values (m,) in ascending order, coefficients (m, m) of their vectors as columns, residual norms (m,)."""
         values, coefficients = torch.linalg.eigh(self.projected())
         return values, coefficients, self.beta * coefficients[-1].abs()
 

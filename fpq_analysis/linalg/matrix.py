@@ -1,7 +1,7 @@
-"""What an algorithm of this room is given: a symmetric matrix known by its products; and a dense one for trials.
+"""The interface of a symmetric matrix known by its products, and a dense matrix behind it for tests.
 
-Vectors are rows, here and everywhere: of k vectors of n numbers each, in one block of memory, everything that is done
-to a single one is contiguous.
+Vectors are rows, here and everywhere: with k vectors of n numbers in one block of memory, operations on a single vector
+are contiguous.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Matrix(Protocol):
 
 
 class DenseMatrix:
-    """A matrix that is all there, and counts its products."""
+    """A matrix in memory that counts its products."""
 
     def __init__(self, a: Tensor) -> None:
         self.a = a
@@ -46,7 +46,7 @@ class DenseMatrix:
 
 
 def random_signs(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:
-    """(k, size) independent signs, in the matrix's type and place, the same on every device."""
+    """(k, size) independent signs, of the matrix's dtype and device; the numbers depend on the generator alone."""
     bits = torch.randint(0, 2, (k, matrix.size), generator=generator, device=generator.device, dtype=torch.int8)
     return bits.to(matrix.device, matrix.dtype).mul_(2).sub_(1)
 
@@ -60,7 +60,7 @@ def random_normal(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:
 def check_symmetric(projected: Tensor, dtype: torch.dtype) -> None:
     """Raise `UserError` if Q A Q^T in float64, from products in `dtype`, is not finite or not symmetric.
 
-    Solvers for symmetric matrices take any matrix, and give wrong numbers without a word.
+    Solvers for symmetric matrices accept any matrix, and silently give wrong numbers.
     """
     if not bool(projected.isfinite().all()):
         raise UserError(

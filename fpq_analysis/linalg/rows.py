@@ -1,8 +1,7 @@
 """Arithmetic on long rows: inner products that keep float32's accuracy, and orthonormal bases.
 
-A sum of eleven million numbers in float32, as BLAS and `Tensor.norm` take it, is off by up to 2 %; bases built on such
-sums are not orthonormal, by as much.  Here a row is added up in pieces, and these in float64: as fast as memory is
-read.
+A float32 sum of eleven million numbers, as in BLAS and `Tensor.norm`, is off by up to 2 %, and so is the orthonormality
+of bases built on it.  Here a row is summed in pieces, and the pieces in float64, at the speed of memory.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers whose products are added up in the rows' own type; larger pieces are no faster, and less exact.
+# Length of the pieces that are summed in the rows' own dtype; longer ones are no faster, and less exact.
 PIECE = 4096
-SHORT = 512  # the same where PyTorch adds up, which is less exact
-# Room for rows before any is there: so many, or what fits into so many bytes, as not every device hands out memory only
-# where it is written to.
+SHORT = 512  # the same for PyTorch's own sums, which are less exact
+# Rows, and bytes, that an empty basis reserves at most: not every device allocates memory only where it is written to.
 FIRST_CAPACITY, FIRST_BYTES = 64, 2**30
 
 
@@ -47,7 +45,7 @@ def _row_sums(x: Tensor) -> Tensor:
 
 
 def widest(t: Tensor) -> torch.dtype:
-    """What long sums are taken in: Apple's GPUs have no float64."""
+    """The dtype for long sums: Apple's GPUs have no float64."""
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
@@ -65,8 +63,8 @@ class Basis:
     """Orthonormal rows in one block of memory with room for more.
 
     Args:
-        capacity: rows there is room for at first; None for what `FIRST_BYTES` hold.
-        most: rows there will be at most; room grows twofold up to that.
+        capacity: rows reserved at first; None for what `FIRST_BYTES` hold.
+        most: rows at most; the reserved memory doubles up to that.
 
     Attributes:
         rows: (m, n), a view.
@@ -97,17 +95,17 @@ class Basis:
             self._memory, self.rows = larger, larger[: len(self)]
 
     def room(self) -> Tensor:
-        """(1, n): where the next row will stand, for it to be worked out there."""
+        """(1, n): memory of the next row, to be computed in place."""
         if len(self) == len(self._memory):
             self.reserve(max(len(self) + 1, min(2 * len(self), self.most)))
         return self._memory[len(self) : len(self) + 1]
 
     def accept(self) -> None:
-        """What stands in the room is a row from now on: of unit length, and orthogonal to all others."""
+        """Make the content of `room()` a row; it has unit length and is orthogonal to all others."""
         self.rows = self._memory[: len(self) + 1]
 
     def drop(self, rows: int) -> None:
-        """Keep the first `rows` alone."""
+        """Keep only the first `rows`."""
         self.rows = self._memory[:rows]
 
     def keep(self, coefficients: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Spectral density by stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017; Ghorbani, Krishnan, Xiao 2019).
 
 A Lanczos run of m steps from a random unit vector q turns q's spectral measure into m nodes and weights, exact for
-polynomials up to degree 2 m - 1.  The mean over q is the spectral density phi, of total weight 1; so n times the mean
-of f over it estimates Tr f(A).  First components are those of an
-eigendecomposition in float64, and the basis is fully orthogonalised: no ghosts.
+polynomials up to degree 2 m - 1.  The mean over q is the spectral density, of total weight 1, so n times the mean of f
+over it estimates Tr f(A).  Weights come from an eigendecomposition in float64, and the basis is fully orthogonalised,
+so there are no ghosts.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class SpectralMeasure:
     def moment(self, power: int) -> tuple[float, float]:
         """Tr A^power and its standard error.
 
-        A run's variance over random directions is known in closed form, 2 (n Tr A^2p - (Tr A^p)^2) / (n + 2): the
-        moments themselves give it.  The spread of a few runs does not: a large eigenvalue that none of them happens to
-        see is missing from it.
+        A run's variance over random directions has the closed form 2 (n Tr A^2p - (Tr A^p)^2) / (n + 2), which the
+        moments themselves give.  The spread of a few runs is no substitute: it misses a large eigenvalue that none of
+        them sees.
         """
         n, runs = self.size, len(self.nodes)
         value, square = (float((self.weights * self.nodes**p).sum()) / runs for p in (power, 2 * power))
@@ -50,7 +50,7 @@ class SpectralMeasure:
 
         Args:
             grid: (g,) eigenvalues.
-            width: standard deviation of the Gaussian, one for all or one a grid point.
+            width: standard deviation of the Gaussian, one for all or one for each grid point.
 
         Returns:
             Mean over the runs and its standard error, (g,) each (zero for a single run).
@@ -78,7 +78,7 @@ def spectral_measure(matrix: Matrix, *, generator: torch.Generator, runs: int = 
         lanczos.extend(steps)
         products += lanczos.n_products
         x, w = lanczos.quadrature()
-        # A run that found an invariant subspace early has fewer nodes: fill up with weightless ones.
+        # A run that found an invariant subspace early has fewer nodes: pad with nodes of weight zero.
         nodes.append(np.pad(x.numpy(), (0, steps - len(x)), mode="edge"))
         weights.append(np.pad(w.numpy(), (0, steps - len(w))))
     return SpectralMeasure(np.stack(nodes), np.stack(weights), matrix.size, products)

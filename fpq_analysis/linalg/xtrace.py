@@ -1,13 +1,13 @@
 """XTrace and XNysTrace (Epperly, Tropp, Webber 2024, "XTrace: making the most of every sample").
 
-Every test vector serves twice: to build a low-rank approximation, and to estimate what the approximation that was built
-without it leaves, for k leave-one-out estimates from k vectors.
+Every test vector is used twice: for a low-rank approximation, and to estimate the remainder of the approximation built
+without it.  So k vectors give k leave-one-out estimates.
 
-The paper takes their spread over sqrt(k) for the error.  But the estimates t_i share all vectors but two, and on test
-matrices that error was too small by up to 1.6 times (XTrace) and 3 times (XNysTrace).  What is missing is the
-covariance of two of them, which can be had from the same products: let d_ij be the change of t_i when test vector j is
-left out.  As t_i is unbiased for any values of the other vectors, with or without j, three of the four terms of
-Cov(t_i, t_j) vanish and E[d_ij d_ji] remains.  With s^2 the sample variance of the t_i,
+The paper takes their standard deviation over sqrt(k) as the error.  But any two estimates t_i share all vectors but
+two, and on test matrices that error was too small by factors up to 1.6 (XTrace) and 3 (XNysTrace).  What is missing is
+their covariance, which follows from the same products: let d_ij be the change of t_i when test vector j is left out.
+As t_i is unbiased for any values of the other vectors, with or without j, three of the four terms of Cov(t_i, t_j)
+vanish and E[d_ij d_ji] remains.  With s^2 the sample variance of the t_i,
 
     sem^2 = s^2 / k + mean over i != j of d_ij d_ji,
 
@@ -50,8 +50,8 @@ def xtrace(
 
     Args:
         blocks: slices that divide 0 ... size: each one's trace is estimated from the same products.
-        n_products: in all; with `tol`, twice `FIRST` at first (two a draw) and then twice as many until the relative
-            standard error is reached (all products are used again).
+        n_products: in total, without `tol`.
+        tol: relative standard error wanted: starts with 2 `FIRST` products, and doubles them (all are used again).
     """
     most = 2 * min(matrix.size // 2, max_products // 2)
     total = min(n_products if tol is None else 2 * FIRST, most)
@@ -107,7 +107,7 @@ def _lost_directions(r: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Small:
-    """What XTrace needs of n-dimensional quantities, as k x k ones: estimates from subsets cost no products.
+    """XTrace reduced to k x k matrices, so that estimates from subsets of the test vectors cost no products.
 
     Attributes:
         n: size of the matrix.
@@ -147,7 +147,7 @@ class _Small:
         return torch.where(lengths > 1e-20 * self.n, outside / lengths.clamp(min=TINY), 0.0)
 
     def estimates(self, without: int) -> Tensor:
-        """(k,) leave-one-out estimates of the trace from all test vectors but one (whose own place means nothing)."""
+        """(k,) leave-one-out estimates of the trace from all test vectors but one (its own entry is meaningless)."""
         own, also = self.removed(without)
         assert also is not None
         c = self.inside(without)
@@ -185,7 +185,7 @@ def xnystrace(
 
 def _xnystrace(omega: Tensor, y: Tensor, blocks: list[slice], tol: float | None) -> Estimate:
     # A small multiple of the identity keeps H well conditioned, also where A has fewer dimensions than there are test
-    # vectors.  The estimate is then that of A + shift I, without bias, and the shift is taken off at the end.
+    # vectors.  The estimate is then that of A + shift I, without bias, and the shift is subtracted at the end.
     k, n = y.shape
     shift = torch.finfo(y.dtype).eps ** 0.5 * float(norms(y).norm()) / math.sqrt(k)
     y = y + shift * omega
@@ -220,9 +220,9 @@ def _leave_one_out(draws: Tensor, without: Tensor, n_products: int, rank: int, t
     value, spread = (float(x) for x in mean_and_error(draws.sum(1)))
     change = (draws.sum(1) - without).fill_diagonal_(0)
     covariance = float((change * change.T).sum()) / (k * (k - 1))
-    # An estimate of a variance may come out negative; it is then no smaller than independence has it.
+    # The estimated covariance may be negative; the error is then that of independent estimates.
     sem = math.sqrt(spread**2 + max(0.0, covariance))
-    # The blocks' covariances are not worked out; they are taken to be as large, relatively, as that of the sum.
+    # The blocks' covariances are not computed, but assumed to be relatively as large as that of the sum.
     block_sems = block_sems * (sem / spread if spread else 1.0)
     whole = draws.sum(1)
     dof = degrees_of_freedom(whole)

@@ -185,7 +185,7 @@ class ForeignRuns(os.PathLike[str]):
         means, _ = parse_normalization(self.normalize) or ((0.0,), ())
         possible = [1, 3] if data.channels == 1 else [data.channels]
         fitting = [n for n in possible if len(means) in (1, n)]
-        return {n: data.fed(**self._feed(n)).describe() for n in fitting or possible}
+        return {n: data.prepared(**self._feed(n)).describe() for n in fitting or possible}
 
 
 @dataclass(frozen=True)
