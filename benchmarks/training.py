@@ -31,6 +31,7 @@ from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import calibrate, quantize
 from fpq_analysis.training import METHODS, TrainConfig
 from fpq_analysis.training.loop import _train_epoch, make_optimizer
+from fpq_analysis.training.regularizer import regularizers
 
 CLASSES = 10
 LR = 1e-4
@@ -86,13 +87,14 @@ class Runner:
         if spec is not None:
             self.model = quantize(self.model, spec)
             calibrate(self.model, data.normalize(data.train.images[:100]), spec.act_calibration)
+        self.method = regularizers(self.config, self.model, self.teacher)
         self.optimizer = make_optimizer(self.config, self.model)
         self.epoch = 0
 
     def __call__(self) -> dict[str, Any]:
         """Train one round; returns the loop's own row."""
         self.epoch += 1  # FPQ's noise is drawn anew in each
-        return _train_epoch(self.config, self.data, self.model, self.teacher, self.optimizer, self.epoch)
+        return _train_epoch(self.config, self.data, self.model, self.teacher, self.method, self.optimizer, self.epoch)
 
 
 def main() -> None:

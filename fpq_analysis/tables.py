@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
+from fpq_analysis.methods import METHODS
 from fpq_analysis.runs import checkpoints, find_runs, read_run, read_training
 
 COLUMNS = {
@@ -36,12 +37,8 @@ COLUMNS = {
 
 # One of the paper's rows: what it calls them, the method here, and the settings that make it that row.
 FPQ = {"sfp_p": 0.1, "csd_weight": 1.0}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "FP": ("fp", {}),
-    "PACT": ("pact", {}),
-    "LSQ": ("lsq", {}),
-    "LSQ+": ("lsq+", {}),
-    "KD": ("kd", {}),
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method.label: (name, {}) for name, method in METHODS.items()},
     "LSQ+SAM": ("sam", {}),
     "FPQ": ("fpq", FPQ),
     "+ perturbation": ("fpq", FPQ | {"csd_weight": 0.0}),
@@ -183,7 +180,7 @@ def paper_tables(ckpt_dir: str | Path, *, data: str | None = None, on_fault: Fau
     for number, table in PAPER.items():
         where = data or table.data
         here = [run for run in runs if run.config["data"] == where]
-        methods = {METHODS[name][0] for name, _, _ in table.rows} - {"fp"}
+        methods = {ROWS[name][0] for name, _, _ in table.rows} - {"fp"}
         others = {run.config["model"] for run in here if run.config["method"] in methods} - set(table.models)
         for name, bits, accuracies in table.rows:
             for model in (*table.models, *sorted(others)):
@@ -214,7 +211,7 @@ def read_runs(ckpt_dir: str | Path, on_fault: Fault | None = None) -> list[Run]:
 
 
 def _is_in(config: dict[str, Any], row: str, bits: str, model: str) -> bool:
-    method, settings = METHODS[row]
+    method, settings = ROWS[row]
     return (
         config["model"] == model
         and config["method"] == method

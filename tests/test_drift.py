@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from fpq_analysis import QuantSpec, UserError, calibrate, feature_drift, quantize, records
 from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.methods import METHODS
 from fpq_analysis.plots import drift_caption, drift_figure, drift_layer_figure
-from fpq_analysis.plots.style import COLOURS
 from fpq_analysis.probes import Drift, Point, drift
 from fpq_analysis.probes.drift import QUANTITIES
 from fpq_analysis.records.comparison import difference
@@ -323,7 +323,7 @@ def test_the_figure_shows_every_run_with_its_band(frame):
             line = lines[f"{method.upper()} {bits.upper()}"]
             np.testing.assert_allclose(line.get_xdata(), [0, 1, 2])
             np.testing.assert_allclose(line.get_ydata(), rows["value"])
-            assert to_hex(line.get_color()) == COLOURS[method].lower()
+            assert to_hex(line.get_color()) == METHODS[method].colour.lower()
         bands = [c.get_paths()[0].vertices[:, 1] for c in axes.collections]
         largest = frame[(frame["layer"] == "all") & (frame["quantity"] == quantity)]
         assert max(b.max() for b in bands) == pytest.approx((largest["value"] + largest["ci95"]).max())

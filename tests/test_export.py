@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpq_analysis import TrainConfig, UserError, calibrate, load, quantize
+from fpq_analysis.methods import METHODS
 from fpq_analysis.quantizers import LSQ, quantizers
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.export import export, export_onnx, export_safetensors, grids
-from fpq_analysis.training import METHODS
 from tests.nets import tiny
 from tests.test_cli import call
 from tests.words import words

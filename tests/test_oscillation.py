@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from fpq_analysis import Oscillation, QuantSpec, UserError, load, measure, oscillation, quantize
 from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.plots import oscillation_caption, oscillation_figure
 from fpq_analysis.probes import Point
 from fpq_analysis.probes.oscillation import threshold_distance
-from fpq_analysis.quantizers import LSQ, PACT, SCHEMES, LSQPlus, changed_fraction, weight_codes, weight_quantizers
+from fpq_analysis.quantizers import LSQ, PACT, LSQPlus, changed_fraction, weight_codes, weight_quantizers
 from tests.nets import tiny
 from tests.test_records_and_plots import row
 from tests.words import words
@@ -43,7 +44,8 @@ def positions(quantizer, w):
 def test_codes_are_positions_rounded(scheme, bits, seed):
     torch.manual_seed(seed)
     x = torch.randn(4, 3, 3, 3)
-    for quantizer in (SCHEMES[scheme].weight(bits, 4, 4), SCHEMES[scheme].activation(bits)):
+    pair = SCHEMES[scheme]
+    for quantizer in (load_class(pair.weight)(bits, 4, 4), load_class(pair.activation)(bits)):
         quantizer.calibrate(x, "mse")
         beyond = 1.5 * x
         rounded = quantizer.position(beyond).round().clamp(0, quantizer.levels)

@@ -43,7 +43,7 @@ def test_what_a_run_leaves(tiny_runs):
     assert rows[1]["loss"] == pytest.approx(rows[1]["loss_ce"] + rows[1]["loss_csd"], rel=1e-5)
     assert rows[1]["loss_csd"] > 0
     assert json.loads((run / "run.json").read_text())["config"]["method"] == "fpq"
-    assert read_jsonl(tiny_runs / "lsq-w4a4" / "train.jsonl")[1]["loss_csd"] == 0
+    assert "loss_csd" not in read_jsonl(tiny_runs / "lsq-w4a4" / "train.jsonl")[1]
 
 
 @pytest.mark.parametrize("method", ["fp", "lsq", "lsq+", "pact"])
@@ -314,7 +314,7 @@ def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
         ({"method": "fpq", "bits": "W0A4", "init": "x"}, "0-bit weights"),
         ({"sfp_p": 1.5}, "probability"),
         ({"epochs": 0}, "above zero"),
-        ({"weight_calibration": "max"}, "Known: minmax, mse"),
+        ({"weight_calibration": "max"}, "Known: mse, minmax"),
     ],
 )
 def test_bad_settings(options, message):

@@ -15,7 +15,7 @@ from fpq_analysis.report import write_report
 from fpq_analysis.training import TrainConfig, train
 
 BITS = ("W4A4", "W2A4")
-METHODS = ("lsq", "fpq")
+COMPARED = ("lsq", "fpq")
 LANDSCAPE = LandscapeSettings(points=15)
 
 
@@ -23,7 +23,7 @@ def configs(out: Path) -> dict[str, TrainConfig]:
     """Run name to config: the float teacher, then every method at every width from it."""
     runs = {"fp": TrainConfig(epochs=12, lr=0.1, batch_size=128)}
     for bits in BITS:
-        for method in METHODS:
+        for method in COMPARED:
             # The paper's learning rate; a smaller batch and fewer epochs, for 1,442 images.
             runs[f"{method}-{bits.lower()}"] = TrainConfig(
                 method=method, bits=bits, init=str(out / "fp"), epochs=10, lr=0.01, batch_size=128
@@ -53,7 +53,7 @@ def run_demo(
     measure(out, Features(), epochs="last", device=device)
     for bits in BITS:  # the figure is of these runs
         measure(out / f"lsq-{bits.lower()}", GradNorm(), device=device)
-    for method in METHODS:
+    for method in COMPARED:
         measure_landscapes(out / f"{method}-w2a4", LANDSCAPE, n_data=256, device=device)
     draw_figures(out, out=figures, measure=False, log=log)
     write_report(out, report)

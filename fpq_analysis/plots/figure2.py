@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.methods import BASELINE
 from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, run_label, style
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
@@ -83,9 +84,9 @@ def trained_in_noise(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_noise(rows: pd.DataFrame) -> pd.DataFrame:
-    """The LSQ runs, or else every run, that has an arm in noise."""
+    """The baseline's runs, or else every run, that has an arm in noise."""
     rows = rows[rows["run"].isin(rows.loc[rows["arm"] != "clean", "run"])]
-    return rows[rows["method"] == "lsq"] if (rows["method"] == "lsq").any() else rows
+    return rows[rows["method"] == BASELINE] if (rows["method"] == BASELINE).any() else rows
 
 
 def _draw_panel(axes: Axes, panel: pd.DataFrame, span: tuple[float, float]) -> None:

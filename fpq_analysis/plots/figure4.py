@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.methods import method_rank
 from fpq_analysis.plots.figure3 import bits_of, layer_rows
 from fpq_analysis.plots.style import colour, label, listed, style
 
-METHODS = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
+IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
 LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
 BINS = 36  # drawn, at most
 
@@ -24,8 +25,8 @@ def densities(records: pd.DataFrame) -> pd.DataFrame:
     """The rows with a density, of each run's last epoch; of runs alike but for the training seed, the first seed's."""
     rows = layer_rows(records)
     rows = rows[rows["quantity"].str.startswith("density_")]
-    if rows["method"].isin(METHODS).any():
-        rows = rows[rows["method"].isin(METHODS)]
+    if rows["method"].isin(IN_PAPER).any():
+        rows = rows[rows["method"].isin(IN_PAPER)]
     alike = ["model", "dataset", "data", "bits", "method"]
     first = rows.sort_values(["train_seed", "run"]).groupby(alike)["run"].transform("first")
     return rows[rows["run"] == first.reindex(rows.index)]
@@ -82,9 +83,7 @@ def _bands(rows: pd.DataFrame) -> list[pd.DataFrame]:
         widths = sorted((set(group["bits"]) - {"FP"}) or {"FP"}, key=bits_of, reverse=True)
         for width in widths:
             band = group[group["bits"].isin(["FP", width])]
-            places = {method: i for i, method in enumerate(METHODS)}
-            order = band["method"].map(lambda method, places=places: places.get(method, len(places)))
-            found.append(band.iloc[np.argsort(order.to_numpy(), kind="stable")])
+            found.append(band.sort_values("method", key=lambda names: names.map(method_rank), kind="stable"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""One style for all figures: sizes, fonts, and which colour and line mean which method and bit width."""
+"""One style for all figures: sizes, fonts, lines; a method's colour and name are those of `methods.py`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fpq_analysis.files import atomic_write
+from fpq_analysis.methods import METHODS, method_label
 
-# Okabe and Ito's palette, which survives the common forms of colour blindness and grey print; the hues are those the
-# paper names where it names any (FP blue, LSQ red, FPQ green).
-# Noise arms and methods of other programs have what is left.
-COLOURS = {
-    "fp": "#0072B2",
-    "lsq": "#D55E00",
-    "fpq": "#009E73",
-    "lsq+": "#E69F00",
-    "pact": "#56B4E9",
-    "kd": "#CC79A7",
-    "sam": "#000000",
-}
-OTHER_COLOURS = ("#8C564B", "#7F7F7F", "#B5A300")
+SPARE_COLOURS = ("#8C564B", "#7F7F7F", "#B5A300")  # of methods to which `methods.py` gives none, and unknown ones
 LINES = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 MARKERS = {"FP": "o", "W4A4": "o", "W2A4": "s", "W2A2": "^", "W8A8": "D"}
-NAMES = {"fp": "FP", "lsq": "LSQ", "lsq+": "LSQ+", "pact": "PACT", "kd": "KD", "sam": "SAM", "fpq": "FPQ"}
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -66,15 +54,16 @@ def style() -> Iterator[None]:
 
 def colour(method: str, methods: list[str]) -> str:
     """The method's own colour; methods without one share the spare ones, in order."""
-    if method in COLOURS:
-        return COLOURS[method]
-    spare = [m for m in methods if m not in COLOURS]
-    return OTHER_COLOURS[spare.index(method) % len(OTHER_COLOURS)]
+    own = {name: row.colour for name, row in METHODS.items() if row.colour}
+    if method in own:
+        return own[method]
+    spare = [m for m in methods if m not in own]
+    return SPARE_COLOURS[spare.index(method) % len(SPARE_COLOURS)]
 
 
 def label(method: str, bits: str) -> str:
     """What a legend calls a run."""
-    name = NAMES.get(method, method)
+    name = method_label(method)
     return name if bits == "FP" else f"{name} {bits}"
 
 

@@ -25,7 +25,6 @@ from fpq_analysis.quantizers.others import (
     rounds_weights,
 )
 from fpq_analysis.quantizers.pact import PACT, DoReFa
-from fpq_analysis.quantizers.schemes import SCHEMES
 from fpq_analysis.quantizers.spec import QuantSpec
 from fpq_analysis.quantizers.views import DEFINITIONS, check_definition, latent_derivatives, variables, view
 
@@ -33,7 +32,6 @@ __all__ = [
     "DEFINITIONS",
     "LSQ",
     "PACT",
-    "SCHEMES",
     "DoReFa",
     "FeatureNoise",
     "LSQPlus",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.quantizers.base import Quantizer
-from fpq_analysis.quantizers.schemes import SCHEMES
 from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,18 +42,18 @@ def quantize(model: nn.Module, spec: QuantSpec) -> nn.Module:
         raise UserError("The model has no convolution or linear layer, so there is nothing to quantize.")
     if len({id(layer.weight) for layer in layers}) < len(layers):
         raise UserError("Two layers share one weight, which would be quantized twice; give each its own.")
-    scheme = SCHEMES[spec.scheme]
+    of_weight, of_input = load_class(SCHEMES[spec.scheme].weight), load_class(SCHEMES[spec.scheme].activation)
     for layer in layers:
         on_edge = layer is layers[0] or layer is layers[-1]
         weight_bits, act_bits = (
             spec.edge_bits if on_edge and bits != FLOAT_BITS else bits for bits in (spec.weight_bits, spec.act_bits)
         )
         if weight_bits != FLOAT_BITS:
-            quantizer = scheme.weight(weight_bits, layer.weight.shape[0], layer.weight.ndim).to(layer.weight.device)
+            quantizer = of_weight(weight_bits, layer.weight.shape[0], layer.weight.ndim).to(layer.weight.device)
             quantizer.calibrate(layer.weight, spec.weight_calibration)
             parametrize.register_parametrization(layer, "weight", quantizer)
         if act_bits != FLOAT_BITS:
-            layer.register_module(INPUT_QUANTIZER, scheme.activation(act_bits).to(layer.weight.device))
+            layer.register_module(INPUT_QUANTIZER, of_input(act_bits).to(layer.weight.device))
             layer.register_forward_pre_hook(_quantize_input)
     return model
 

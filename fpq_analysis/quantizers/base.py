@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis.methods import MethodSettings
+
 # Step sizes and clipping levels are kept at or above this: a negative one would mirror the grid.
 MIN_STEP = 1e-6
 
@@ -66,6 +68,10 @@ class Quantizer(nn.Module):
     def scales(self) -> list[nn.Parameter]:
         """The learned parameters that must stay positive."""
         return []
+
+    def penalties(self, settings: MethodSettings) -> dict[str, Tensor]:
+        """What training adds to the loss for this quantizer: name of the term to its weighted value, a scalar."""
+        return {}
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis.methods import MethodSettings
 from fpq_analysis.quantizers.base import MIN_STEP, Quantizer
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
 from fpq_analysis.quantizers.fake_quantize import round_straight_through
@@ -76,6 +77,10 @@ class PACT(Quantizer):
     def scales(self) -> list[nn.Parameter]:
         """The clipping level."""
         return [self.alpha]
+
+    def penalties(self, settings: MethodSettings) -> dict[str, Tensor]:
+        """Half the squared clipping level: weight decay, without which alpha has no reason to shrink."""
+        return {"alpha": settings.alpha_decay / 2 * self.alpha.square()}
 
 
 class DoReFa(Quantizer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.quantizers.schemes import SCHEMES
+from fpq_analysis.methods import SCHEMES
 
 FLOAT_BITS = 32
 MAX_BITS = 16
@@ -22,7 +22,7 @@ class QuantSpec:
         edge_bits: width of weights and inputs of the first and the last layer, where these are quantized at all.
         weight_calibration, act_calibration: `mse` or `minmax`, see `calibration.py`.  The weights of `lsq+` and `pact`
             have a rule of their own in its place.
-        scheme: the quantizers, a key of `schemes.SCHEMES`.
+        scheme: the quantizers, a key of `methods.SCHEMES`.
 
     Raises:
         UserError: if a width or the scheme is not defined, or the scheme is not defined for these widths.

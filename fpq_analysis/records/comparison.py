@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.methods import BASELINE
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def by_epoch(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
     return [difference(a.loc[epoch], b.loc[epoch]) for epoch in both]
 
 
-def against_baseline(totals: pd.DataFrame, baseline: str = "lsq") -> list[Difference]:
+def against_baseline(totals: pd.DataFrame, baseline: str = BASELINE) -> list[Difference]:
     """Every quantized run against the baseline method's run beside it, of equal model, data, bits and training seed.
 
     The last epoch that both were measured at, under equal definition, estimator, images and seed.

@@ -12,11 +12,10 @@ import pandas as pd
 from scipy import stats
 
 from fpq_analysis import records
-from fpq_analysis.plots.style import NAMES
+from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.records.comparison import Difference, against_baseline, difference, number
 from fpq_analysis.report.study import DEFINITIONS, PLACES, Run, Study, number_of
 
-BASELINE = "lsq"
 # Of normal intervals; those over few seeds are Student's.
 Z95 = 1.96
 
@@ -63,7 +62,7 @@ def variant(study: Study, run: Run) -> str:
     alike = [r for r in study.runs if (r.method, r.model, r.dataset) == (run.method, run.model, run.dataset)]
     keys = [key for key in varying(alike) if key not in ("seed", "bits")]
     extra = ", ".join(f"{key} {run.config.get(key)}" for key in keys)
-    return NAMES.get(run.method, run.method) + (f" ({extra})" if extra else "")
+    return method_label(run.method) + (f" ({extra})" if extra else "")
 
 
 def varying(runs: Sequence[Run]) -> list[str]:

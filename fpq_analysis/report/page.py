@@ -13,7 +13,7 @@ from markupsafe import Markup
 from fpq_analysis import __version__
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import write_text
-from fpq_analysis.plots.style import NAMES
+from fpq_analysis.methods import method_label
 from fpq_analysis.report import tables
 from fpq_analysis.report.citations import bibtex
 from fpq_analysis.report.findings import cautions, findings, listed
@@ -119,7 +119,7 @@ def typeset(text: str) -> str:
 
 
 def _title(study: Study) -> str:
-    methods = listed(NAMES.get(run.method, run.method) for run in study.runs)
+    methods = listed(method_label(run.method) for run in study.runs)
     return f"{listed(run.model for run in study.runs)} on {listed(run.dataset for run in study.runs)}: {methods}"
 
 

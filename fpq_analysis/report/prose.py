@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import Formatter
 
 import pandas as pd
 
+from fpq_analysis.methods import METHODS, method_label
 from fpq_analysis.plots.eigenvalues import eigenvalues
 from fpq_analysis.plots.figure5 import totals
-from fpq_analysis.plots.style import NAMES
 from fpq_analysis.report.findings import listed
 from fpq_analysis.report.study import Run, Study
 
@@ -44,21 +45,6 @@ ESTIMATORS = {
     "xtrace": "estimated by XTrace",
     "xnystrace": "estimated by XNysTrace",
     "pyhessian": "estimated by Hutchinson's method as in PyHessian",
-}
-# How each method differs from plain LSQ; in braces, settings of the run.
-RECIPES = {
-    "lsq": "LSQ learns the step sizes of weights and inputs",
-    "lsq+": "LSQ+ learns step sizes, and offsets of the inputs",
-    "pact": "PACT learns the clipping level of the inputs (penalty {alpha_decay}) and quantizes weights as DoReFa",
-    "kd": "KD adds to LSQ a distillation loss of weight {kd_weight} at temperature {kd_temperature}",
-    "sam": "SAM is LSQ trained by sharpness-aware minimization with radius {sam_rho}",
-    "fpq": (
-        "FPQ adds to LSQ, in training only, uniform noise one quantization step wide at the input of each convolution "
-        "with probability {sfp_p}, and distillation of channel-wise standardized features from the float network with "
-        "weight {csd_weight}"
-    ),
-    "noise-features": "noise-features adds to LSQ uniform noise one step wide at the input of every convolution",
-    "noise-weights": "noise-weights adds to LSQ uniform noise one step wide to every convolution's weights",
 }
 # What other probes measure, after "We measured".
 SUBJECTS = {
@@ -113,7 +99,7 @@ def _training(study: Study) -> str:
     if floats:
         sentences.append(f"Float networks were trained {_optimizer(floats)}")
     if quantized:
-        names = listed(NAMES.get(run.method, run.method) for run in quantized)
+        names = listed(method_label(run.method) for run in quantized)
         bits = listed(run.bits for run in quantized)
         sentences.append(
             f"Quantized networks ({names} at {bits}: bits of weights and inputs, the first and the last layer at 8 "
@@ -121,9 +107,9 @@ def _training(study: Study) -> str:
         )
         for method in dict.fromkeys(run.method for run in quantized):
             here = [run for run in quantized if run.method == method]
-            if method in RECIPES:
-                keys = ("alpha_decay", "kd_weight", "kd_temperature", "sam_rho", "sfp_p", "csd_weight")
-                sentences.append(RECIPES[method].format(**{key: _settings(here, key) for key in keys}))
+            if method in METHODS and (sentence := METHODS[method].sentence):
+                keys = [key for _, key, _, _ in Formatter().parse(sentence) if key]
+                sentences.append(sentence.format(**{key: _settings(here, key) for key in keys}))
         values = {CALIBRATIONS.get(str(run.config.get("act_calibration")), "") for run in quantized}
         if len(values) == 1 and (how := values.pop()):
             images = _settings(quantized, "calibration_images")

@@ -17,11 +17,10 @@ import pandas as pd
 
 from fpq_analysis import records
 from fpq_analysis.errors import UserError, going_on
+from fpq_analysis.methods import method_rank
 from fpq_analysis.plots.figure5 import totals
 from fpq_analysis.runs import read_manifest, read_run, read_training
 
-# The order of runs: the float network, then the methods as papers list them, FPQ last; unknown ones between.
-METHODS = ("fp", "noise-features", "noise-weights", "pact", "lsq", "lsq+", "kd", "sam", "", "fpq")
 # Which Hessian is spoken of where only one can be.
 DEFINITIONS = ("dequantized", "float", "latent")
 # Not settings of a run: where things lay on one machine.
@@ -132,8 +131,8 @@ class Run:
     @property
     def order(self) -> tuple[Any, ...]:
         """Sorts runs for a reader: by data and network, float first, more bits first."""
-        place = METHODS.index(self.method if self.method in METHODS else "")
         bits = [-int(digits) for digits in re.findall(r"\d+", self.bits)]
+        place = method_rank(self.method)
         return (self.dataset, self.model, bits, place, self.method, self.kind, self.seed or 0, self.name)
 
 

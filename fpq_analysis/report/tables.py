@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.plots import Drawing
-from fpq_analysis.plots.style import NAMES, colour
+from fpq_analysis.plots.style import colour
 from fpq_analysis.records.comparison import number
-from fpq_analysis.report.findings import BASELINE, Z95, Comparison, against_float, against_method, variant, varying
+from fpq_analysis.report.findings import Z95, Comparison, against_float, against_method, variant, varying
 from fpq_analysis.report.study import Run, Study, number_of
 
 NONE = "–"
@@ -124,7 +125,7 @@ def runs_table(study: Study) -> Table:
     heads += ["Checkpoint", "Training"]
     rows = []
     for run in study.runs:
-        row = [run_cell(study, run), Cell(NAMES.get(run.method, run.method)), Cell(run.model)]
+        row = [run_cell(study, run), Cell(method_label(run.method)), Cell(run.model)]
         row += [Cell(run.dataset)] if several else []
         row += [Cell(run.bits), num(run.seed, text=str(run.seed)), num(run.last_epoch, text=str(run.last_epoch))]
         row += [percent(run.last_accuracy), percent(run.best_accuracy), percent(run.clipped, 1)]
@@ -200,7 +201,7 @@ def _accuracy(runs: list[Run]) -> Cell:
 def comparison_tables(study: Study) -> list[Table]:
     """Differences of traces on the same images: against LSQ, and against the float network each started from."""
     against = {
-        f"Against {NAMES[BASELINE]}": (against_method(study), "at the last epoch that both have"),
+        f"Against {method_label(BASELINE)}": (against_method(study), "at the last epoch that both have"),
         "Against the float network": (
             [c for c in against_float(study) if c.definition == study.definition],
             "the run's at its last epoch, the float network's at the checkpoint that the run started from",

@@ -1,7 +1,5 @@
-"""Quantization-aware training: one config, one loop, one regulariser a file."""
+"""Quantization-aware training: one config, one loop, one regularizer a file; the public names are in `__init__.pyi`."""
 
-from fpq_analysis.training.config import METHODS, TrainConfig
-from fpq_analysis.training.loop import train
-from fpq_analysis.training.sweep import Sweep, read_sweep, run_sweep, sweep_status
+import lazy_loader
 
-__all__ = ["METHODS", "Sweep", "TrainConfig", "read_sweep", "run_sweep", "sweep_status", "train"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,150 +3,75 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.quantizers import SCHEMES, QuantSpec
-from fpq_analysis.quantizers.calibration import CALIBRATIONS
-from fpq_analysis.quantizers.noise import SITES
-from fpq_analysis.quantizers.spec import FLOAT_BITS
-from fpq_analysis.training.csd import REDUCTIONS
+from fpq_analysis.errors import UserError
+from fpq_analysis.methods import METHODS, SCHEMES, MethodSettings, load_class
+from fpq_analysis.settings import check_settings, documented, setting
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a training method is made of.
-
-    Attributes:
-        quantizer: key of `quantizers.SCHEMES`, None for a float network.
-        sfp, csd: FPQ's noise and distillation.
-        kd, sam: Hinton's distillation; sharpness-aware minimization.
-        noise: `features` or `weights`: noise in every convolution and step, for Figure 2.
-    """
-
-    quantizer: str | None = "lsq"
-    sfp: bool = False
-    csd: bool = False
-    kd: bool = False
-    sam: bool = False
-    noise: str | None = None
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the network is quantized, and starts from a float one."""
-        return self.quantizer is not None
-
-
-METHODS = {
-    "fp": Method(quantizer=None),
-    "lsq": Method(),
-    "lsq+": Method(quantizer="lsq+"),
-    "pact": Method(quantizer="pact"),
-    "kd": Method(kd=True),
-    "sam": Method(sam=True),
-    "fpq": Method(sfp=True, csd=True),
-    "noise-features": Method(noise="features"),
-    "noise-weights": Method(noise="weights"),
-}
+if TYPE_CHECKING:
+    from fpq_analysis.quantizers import QuantSpec
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run.
+class RunSettings:
+    """What every method needs to know; part of `TrainConfig`, where it stands before the methods' own settings."""
 
-    Attributes:
-        data, data_root, image_size: see `data.load_dataset`.
-        model: see `models.build_model`.
-        method: key of `METHODS`.
-        bits: `WxAy`; None for a float run.
-        init: folder of the float run whose last checkpoint is start and teacher; None for a float run.
-        epochs, batch_size, lr, momentum, weight_decay: SGD with cosine annealing of the rate to zero over all steps.
-        augment: random crop, and mirror flip where the data set allows one.
-        quantizer: key of `quantizers.SCHEMES` in place of the method's own: FPQ, KD and SAM work on any.
-        sfp_p, sfp_site: probability of noise at each convolution and step (FPQ Eq. 14), 0 for CSD alone; `after` or
-            `before` the quantizer.
-        csd_weight, csd_reduction: weight of the distillation loss beside the cross-entropy, 0 for SFP alone; `mean` or
-            `sum`.
-        kd_weight, kd_temperature: of Hinton's distillation.
-        sam_rho: how far SAM climbs.
-        alpha_decay: weight of PACT's term, half the sum of squared clipping levels.
-        weight_calibration, act_calibration, calibration_images: how step sizes and zero points get first values.
-        bf16: run the networks under bfloat16 autocast; quantizers and losses stay in float32.
-        seed: of the initial weights, the shuffles, the augmentation and the noise.
-    """
+    data: str = setting("digits", "digits, cifar10, cifar100 or imagefolder.")
+    data_root: str | None = setting(None, "Folder of the data set (not for digits).")
+    image_size: int | None = setting(None, "Resize imagefolder images to this side.")
+    model: str = setting(
+        "resnet20", "resnet20, resnet18, resnet50, mobilenet_v1, mobilenet_v2 or package.module:factory."
+    )
+    method: str = setting("fp", "{choices}.", choices=METHODS)
+    bits: str | None = setting(None, "WxAy, for example W4A4 (weights, activations).")
+    init: str | None = setting(None, "Float run that is start and teacher.")
+    epochs: int = setting(200, "Passes over the training data.", within="positive")
+    batch_size: int = setting(256, "Images a step.", within="positive")
+    lr: float = setting(0.01, "Learning rate at the start of the cosine.", within="positive")
+    momentum: float = setting(0.9, "Of SGD.", within="non-negative")
+    weight_decay: float = setting(5e-4, "Of weights, not of step sizes.", within="non-negative")
+    augment: bool = setting(True, "Random crop and flip (the paper most likely had none).")
+    quantizer: str | None = setting(
+        None, "{choices} in place of the method's own: FPQ on PACT, for example.", choices=SCHEMES
+    )
 
-    data: str = "digits"
-    data_root: str | None = None
-    image_size: int | None = None
-    model: str = "resnet20"
-    method: str = "fp"
-    bits: str | None = None
-    init: str | None = None
-    epochs: int = 200
-    batch_size: int = 256
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: bool = True
-    quantizer: str | None = None
-    sfp_p: float = 0.1
-    sfp_site: str = "after"
-    csd_weight: float = 1.0
-    csd_reduction: str = "mean"
-    kd_weight: float = 1.0
-    kd_temperature: float = 1.0
-    sam_rho: float = 0.05
-    alpha_decay: float = 5e-4
-    weight_calibration: str = "mse"
-    act_calibration: str = "mse"
-    calibration_images: int = 100
-    bf16: bool = False
-    seed: int = 0
+
+@documented
+@dataclass(frozen=True)
+class TrainConfig(MethodSettings, RunSettings):
+    """One run of training: SGD, the learning rate annealed by a cosine to zero over all steps."""
+
+    weight_calibration: str = setting("mse", "First scales of weights: {choices}.", choices=("mse", "minmax"))
+    act_calibration: str = setting("mse", "First scales of inputs: {choices}.", choices=("mse", "minmax"))
+    calibration_images: int = setting(100, "Training images for the first scales.", within="positive")
+    bf16: bool = setting(False, "Networks under bfloat16 autocast; quantizers and losses stay in float32.")
+    seed: int = setting(0, "Of weights, shuffles, augmentation and noise.")
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("weight_calibration", self.weight_calibration, CALIBRATIONS)
-        _one_of("act_calibration", self.act_calibration, CALIBRATIONS)
-        _one_of("csd_reduction", self.csd_reduction, REDUCTIONS)
-        _one_of("sfp_site", self.sfp_site, SITES)
-        if self.quantizer is not None:
-            _one_of("quantizer", self.quantizer, SCHEMES)
-        for name in ("epochs", "batch_size", "lr", "calibration_images", "kd_temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, and must be above zero.")
-        for name in ("momentum", "weight_decay", "csd_weight", "kd_weight", "sam_rho", "alpha_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, and must not be negative.")
-        if not 0 <= self.sfp_p <= 1:
-            raise UserError(f"sfp_p is {self.sfp_p}, and must be a probability, from 0 to 1.")
-        if METHODS[self.method].quantized:
+        check_settings(self)
+        method = METHODS[self.method]
+        if method.quantized:
             if self.bits is None:
                 raise UserError(f"The method '{self.method}' needs a bit width: --bits W4A4, for example.")
-            QuantSpec.parse(self.bits)
+            _ = self.spec  # refuses what is no bit width
             if self.init is None:
                 raise UserError(
                     f"The method '{self.method}' starts from a trained float network: --init RUN, a folder made by "
                     f"'fpq-analyze train --method fp --model {self.model} --data {self.data}'."
                 )
-            self._check_noise()
+            for regularizer in method.regularizers:
+                load_class(regularizer).check(self)
         elif self.bits is not None or self.quantizer is not None:
             raise UserError(
                 f"The method '{self.method}' is not quantized; leave --bits and --quantizer out, or use --method lsq."
             )
 
-    def _check_noise(self) -> None:
-        spec, noise = self.spec, METHODS[self.method].noise
-        assert spec is not None  # it is a quantized method
-        for where, bits in (("features", spec.act_bits), ("weights", spec.weight_bits)):
-            if noise == where and bits == FLOAT_BITS:
-                raise UserError(
-                    f"'{self.method}' adds noise of half a quantization step to the {where}, which {self.bits} leaves "
-                    "in floating point, without steps. Quantize both, as in W4A4."
-                )
-
     @property
     def spec(self) -> QuantSpec | None:
         """The quantization of this run, None for a float one."""
+        from fpq_analysis.quantizers import QuantSpec
+
         if self.bits is None:
             return None
         return QuantSpec.parse(
@@ -162,8 +87,3 @@ class TrainConfig:
         method = self.method + (f"-{self.quantizer}" if self.quantizer else "")
         parts = [self.model.replace(":", "."), self.data, method, (self.bits or "").lower(), f"s{self.seed}"]
         return "-".join(part for part in parts if part)
-
-
-def _one_of(what: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise UserError(f"Unknown {what} '{value}'{did_you_mean(value, known)}. Known: {', '.join(known)}.")

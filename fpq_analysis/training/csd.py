@@ -10,6 +10,8 @@ default takes the mean over batch, space and channels and sums over layers, `red
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers.apply import CONVOLUTIONS
 from fpq_analysis.quantizers.fake_quantize import refuse_second_derivative
+from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.training.regularizer import Regularizer
 
 EPS = 1e-5
-REDUCTIONS = ("mean", "sum")
 
 
 def standardize(z: Tensor) -> Tensor:
@@ -106,3 +109,26 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
             f"The teacher is another network than the student: only one of them has {sorted(ours ^ theirs)[:3]}. "
             "Distillation compares layer by layer, so --init must name a run of the same --model."
         )
+
+
+class CSD(Regularizer):
+    """The loss term `csd`."""
+
+    weight = "csd_weight"
+    uses_teacher = True
+
+    def __init__(self, config: TrainConfig, model: nn.Module, teacher: nn.Module) -> None:
+        super().__init__(config, model, teacher)
+        check_pair(model, teacher)
+        self.pair = Features(model), Features(teacher)
+
+    @contextmanager
+    def during(self, epoch: int) -> Iterator[None]:
+        """The convolutions of both networks keep their outputs."""
+        with self.pair[0], self.pair[1]:
+            yield
+
+    def losses(self, logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+        """`csd_loss` of the pass before."""
+        student, teacher = (features.take() for features in self.pair)
+        return {"csd": self.config.csd_weight * csd_loss(student, teacher, self.config.csd_reduction)}

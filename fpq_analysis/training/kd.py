@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from fpq_analysis.training.regularizer import Regularizer
+
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(teacher || student), mean over the batch; scalar.
@@ -18,3 +20,15 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
     """
     ours, theirs = (F.log_softmax(logits / temperature, 1) for logits in (student, teacher))
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+class KD(Regularizer):
+    """The loss term `kd`."""
+
+    weight = "kd_weight"
+    uses_teacher = True
+
+    def losses(self, logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+        """`kd_loss` at the run's temperature."""
+        assert teacher_logits is not None
+        return {"kd": self.config.kd_weight * kd_loss(logits, teacher_logits, self.config.kd_temperature)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from fpq_analysis.data import (
     Dataset,
     Split,
-    epoch_generator,
     evaluation_batches,
     load_dataset,
     training_batches,
@@ -28,30 +27,29 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.models import build_model
 from fpq_analysis.progress import duration
 from fpq_analysis.quantizers import (
-    PACT,
     calibrate,
     changed_fraction,
     clipped_fraction,
     fused_quantizers,
     quantize,
     quantizer_parameters,
-    quantizers,
     step_sizes,
     weight_codes,
 )
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs import checkpoints, read_run, read_training
-from fpq_analysis.training import resume as run_folder
-from fpq_analysis.training.config import METHODS, TrainConfig
-from fpq_analysis.training.csd import Features, check_pair, csd_loss
-from fpq_analysis.training.kd import kd_loss
+from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.projection import ScaleProjection
-from fpq_analysis.training.sam import ascended
-from fpq_analysis.training.sfp import StochasticFeaturePerturbation
-from fpq_analysis.training.weight_noise import WeightPerturbation
-
-# The terms of the loss: cross-entropy, FPQ's and Hinton's distillation, PACT's clipping levels.
-PARTS = ("ce", "csd", "kd", "alpha")
+from fpq_analysis.training.regularizer import Regularizer, regularizers
+from fpq_analysis.training.resume import (
+    NOTHING,
+    begin,
+    check_teacher,
+    clear_after,
+    finish_epoch,
+    last_finished_epoch,
+    read_resume,
+)
 
 # Losses are looked at this often, so that a diverged run stops soon without waiting for the device at every step.
 CHECK_EVERY = 50
@@ -80,16 +78,16 @@ def train(
         log: called with one line of text an epoch.
 
     Returns:
-        The rows of `train.jsonl`: epoch; loss and its `PARTS`, as weighted in it; accuracies (fractions); lr; seconds;
-        images_per_s; clipped_fraction and oscillating_fraction of the quantized weights (outside their grid; on another
-        level of it than an epoch before); step_sizes, see `quantizers.step_sizes`.
+        The rows of `train.jsonl`: epoch; loss; its terms as weighted in it, `loss_ce` and the method's own; accuracies
+        (fractions); lr; seconds; images_per_s; clipped_fraction and oscillating_fraction of the quantized weights
+        (outside their grid; on another level of it than an epoch before); step_sizes, see `quantizers.step_sizes`.
 
     Raises:
         UserError: for bad input, or if the loss is not finite; the last good checkpoint stands.
     """
     run = Path(run)
     where = pick_device(device)
-    done = run_folder.last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
+    done = last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
     if done == config.epochs:
         log(f"{run}: all {config.epochs} epochs are done")
         rows = read_training(run)
@@ -104,33 +102,34 @@ def train(
         dataset = load_dataset(config.data, config.data_root, download=download, image_size=config.image_size)
     data = dataset.to(where)
     model, teacher, teacher_hash = _start(config, data)
+    method = regularizers(config, model, teacher)
     # Everything was checked; from here on the folder is written to.
     run.mkdir(parents=True, exist_ok=True)
-    if done != run_folder.NOTHING:
-        run_folder.check_teacher(run, teacher_hash)
+    if done != NOTHING:
+        check_teacher(run, teacher_hash)
         last = ckpt.read_checkpoint(run / f"epoch_{done:04d}.pt")
         ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", whose=ckpt.made_with(last.model["name"]))
-    run_folder.clear_after(run, done)
+    clear_after(run, done)
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     optimizer = make_optimizer(config, model)
-    if done == run_folder.NOTHING:
-        run_folder.begin(run, config, data, teacher_hash)
+    if done == NOTHING:
+        begin(run, config, data, teacher_hash)
         row: dict[str, Any] = {"test_accuracy": accuracy(model, data, data.test)}
-        run_folder.finish_epoch(run, config, data, model, optimizer, 0, row)
+        finish_epoch(run, config, data, model, optimizer, 0, row)
         done = 0
     else:
         _load_optimizer(optimizer, run)
 
     for epoch in range(done + 1, config.epochs + 1):
         codes = weight_codes(model)
-        row = _train_epoch(config, data, model, teacher, optimizer, epoch)
+        row = _train_epoch(config, data, model, teacher, method, optimizer, epoch)
         row["test_accuracy"] = accuracy(model, data, data.test)
         row["clipped_fraction"] = clipped_fraction(model)
         row["oscillating_fraction"] = changed_fraction(codes, weight_codes(model))
         row["step_sizes"] = step_sizes(model)
-        run_folder.finish_epoch(run, config, data, model, optimizer, epoch, row)
+        finish_epoch(run, config, data, model, optimizer, epoch, row)
         left = (config.epochs - epoch) * row["seconds"]
         log(
             f"{run.name}  epoch {epoch}/{config.epochs}  loss {row['loss']:.4f}  "
@@ -141,7 +140,7 @@ def train(
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, run: Path) -> None:
-    state = run_folder.read_resume(run)["optimizer"]
+    state = read_resume(run)["optimizer"]
     try:
         optimizer.load_state_dict(state)
         fits = all(
@@ -168,80 +167,67 @@ def _train_epoch(
     data: Dataset,
     model: nn.Module,
     teacher: nn.Module | None,
+    method: list[Regularizer],
     optimizer: torch.optim.SGD,
     epoch: int,
 ) -> dict[str, Any]:
-    method = METHODS[config.method]
     device = data.train.labels.device
     steps = len(data.train) // min(config.batch_size, len(data.train))
-    losses = torch.zeros(steps, len(PARTS), device=device)
+    history: list[Tensor] = []  # the terms of the loss, (terms,) a step
     correct = torch.zeros((), dtype=torch.long, device=device)
-    clipping_levels: list[Tensor] = [
-        quantizer.alpha for _, quantizer, _ in quantizers(model) if isinstance(quantizer, PACT)
-    ]
     project = ScaleProjection(model, optimizer)
+    guide = teacher if any(part.uses_teacher for part in method) else None
     lr = config.lr
     start = time.perf_counter()
+
+    def forward(x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the loss by name, and the logits (B, C)."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.inference_mode():
+                wanted = guide(x).float() if guide is not None else None
+            logits = model(x).float()
+        terms = {"ce": F.cross_entropy(logits, y)}
+        for part in method:
+            terms |= part.losses(logits, wanted)
+        return terms, logits
 
     model.train()
     with ExitStack() as stack:
         stack.enter_context(fused_quantizers(model))
-        for noise in _noises(config, model, epoch, device):
-            stack.enter_context(noise)
-        csd, kd = method.csd and config.csd_weight > 0, method.kd and config.kd_weight > 0
-        if csd and teacher is not None:
-            student_features = stack.enter_context(Features(model))
-            teacher_features = stack.enter_context(Features(teacher))
-
-        def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            """The parts of the loss, in the order of `PARTS`, and the logits (B, C)."""
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                if (csd or kd) and teacher is not None:
-                    with torch.inference_mode():
-                        wanted = teacher(x).float()
-                logits = model(x).float()
-            ce = F.cross_entropy(logits, y)
-            parts = dict.fromkeys(PARTS, ce.new_zeros(())) | {"ce": ce}
-            if csd:
-                distance = csd_loss(student_features.take(), teacher_features.take(), config.csd_reduction)
-                parts["csd"] = config.csd_weight * distance
-            if kd:
-                parts["kd"] = config.kd_weight * kd_loss(logits, wanted, config.kd_temperature)
-            if clipping_levels:
-                parts["alpha"] = config.alpha_decay / 2 * torch.stack(clipping_levels).square().sum()
-            return torch.stack(list(parts.values())), logits
-
+        for part in method:
+            stack.enter_context(part.during(epoch))
         batches = training_batches(data, config.batch_size, seed=config.seed, epoch=epoch, augment=config.augment)
         for step, (x, y) in enumerate(batches):
             lr = cosine(config.lr, (epoch - 1) * steps + step, config.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            parts, logits = forward(x, y)
+            terms, logits = forward(x, y)
+            losses = torch.stack(list(terms.values()))
             optimizer.zero_grad()
-            parts.sum().backward()
-            if method.sam:  # the gradient of a second pass, up the hill, in place of this one
-                with ascended(model, config.sam_rho):
+            losses.sum().backward()
+            for moved in filter(None, (part.second_pass() for part in method)):
+                with moved:  # the gradient there, in place of this one
                     optimizer.zero_grad()
-                    forward(x, y)[0].sum().backward()
+                    torch.stack(list(forward(x, y)[0].values())).sum().backward()
             optimizer.step()
             project()
 
-            losses[step] = parts.detach()
+            history.append(losses.detach())
             correct += (logits.argmax(1) == y).sum()
             if step % CHECK_EVERY == CHECK_EVERY - 1:
-                _check_finite(losses, step + 1, epoch, lr)
-        _check_finite(losses, steps, epoch, lr)
+                _check_finite(history, epoch, lr)
+        _check_finite(history, epoch, lr)
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:  # by the last step, after the last loss
         raise _diverged(f"The weights became infinite or NaN ('{bad[0]}')", epoch, steps - 1, lr)
 
     seconds = time.perf_counter() - start
     images = steps * min(config.batch_size, len(data.train))
-    means = losses.cpu().double().mean(0).tolist()
+    means = torch.stack(history).cpu().double().mean(0).tolist()
     return {
         "loss": sum(means),
-        **{f"loss_{part}": mean for part, mean in zip(PARTS, means, strict=True)},
+        **{f"loss_{name}": mean for name, mean in zip(terms, means, strict=True)},
         "train_accuracy": int(correct) / images,
         "lr": lr,
         "seconds": seconds,
@@ -249,27 +235,10 @@ def _train_epoch(
     }
 
 
-def _noises(
-    config: TrainConfig, model: nn.Module, epoch: int, device: torch.device
-) -> Iterator[AbstractContextManager[Any]]:
-    """What perturbs the forward passes of this epoch, with generators of its own."""
-    method = METHODS[config.method]
-
-    def generator(purpose: str) -> torch.Generator:
-        return torch.Generator(device).manual_seed(epoch_generator(config.seed, epoch, purpose).initial_seed())
-
-    p = config.sfp_p if method.sfp else float(method.noise == "features")
-    if p > 0:
-        gates = epoch_generator(config.seed, epoch, "sfp gates")
-        yield StochasticFeaturePerturbation(model, p, gates, generator("sfp noise"), config.sfp_site)
-    if method.noise == "weights":
-        yield WeightPerturbation(model, generator("weight noise"))
-
-
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.SGD:
     """SGD in two groups: weight decay would pull a step size towards zero, that is towards clipping everything.
 
-    PACT's clipping levels, which want just that, have it in the loss.
+    A quantizer that wants just that has it in the loss, among its `penalties`.
     """
     scales = quantizer_parameters(model)
     scale_ids = {id(p) for p in scales}
@@ -283,8 +252,8 @@ def cosine(lr: float, step: int, steps: int) -> float:
     return 0.5 * lr * (1 + math.cos(math.pi * step / steps))
 
 
-def _check_finite(losses: Tensor, n: int, epoch: int, lr: float) -> None:
-    totals = losses[:n].sum(1)
+def _check_finite(history: list[Tensor], epoch: int, lr: float) -> None:
+    totals = torch.stack(history).sum(1)
     bad = (~torch.isfinite(totals)).nonzero()
     if len(bad):
         raise _diverged(f"The loss became {float(totals[bad[0, 0]])}", epoch, int(bad[0, 0]), lr)
@@ -346,6 +315,4 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
     model = quantize(teacher, spec)
     images, _ = training_sample(data, config.calibration_images, config.seed)
     calibrate(model, images.cpu(), spec.act_calibration)
-    if METHODS[config.method].csd and config.csd_weight > 0:
-        check_pair(model, teacher)
     return model, teacher, source.sha256

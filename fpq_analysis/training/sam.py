@@ -8,13 +8,14 @@ move of rho would take them out of all measure.  FPQ names neither rho nor the v
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.quantizers import quantizer_parameters
+from fpq_analysis.training.regularizer import Regularizer
 
 
 @contextmanager
@@ -41,3 +42,11 @@ def ascended(model: nn.Module, rho: float) -> Iterator[None]:
             layer.track_running_stats = True
         with torch.no_grad():
             torch._foreach_copy_(weights, before)
+
+
+class SAM(Regularizer):
+    """The step takes its gradient up the hill."""
+
+    def second_pass(self) -> AbstractContextManager[None]:
+        """Where the weights stand `sam_rho` higher."""
+        return ascended(self.model, self.config.sam_rho)

@@ -9,7 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fpq_analysis.data import epoch_generator
 from fpq_analysis.quantizers import FeatureNoise
+from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.training.regularizer import Regularizer
+from fpq_analysis.training.weight_noise import check_steps
 
 
 class StochasticFeaturePerturbation(FeatureNoise):
@@ -39,3 +43,36 @@ class StochasticFeaturePerturbation(FeatureNoise):
         """One draw a convolution and step, whatever the mode, so that the stream does not depend on it."""
         on = torch.rand((), generator=self.gate_generator).item() < self.p
         return on and module.training
+
+
+class SFP(Regularizer):
+    """FPQ's, with probability `sfp_p`."""
+
+    weight: str | None = "sfp_p"
+
+    @property
+    def p(self) -> float:
+        """Probability of noise at each convolution."""
+        return self.config.sfp_p
+
+    def during(self, epoch: int) -> StochasticFeaturePerturbation:
+        """Perturb, with generators of the epoch's own."""
+        gates = epoch_generator(self.config.seed, epoch, "sfp gates")
+        noise = self.generator(epoch, "sfp noise")
+        return StochasticFeaturePerturbation(self.model, self.p, gates, noise, self.config.sfp_site)
+
+
+class NoisyFeatures(SFP):
+    """Noise at every convolution and step: the feature arm of FPQ's Figure 2."""
+
+    weight = None
+
+    @property
+    def p(self) -> float:
+        """Always."""
+        return 1.0
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """The inputs have steps."""
+        check_steps(config, "features")

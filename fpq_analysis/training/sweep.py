@@ -36,12 +36,13 @@ import pandas as pd
 
 from fpq_analysis.data import DATASETS, Dataset, load_dataset
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.methods import METHODS
 from fpq_analysis.models import check_model_name
 from fpq_analysis.progress import duration
 from fpq_analysis.runs import read_manifest, read_run, read_training
-from fpq_analysis.training import resume as run_folder
-from fpq_analysis.training.config import METHODS, TrainConfig
+from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.loop import train
+from fpq_analysis.training.resume import check_teacher, last_finished_epoch
 
 SECTIONS = ("out", "run", "teacher", "grid")
 FIELDS = tuple(field.name for field in fields(TrainConfig))
@@ -338,7 +339,7 @@ def _finished_epoch(sweep: Sweep, name: str) -> int:
     if (run / "run.json").exists():
         before = read_run(run)["config"]
         config = replace(config, **{key: before[key] for key in LOCATIONS if before.get(key) is not None})
-    return run_folder.last_finished_epoch(config, run, resume=True, overwrite=False)
+    return last_finished_epoch(config, run, resume=True, overwrite=False)
 
 
 def _teacher_is_there(sweep: Sweep, name: str) -> bool:
@@ -352,7 +353,7 @@ def _finished_rows(sweep: Sweep, name: str) -> list[dict[str, Any]]:
     epoch, run = _finished_epoch(sweep, name), sweep.out / name
     if epoch == sweep.runs[name].epochs and name in sweep.teachers and _teacher_is_there(sweep, name):
         teacher = read_manifest(sweep.out / sweep.teachers[name])
-        run_folder.check_teacher(run, teacher[max(teacher)])
+        check_teacher(run, teacher[max(teacher)])
     return [row for row in read_training(run) if row["epoch"] <= epoch]
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers import WeightNoise
+from fpq_analysis.quantizers.spec import FLOAT_BITS
+from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.training.regularizer import Regularizer
 
 
 class WeightPerturbation(WeightNoise):
@@ -17,3 +21,27 @@ class WeightPerturbation(WeightNoise):
     def is_on(self, module: nn.Module) -> bool:
         """In training mode."""
         return module.training
+
+
+class NoisyWeights(Regularizer):
+    """Noise in every convolution's weights, in every step."""
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """The weights have steps."""
+        check_steps(config, "weights")
+
+    def during(self, epoch: int) -> WeightPerturbation:
+        """Perturb, with a generator of the epoch's own."""
+        return WeightPerturbation(self.model, self.generator(epoch, "weight noise"))
+
+
+def check_steps(config: TrainConfig, noisy: str) -> None:
+    """Raise `UserError` if what gets the noise, `features` or `weights`, is not quantized."""
+    assert config.spec is not None  # it is a quantized method
+    bits = config.spec.act_bits if noisy == "features" else config.spec.weight_bits
+    if bits == FLOAT_BITS:
+        raise UserError(
+            f"'{config.method}' adds noise of half a quantization step to the {noisy}, which {config.bits} leaves "
+            "in floating point, without steps. Quantize both, as in W4A4."
+        )
