@@ -5,6 +5,7 @@ from .errors import UserError as UserError
 from .pipeline.figures import draw_figures as draw_figures
 from .pipeline.run import measure as measure
 from .pipeline.run import measure_landscapes as measure_landscapes
+from .probes import DensityEstimate as DensityEstimate
 from .probes import Drift as Drift
 from .probes import EigenEstimate as EigenEstimate
 from .probes import FeatureDrift as FeatureDrift
@@ -14,6 +15,7 @@ from .probes import GradNorm as GradNorm
 from .probes import HessianDensity as HessianDensity
 from .probes import HessianEigs as HessianEigs
 from .probes import HessianTrace as HessianTrace
+from .probes import Measurement as Measurement
 from .probes import NoiseResponse as NoiseResponse
 from .probes import Oscillation as Oscillation
 from .probes import OutputVariance as OutputVariance

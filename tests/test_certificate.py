@@ -16,6 +16,7 @@ from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.certificate import certify_features
 from tests.hidden import AT_FIRST, BENT, PIECEWISE, Op, Times, network
 from tests.nets import dense_hessian, tiny
+from tests.results import table_of
 
 
 def reason(model, x, parameters=None):
@@ -235,5 +236,5 @@ def test_features_as_variables():
         certify_features(bent, data, {"3": bent[3]})
         with pytest.raises(NotExactError, match=r"in '2' \(\w+\) .* the input of '0'"):
             certify_features(bent, data, {"0": bent[0]})
-        found = noise_response(bent, data[0], sizes=[1], n_draws=2)
+        found = table_of(noise_response, bent, data[0], sizes=[1], n_draws=2)
         assert set(found["estimator"].dropna()) & {"hutchinson", "exact"} == {"hutchinson"}

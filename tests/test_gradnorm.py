@@ -21,6 +21,7 @@ from fpq_analysis.probes import Point
 from fpq_analysis.quantizers import quantizers, variables, view
 from fpq_analysis.records import COLUMNS
 from tests.nets import FunctionalGelu, tiny
+from tests.results import table_of
 from tests.test_cli import call
 from tests.test_records_and_plots import row
 from tests.words import words
@@ -66,7 +67,7 @@ def test_softmax_regression():
     model, (x, y) = nn.Linear(6, 3).double(), data()
     residue = (model(x).softmax(1) - F.one_hot(y, 3)).detach() / len(x)
     weight, bias = residue.T @ x, residue.sum(0)
-    found = of(gradient_norms(model, (x, y)), "grad_norm@clean")
+    found = of(table_of(gradient_norms, model, (x, y)), "grad_norm@clean")
     assert found["value"] == pytest.approx(math.hypot(float(weight.norm()), float(bias.norm())))
     assert found["sem"] == 0
 
@@ -74,7 +75,7 @@ def test_softmax_regression():
 @pytest.mark.parametrize("definition", ["dequantized", "latent", "float"])
 def test_clean_norms_in_total_by_layer_and_by_minibatch(definition):
     model, (x, y) = quantized()
-    frame = gradient_norms(model, (x, y), definition=definition, batch_size=4, n_draws=2, micro_batch=3)
+    frame = table_of(gradient_norms, model, (x, y), definition=definition, batch_size=4, n_draws=2, micro_batch=3)
     plain = view(model, definition)
     truth = flat(plain, x, y)
     assert of(frame, "grad_norm@clean")["value"] == pytest.approx(float(truth.norm()))
@@ -103,7 +104,7 @@ def test_the_error_over_the_data_is_that_of_the_projections(make):
     np.testing.assert_allclose(found["samples"], along, rtol=1e-6, atol=1e-9)
     assert np.mean(found["samples"]) == pytest.approx(found["value"], rel=1e-6)
     assert found["sem_data"] == pytest.approx(float(along.std()) / 20**0.5)
-    own = gradient_norms(model, (x, y), loss=lambda z, t: F.cross_entropy(z, t))
+    own = table_of(gradient_norms, model, (x, y), loss=lambda z, t: F.cross_entropy(z, t))
     assert of(own, "grad_norm@clean")["sem_data"] == pytest.approx(found["sem_data"])
 
 
@@ -113,7 +114,7 @@ def test_the_bias_from_minibatches_of_one_is_that_of_the_samples_covariance():
     g = single.mean(0)
     spread = single.var(0).sum()
     truth = (spread - (single @ g / g.norm()).var()) / (2 * len(x) * g.norm())
-    assert of(gradient_norms(model, (x, y), batch_size=1), "grad_norm_bias@clean")["value"] == pytest.approx(
+    assert of(table_of(gradient_norms, model, (x, y), batch_size=1), "grad_norm_bias@clean")["value"] == pytest.approx(
         float(truth)
     )
 
@@ -130,7 +131,7 @@ def test_errors_and_bias_are_those_of_fresh_samples():
         return x, (x[:, 0] > 0).long() + (x[:, 1] > 1)
 
     truth = float(flat(model, *fresh(200_000)).norm())
-    rows = [gradient_norms(model, fresh(100), batch_size=25) for _ in range(200)]
+    rows = [table_of(gradient_norms, model, fresh(100), batch_size=25) for _ in range(200)]
     values, sems, halves = (
         np.array([of(r, "grad_norm@clean")[c] for r in rows]) for c in ("value", "sem_data", "ci95")
     )
@@ -150,7 +151,7 @@ class TestNoise:
     @pytest.mark.parametrize("definition", ["dequantized", "latent"])
     def test_in_the_weights_against_a_plain_loop(self, definition):
         model, (x, y) = quantized()
-        frame = gradient_norms(model, (x, y), definition=definition, n_draws=3, seed=5)
+        frame = table_of(gradient_norms, model, (x, y), definition=definition, n_draws=3, seed=5)
         lengths = []
         for seed in torch.randint(2**31, (3,), generator=torch.Generator().manual_seed(5)).tolist():
             dice = torch.Generator().manual_seed(seed)
@@ -175,7 +176,7 @@ class TestNoise:
 
     def test_in_the_features_against_a_plain_loop(self):
         model, (x, y) = quantized()
-        frame = gradient_norms(model, (x, y), n_draws=12, seed=5)
+        frame = table_of(gradient_norms, model, (x, y), n_draws=12, seed=5)
         plain = view(model, "dequantized")
         lengths, first = [], None
         for seeds in torch.randint(2**31, (3, 11), generator=torch.Generator().manual_seed(5)).tolist():
@@ -207,7 +208,7 @@ class TestNoise:
 
     def test_only_where_something_is_quantized(self):
         arms = {
-            bits: {q.partition("@")[2] for q in gradient_norms(*quantized(bits), n_draws=2)["quantity"]}
+            bits: {q.partition("@")[2] for q in table_of(gradient_norms, *quantized(bits), n_draws=2)["quantity"]}
             for bits in ("W4A4", "W4A32", "W32A4")
         }
         assert arms == {
@@ -215,35 +216,44 @@ class TestNoise:
             "W4A32": {"clean", "weights"},
             "W32A4": {"clean", "features"},
         }
-        for frame in (gradient_norms(mlp(), data()), gradient_norms(*quantized(), definition="float")):
+        for frame in (
+            table_of(gradient_norms, mlp(), data()),
+            table_of(gradient_norms, *quantized(), definition="float"),
+        ):
             assert all(quantity.endswith("@clean") for quantity in frame["quantity"])
 
 
 class TestWhatIsMeasured:
     def test_micro_batches_and_layouts_make_no_difference(self):
         model, (x, y) = quantized()
-        whole = gradient_norms(model, (x, y), n_draws=2, batch_size=4)
+        whole = table_of(gradient_norms, model, (x, y), n_draws=2, batch_size=4)
         for other in (
-            gradient_norms(model, (x, y), n_draws=2, batch_size=4, micro_batch=3),
-            gradient_norms(model, [(x[:5], y[:5]), (x[5:], y[5:])], n_draws=2, batch_size=4),
-            gradient_norms(copy.deepcopy(model).to(memory_format=torch.channels_last), (x, y), n_draws=2, batch_size=4),
+            table_of(gradient_norms, model, (x, y), n_draws=2, batch_size=4, micro_batch=3),
+            table_of(gradient_norms, model, [(x[:5], y[:5]), (x[5:], y[5:])], n_draws=2, batch_size=4),
+            table_of(
+                gradient_norms,
+                copy.deepcopy(model).to(memory_format=torch.channels_last),
+                (x, y),
+                n_draws=2,
+                batch_size=4,
+            ),
         ):
             pd.testing.assert_frame_equal(whole, other, rtol=1e-7, atol=1e-10)
 
     def test_seeds_are_of_the_noise(self):
         model, batch = quantized()
-        first, second = (gradient_norms(model, batch, n_draws=2, seed=s) for s in (0, 1))
+        first, second = (table_of(gradient_norms, model, batch, n_draws=2, seed=s) for s in (0, 1))
         for arm in ("clean", "features", "weights"):
             same = of(first, f"grad_norm@{arm}")["value"] == of(second, f"grad_norm@{arm}")["value"]
             assert same == (arm == "clean")
 
     def test_the_model_is_left_as_it_was(self):
         model, batch = quantized()
-        expected = gradient_norms(model, batch, n_draws=2)
+        expected = table_of(gradient_norms, model, batch, n_draws=2)
         model.train()
         state, rng = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
         with torch.no_grad():
-            assert gradient_norms(model, batch, n_draws=2).equals(expected)
+            assert table_of(gradient_norms, model, batch, n_draws=2).equals(expected)
         assert list(model.state_dict()) == list(state)
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
         assert torch.equal(rng, torch.random.get_rng_state())
@@ -255,19 +265,19 @@ class TestWhatIsMeasured:
         model.idle = nn.Linear(2, 2).double()
         model.forward = lambda x: model[2](model[1](model[0](x)))
         model[0].requires_grad_(False)
-        frame = gradient_norms(model, batch)
+        frame = table_of(gradient_norms, model, batch)
         assert "0" not in set(frame["layer"])
         assert of(frame, "grad_norm@clean", "idle")["value"] == 0
 
     def test_a_gradient_of_zero(self):
         model = nn.Linear(6, 3).double()
-        found = of(gradient_norms(model, data(), loss=lambda z, y: 0 * z.sum()), "grad_norm@clean")
+        found = of(table_of(gradient_norms, model, data(), loss=lambda z, y: 0 * z.sum()), "grad_norm@clean")
         assert (found["value"], found["sem_data"], found["ci95"]) == (0, 0, 0)
 
     def test_too_few_data_for_a_minibatch(self):
-        frame = gradient_norms(mlp(), data(7), batch_size=8)
+        frame = table_of(gradient_norms, mlp(), data(7), batch_size=8)
         assert not frame["quantity"].str.contains("minibatch|bias").any()
-        one = of(gradient_norms(mlp(), data(7), batch_size=7), "grad_norm_minibatch@clean")
+        one = of(table_of(gradient_norms, mlp(), data(7), batch_size=7), "grad_norm_minibatch@clean")
         assert math.isnan(one["sem_data"])
 
 
@@ -277,13 +287,13 @@ class TestWhatIsMeasured:
 )
 def test_misuse(settings, message):
     with pytest.raises(UserError, match=message):
-        gradient_norms(mlp(), data(), **settings)
+        table_of(gradient_norms, mlp(), data(), **settings)
 
 
 def test_not_finite():
     x, y = data()
     with pytest.raises(UserError, match="not finite"):
-        gradient_norms(mlp(), (x * math.nan, y))
+        table_of(gradient_norms, mlp(), (x * math.nan, y))
 
 
 class TestFigure2:

@@ -163,7 +163,7 @@ def test_a_quadratic_network_has_a_quadratic_landscape():
         for j, b in enumerate(found.axes[1]):
             moved = w + a * found.directions[0]["weight"] + b * found.directions[1]["weight"]
             assert found.loss[i, j] == pytest.approx(float((x @ moved.T - y).square().sum(1).mean()), rel=1e-12)
-    assert "cosine" in {row["quantity"] for row in found.rows}
+    assert "cosine" in {row["quantity"] for row in found.rows()}
 
 
 def test_micro_batches_do_not_matter(quantized, data):
@@ -254,7 +254,7 @@ def test_curvature_along_eigenvectors_is_the_eigenvalue(weights):
         (found.rise[1, 2] + found.rise[1, 0]) / step**2,
     ]
     np.testing.assert_allclose(second, values, rtol=1e-4)
-    by_quantity = {row["quantity"]: row["value"] for row in found.rows if row["layer"] == "all"}
+    by_quantity = {row["quantity"]: row["value"] for row in found.rows() if row["layer"] == "all"}
     np.testing.assert_allclose([by_quantity["eigenvalue_1"], by_quantity["eigenvalue_2"]], values, rtol=1e-4)
     assert by_quantity["norm_1"] == pytest.approx(1)
     assert abs(by_quantity["cosine"]) < 1e-6
@@ -309,7 +309,7 @@ def trajectory(data, n=4):
 def test_all_checkpoints_lie_on_their_plane(data, weights):
     nets, data = trajectory(data, 3)
     found = landscape(nets[0], data, plane="checkpoints", weights=weights, others=nets[1:], points=5)
-    rows = {row["quantity"]: row for row in found.rows if row["layer"] == "all"}
+    rows = {row["quantity"]: row for row in found.rows() if row["layer"] == "all"}
     kind = "float" if weights == "float" else "dequantized"
     for place, net in enumerate(nets, 1):
         # BatchNorm's statistics and the scales have moved too: the network is itself again.
@@ -347,7 +347,7 @@ def test_a_line_runs_from_one_checkpoint_to_the_other(data):
 def test_projections_of_a_trajectory_and_their_gaps(data):
     nets, data = trajectory(data)
     found = landscape(nets[-1], data, plane="pca", others=nets[:-1], points=5, weights="float")
-    rows = {row["quantity"]: row for row in found.rows if row["layer"] == "all"}
+    rows = {row["quantity"]: row for row in found.rows() if row["layer"] == "all"}
     shadows = [view(net, "float") for net in nets]
     flat = torch.stack(
         [torch.cat([p.detach().flatten() for _, p in sorted(net.named_parameters())]) for net in shadows]
@@ -405,7 +405,7 @@ def test_aliasing_is_flagged(quantized, data):
     fine, coarse = (landscape(quantized, data, weights="requantized", points=3, span=span) for span in (0.01, 1.0))
     assert not fine.aliased
     assert coarse.aliased
-    rows = {row["quantity"]: row for row in coarse.rows if row["layer"] == "all"}
+    rows = {row["quantity"]: row for row in coarse.rows() if row["layer"] == "all"}
     squares, total = 0.0, 0
     for name, mask in latent_derivatives(quantized).items():
         layer = quantized.get_submodule(name.removesuffix(".weight"))
@@ -425,7 +425,7 @@ def test_a_loss_that_overflows_is_a_row_with_a_status(data, tmp_path):
     assert np.isfinite(found.loss[1, 1])
     assert not np.isfinite(found.loss[0, 0])
     about = {"key": "k", "settings": "s", "method": "fp", "model": "m", "dataset": "d", "bits": "FP", "epoch": 0}
-    records.append(tmp_path, "landscape", [{**about, **row} for row in found.rows])
+    records.append(tmp_path, "landscape", [{**about, **row} for row in found.rows()])
     frame = records.load(tmp_path, "landscape")
     corner = frame[frame["quantity"] == "loss_1_1"].iloc[0]
     assert "not finite" in corner["status"]

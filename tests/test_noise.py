@@ -24,6 +24,7 @@ from fpq_analysis.probes.noise import SIZES, _mean, _relative, _verdicts, contro
 from fpq_analysis.probes.noise_passes import _added, _Clean, _sites
 from fpq_analysis.quantizers import FeatureNoise, view
 from tests.nets import Residual, tiny
+from tests.results import table_of
 from tests.test_records_and_plots import row
 from tests.words import words
 
@@ -82,7 +83,7 @@ LAYERS = ["0", "3.body.0", "4"]
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_every_layers_trace_is_that_of_the_dense_hessian(scheme):
     model, x, y = network(scheme=scheme)
-    found = noise_response(model, (x, y), sizes=[1.0])
+    found = table_of(noise_response, model, (x, y), sizes=[1.0])
     sites = _sites(model)
     total = 0.0
     for layer in LAYERS:
@@ -100,7 +101,7 @@ def test_every_layers_trace_is_that_of_the_dense_hessian(scheme):
 
 def test_drawn_labels_for_many_classes():
     model, x, y = network(n_classes=25)
-    found = noise_response(model, (x, y), sizes=[1.0])
+    found = table_of(noise_response, model, (x, y), sizes=[1.0])
     for layer in LAYERS:
         assert cell(found, "trace", layer, "estimator") == "sampled"
         dense, sem = dense_trace(model, layer, x, y), cell(found, "trace", layer, "sem")
@@ -110,7 +111,7 @@ def test_drawn_labels_for_many_classes():
 
 def test_hutchinson_for_networks_that_are_not_piecewise_linear():
     model, x, y = network(activation=nn.GELU, n=40)
-    found = noise_response(model, (x, y), sizes=[1.0])
+    found = table_of(noise_response, model, (x, y), sizes=[1.0])
     for layer in LAYERS:
         assert cell(found, "trace", layer, "estimator") == "hutchinson"
         dense, sem = dense_trace(model, layer, x, y), cell(found, "trace", layer, "sem")
@@ -139,7 +140,7 @@ def regression():
 
 def test_softmax_regression_in_closed_form(regression):
     model, x, y = regression
-    found = noise_response(model, (x, y), sizes=[1 / 64])
+    found = table_of(noise_response, model, (x, y), sizes=[1 / 64])
     w = model.conv.weight.detach().flatten(1)
     p = model(x).softmax(1).detach()
     trace = float(((p @ w.square().sum(1)) - (p @ w).square().sum(1)).mean())
@@ -156,7 +157,7 @@ def test_softmax_regression_in_closed_form(regression):
 
 def test_a_quadratic_loss_has_nothing_beyond_the_second_order(regression):
     model, x, y = regression
-    found = noise_response(model, (x, y), loss=lambda z, _: z.square().sum(1).mean() / 2, sizes=[1, 2, 4])
+    found = table_of(noise_response, model, (x, y), loss=lambda z, _: z.square().sum(1).mean() / 2, sizes=[1, 2, 4])
     for size in (2, 4):
         assert cell(found, f"real_{size}") == pytest.approx(size**2 * cell(found, "real_1"), rel=1e-9)
     step = float(model.conv.input_quantizer.step_size.detach())
@@ -167,7 +168,7 @@ def test_a_quadratic_loss_has_nothing_beyond_the_second_order(regression):
 
 def test_a_linear_loss_has_an_odd_part_only(regression):
     model, x, y = regression
-    found = noise_response(model, (x, y), loss=lambda z, _: z[:, 0].mean(), sizes=[1])
+    found = table_of(noise_response, model, (x, y), loss=lambda z, _: z[:, 0].mean(), sizes=[1])
     assert abs(cell(found, "real_1")) < 1e-12
     assert 0 < abs(cell(found, "odd_1")) < 4 * cell(found, "odd_1", column="sem")
 
@@ -178,7 +179,7 @@ def test_a_linear_loss_has_an_odd_part_only(regression):
 def test_the_real_increase_is_that_of_the_trainers_noise():
     """Against plain draws of `FeatureNoise`, which is what training adds."""
     model, x, y = network("W3A3")
-    found = noise_response(model, (x, y), sizes=[2.0], n_draws=150)
+    found = table_of(noise_response, model, (x, y), sizes=[2.0], n_draws=150)
     plain = view(model, "dequantized")
     n = 1500
     many, labels = x.repeat_interleave(n, 0), y.repeat_interleave(n)
@@ -223,7 +224,7 @@ def test_the_straight_through_network_holds_residues_and_clipping():
 def test_a_weak_noise_is_predicted_and_its_even_part_known_well():
     """Far from the kinks all of the straight-through network's increase is the second-order term."""
     model, x, y = network(n=12)
-    found = noise_response(model, (x, y), sizes=[1e-3])
+    found = table_of(noise_response, model, (x, y), sizes=[1e-3])
     for kind in ("linear", "surrogate"):
         assert cell(found, f"ratio_{kind}_0.001") == pytest.approx(1, abs=1e-4)
         assert cell(found, f"ratio_{kind}_0.001", column="sem") < 1e-4
@@ -232,7 +233,7 @@ def test_a_weak_noise_is_predicted_and_its_even_part_known_well():
 def test_numbers_do_not_depend_on_the_micro_batches_and_are_repeated_by_the_seed():
     model, x, y = network(n=7)
     frames = [
-        noise_response(model, (x, y), sizes=[0.5], seed=seed, micro_batch=size)
+        table_of(noise_response, model, (x, y), sizes=[0.5], seed=seed, micro_batch=size)
         for seed, size in ((0, None), (0, 2), (1, None))
     ]
     pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-9, atol=1e-12)
@@ -242,7 +243,7 @@ def test_numbers_do_not_depend_on_the_micro_batches_and_are_repeated_by_the_seed
 def test_a_sum_over_layers_is_set_against_all_at_once():
     """Without control variates, as this loss has none, it is the plain difference."""
     model, x, y = network(n=24)
-    found = noise_response(model, (x, y), loss=lambda z, y: F.cross_entropy(z, y), sizes=[1.0], n_draws=2)
+    found = table_of(noise_response, model, (x, y), loss=lambda z, y: F.cross_entropy(z, y), sizes=[1.0], n_draws=2)
     for kind in ("surrogate", "real"):
         alone = sum(cell(found, f"{kind}_1", layer) for layer in LAYERS)
         assert cell(found, f"interaction_{kind}") == pytest.approx(cell(found, f"{kind}_1") - alone)
@@ -266,7 +267,9 @@ def test_what_noise_in_two_layers_does_beyond_the_sum():
     model = quantize(Multiplied(), QuantSpec(32, 2, edge_bits=2))
     x, y = torch.randn(1500, 1, 8, 8), torch.zeros(1500)
     calibrate(model, x, "minmax")
-    found = noise_response(model.double().eval(), (x.double(), y), loss=lambda z, _: z.mean(), sizes=[1.0], n_draws=2)
+    found = table_of(
+        noise_response, model.double().eval(), (x.double(), y), loss=lambda z, _: z.mean(), sizes=[1.0], n_draws=2
+    )
     v, w = (float(q.step_size.detach()) ** 2 / 12 for q in (model.left.input_quantizer, model.right.input_quantizer))
     squares = float(model.left.input_quantizer(x.double()).detach().square().mean())
     for kind in ("surrogate", "real"):
@@ -313,11 +316,11 @@ def test_a_ratio_and_its_error():
 
 def test_stated_intervals_cover_from_end_to_end():
     model, x, y = network(n=48)
-    truth = noise_response(model, (x, y), sizes=[1.0], n_draws=100, seed=1000)
+    truth = table_of(noise_response, model, (x, y), sizes=[1.0], n_draws=100, seed=1000)
     quantities = ("surrogate_1", "real_1", "odd_1")
     z = {quantity: [] for quantity in quantities}
     for seed in range(25):
-        found = noise_response(model, (x, y), sizes=[1.0], n_draws=4, seed=seed)
+        found = table_of(noise_response, model, (x, y), sizes=[1.0], n_draws=4, seed=seed)
         for quantity in quantities:
             expected = 0.0 if quantity == "odd_1" else cell(truth, quantity)
             z[quantity].append((cell(found, quantity) - expected) / cell(found, quantity, column="sem"))
@@ -347,14 +350,14 @@ def test_verdicts():
 def test_refusals():
     x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
     with pytest.raises(UserError, match="No convolution of the model has a quantized input"):
-        noise_response(tiny().eval(), (x, y))
+        table_of(noise_response, tiny().eval(), (x, y))
     with pytest.raises(UserError, match="No convolution"):
-        noise_response(quantize(tiny(), QuantSpec.parse("W4A32")).eval(), (x, y))
+        table_of(noise_response, quantize(tiny(), QuantSpec.parse("W4A32")).eval(), (x, y))
     for wrong in ([0.0], [-1.0], [math.inf], [math.nan]):
         with pytest.raises(UserError, match="numbers above zero"):
-            noise_response(tiny(), (x, y), sizes=wrong)
+            table_of(noise_response, tiny(), (x, y), sizes=wrong)
     with pytest.raises(UserError, match="at least 2 draws"):
-        noise_response(tiny(), (x, y), n_draws=1)
+        table_of(noise_response, tiny(), (x, y), n_draws=1)
 
 
 class Twice(nn.Module):
@@ -374,7 +377,7 @@ def test_a_layer_that_runs_twice_is_named():
     model = quantize(Twice(), QuantSpec.parse("W4A4"))
     calibrate(model, x, "mse")
     with pytest.raises(UserError, match="'conv' runs more than once"):
-        noise_response(model.eval(), (x, y))
+        table_of(noise_response, model.eval(), (x, y))
 
 
 # The figure and the command -------------------------------------------------------------------------------------------

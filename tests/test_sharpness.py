@@ -27,6 +27,7 @@ from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import quantizers, view
 from fpq_analysis.records import COLUMNS
 from tests.nets import FunctionalGelu, dense_hessian, tiny
+from tests.results import table_of
 
 STEPS = {"half_step_mean", "half_step_worst", "bit_flip_mean", "bit_flip_worst"}
 MOVES = {"sam_one_step", "sam_adaptive", "average_case", "scaled_trace"}
@@ -83,14 +84,14 @@ class TestQuadraticLoss:
         return float(g @ d + d @ h @ d / 2)
 
     def test_steps_along_the_gradient(self, net):
-        found = whole(sharpness(net[0], net[1], loss=square, rho=0.3, rho_adaptive=0.7))
+        found = whole(table_of(sharpness, net[0], net[1], loss=square, rho=0.3, rho_adaptive=0.7))
         assert found["sam_one_step"] == pytest.approx(self.change(*net, lambda w, g: 0.3 * g / g.norm()))
         adaptive = self.change(*net, lambda w, g: 0.7 * w * w * g / (w * g).norm())
         assert found["sam_adaptive"] == pytest.approx(adaptive)
 
     def test_means_over_moves(self, net):
         model, batch, h = net
-        frame = sharpness(model, batch, loss=square, sigma=0.2, n_draws=200)
+        frame = table_of(sharpness, model, batch, loss=square, sigma=0.2, n_draws=200)
         scaled = float(model.weight.detach().square().sum() * h.trace())
         for quantity, truth in {"scaled_trace": scaled, "average_case": 0.2**2 / 2 * scaled / 7}.items():
             row = of(frame, quantity)
@@ -100,7 +101,7 @@ class TestQuadraticLoss:
     def test_half_steps(self, net):
         model = quantize(net[0], QuantSpec.parse("W4A32", edge_bits=4))
         step = _weight_quantizers(model)["weight"].step_size.detach().double()[0, 0]
-        frame = sharpness(model.double(), net[1], loss=square, n_draws=100, n_flips=2)
+        frame = table_of(sharpness, model.double(), net[1], loss=square, n_draws=100, n_flips=2)
         row, truth = of(frame, "half_step_mean"), float(step**2 / 12 * net[2].trace() / 2)
         assert abs(row.value - truth) < 4 * row["sem"] < truth
         worst = self.change(model, *net[1:], lambda w, g: step / 2 * g.sign())
@@ -110,7 +111,7 @@ class TestQuadraticLoss:
     def test_at_a_minimum_without_gradient_nothing_moves(self):
         x = torch.randn(9, 2, dtype=torch.float64)
         model = nn.Linear(2, 1, bias=False).double()
-        found = whole(sharpness(model, (x, model(x)[:, 0].detach()), loss=square))
+        found = whole(table_of(sharpness, model, (x, model(x)[:, 0].detach()), loss=square))
         assert found["sam_one_step"] == found["sam_adaptive"] == 0
         assert found["average_case"] > 0
 
@@ -119,7 +120,7 @@ def test_scaled_trace_equals_the_dense_hessian_block_by_block():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4, bias=False))
     model = model.double().eval()
     batch = (torch.randn(6, 1, 5, 5, dtype=torch.float64), torch.randint(4, (6,)))
-    frame = sharpness(model, batch)
+    frame = table_of(sharpness, model, batch)
     layers = {"0": [], "1": [], "4": []}
     for name, p in model.named_parameters():
         hessian = dense_hessian(model, [p], *batch)
@@ -134,7 +135,7 @@ def test_scaled_trace_equals_the_dense_hessian_block_by_block():
 @pytest.mark.parametrize("make", [lambda: mlp(classes=25), FunctionalGelu], ids=["drawn labels", "products"])
 def test_scaled_trace_elsewhere_is_within_its_error(make):
     model, batch = make().double(), data()
-    row = of(sharpness(model, batch), "scaled_trace")
+    row = of(table_of(sharpness, model, batch), "scaled_trace")
     truth = sum(
         float(p.detach().square().sum() * dense_hessian(model, [p], *batch).trace()) for p in model.parameters()
     )
@@ -157,7 +158,7 @@ class TestRescaling:
         torch.testing.assert_close(model(batch[0]), other(batch[0]))
         if bits:
             model, other = (quantize(m, QuantSpec.parse(bits, edge_bits=4)).double() for m in (model, other))
-        first, second = whole(sharpness(model, batch)), whole(sharpness(other, batch))
+        first, second = whole(table_of(sharpness, model, batch)), whole(table_of(sharpness, other, batch))
         assert set(first) == MOVES | (STEPS if bits else set())
         for quantity in set(first) - {"sam_one_step"}:
             assert first[quantity] == pytest.approx(second[quantity], rel=1e-9)
@@ -173,7 +174,7 @@ class TestRescaling:
             other[4].running_mean[channels] *= 8
             other[4].running_var[channels] = 64 * (other[4].running_var[channels] + other[4].eps) - other[4].eps
         model, other = (quantize(m, QuantSpec.parse("W4A32")).double() for m in (model, other))
-        first, second = (whole(sharpness(m, batch, n_draws=2, n_flips=8)) for m in (model, other))
+        first, second = (whole(table_of(sharpness, m, batch, n_draws=2, n_flips=8)) for m in (model, other))
         one_channel = channels != slice(None)
         for quantity in set(first) - {"sam_one_step"}:
             same = first[quantity] == pytest.approx(second[quantity], rel=1e-9)
@@ -186,14 +187,14 @@ class TestRescaling:
             other[0].weight[0] *= 8
             other[0].bias[0] *= 8
             other[2].weight[:, 0] /= 8
-        first, second = whole(sharpness(model, batch)), whole(sharpness(other, batch))
+        first, second = whole(table_of(sharpness, model, batch)), whole(table_of(sharpness, other, batch))
         assert first["sam_adaptive"] == pytest.approx(second["sam_adaptive"], rel=1e-9)
         assert first["scaled_trace"] != pytest.approx(second["scaled_trace"], rel=0.1)
 
 
 def test_the_worst_of_steps_and_flips_by_direct_evaluation():
     model, (x, y) = quantized_conv()
-    found = sharpness(model, (x, y))
+    found = table_of(sharpness, model, (x, y))
     plain = view(model, "dequantized")
     loss = F.cross_entropy(plain(x), y)
     names = [f"{name}.weight" for name, _, is_weight in quantizers(model) if is_weight]
@@ -230,7 +231,7 @@ def test_flips_against_all_flips():
     here = F.cross_entropy(plain(x), y)
     every = [F.cross_entropy(x @ grid.flipped(i, bit).T, y) - here for i in range(6) for bit in range(2)]
     every = torch.stack(every).detach()
-    found = sharpness(model, (x, y), n_flips=1000)
+    found = table_of(sharpness, model, (x, y), n_flips=1000)
     assert of(found, "bit_flip_worst").value == pytest.approx(float(every.max()))
     row = of(found, "bit_flip_mean")
     assert abs(row.value - float(every.mean())) < 4 * row["sem"]
@@ -285,7 +286,7 @@ def test_intervals_hold_the_mean_over_all_moves():
 
 def test_small_moves_see_the_trace():
     model, batch = mlp(), data()
-    frame = sharpness(model, batch, sigma=1e-3, n_draws=400)
+    frame = table_of(sharpness, model, batch, sigma=1e-3, n_draws=400)
     parts = [
         float(p.detach().square().sum() * dense_hessian(model, [p], *batch).trace()) / p.numel()
         for p in model.parameters()
@@ -296,8 +297,8 @@ def test_small_moves_see_the_trace():
 
 def test_the_error_over_the_data_is_that_of_the_samples():
     model, (x, y) = mlp(), data(12)
-    frame = sharpness(model, (x, y), n_draws=4)
-    alone = [whole(sharpness(model, (x[i : i + 1], y[i : i + 1]), n_draws=4)) for i in range(len(x))]
+    frame = table_of(sharpness, model, (x, y), n_draws=4)
+    alone = [whole(table_of(sharpness, model, (x[i : i + 1], y[i : i + 1]), n_draws=4)) for i in range(len(x))]
     for quantity in ("scaled_trace", "average_case"):
         values = torch.tensor([found[quantity] for found in alone])
         row = of(frame, quantity)
@@ -308,33 +309,33 @@ def test_the_error_over_the_data_is_that_of_the_samples():
 
 class TestWhatIsMeasured:
     def test_float_models_have_no_steps(self):
-        assert set(sharpness(mlp(), data()).quantity) == MOVES
+        assert set(table_of(sharpness, mlp(), data()).quantity) == MOVES
 
     def test_the_float_definition_takes_the_quantizers_off(self):
         model, batch = quantized_conv()
-        assert set(whole(sharpness(model, batch, n_draws=2, n_flips=2))) == MOVES | STEPS
-        found = whole(sharpness(model, batch, definition="float", n_draws=2))
+        assert set(whole(table_of(sharpness, model, batch, n_draws=2, n_flips=2))) == MOVES | STEPS
+        found = whole(table_of(sharpness, model, batch, definition="float", n_draws=2))
         assert set(found) == MOVES
-        assert found == whole(sharpness(view(model, "float"), batch, n_draws=2))
+        assert found == whole(table_of(sharpness, view(model, "float"), batch, n_draws=2))
 
     def test_micro_batches_layouts_and_losses_make_no_difference(self):
         model, batch = quantized_conv()
         model, batch = model.double(), (batch[0].double(), batch[1])
         few = {"n_draws": 3, "n_flips": 3}
-        reference = whole(sharpness(model, batch, **few))
+        reference = whole(table_of(sharpness, model, batch, **few))
         for found in (
-            sharpness(model, batch, micro_batch=5, **few),
-            sharpness(model, [(batch[0][:5], batch[1][:5]), (batch[0][5:], batch[1][5:])], **few),
-            sharpness(copy.deepcopy(model).to(memory_format=torch.channels_last), batch, **few),
+            table_of(sharpness, model, batch, micro_batch=5, **few),
+            table_of(sharpness, model, [(batch[0][:5], batch[1][:5]), (batch[0][5:], batch[1][5:])], **few),
+            table_of(sharpness, copy.deepcopy(model).to(memory_format=torch.channels_last), batch, **few),
         ):
             assert whole(found) == pytest.approx(reference, rel=1e-9)
-        own = whole(sharpness(model, batch, loss=lambda z, y: F.cross_entropy(z, y), **few))
+        own = whole(table_of(sharpness, model, batch, loss=lambda z, y: F.cross_entropy(z, y), **few))
         del reference["scaled_trace"], own["scaled_trace"]  # by products for a loss that is not known
         assert own == pytest.approx(reference, rel=1e-9)
 
     def test_seeds(self):
         model, batch = quantized_conv()
-        first, second, other = (sharpness(model, batch, seed=s, n_draws=3, n_flips=8) for s in (1, 1, 2))
+        first, second, other = (table_of(sharpness, model, batch, seed=s, n_draws=3, n_flips=8) for s in (1, 1, 2))
         assert first.equals(second)
         for quantity in ("average_case", "half_step_mean", "bit_flip_mean"):
             assert of(first, quantity).value != of(other, quantity).value
@@ -347,7 +348,7 @@ class TestWhatIsMeasured:
         state = copy.deepcopy(model.state_dict())
         rng = torch.random.get_rng_state()
         with torch.no_grad():
-            sharpness(model, batch)
+            table_of(sharpness, model, batch)
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
         assert torch.equal(rng, torch.random.get_rng_state())
         assert model.training
@@ -356,7 +357,9 @@ class TestWhatIsMeasured:
     def test_the_probe_gives_the_same_numbers_as_rows(self):
         model, batch = quantized_conv()
         rows = Sharpness(n_draws=2, n_flips=2)(Point(model, batch, seed=3))
-        assert [row["value"] for row in rows] == sharpness(model, batch, n_draws=2, n_flips=2, seed=3).value.tolist()
+        assert [row["value"] for row in rows] == table_of(
+            sharpness, model, batch, n_draws=2, n_flips=2, seed=3
+        ).value.tolist()
         assert all(set(row) <= set(COLUMNS) for row in rows)
         assert (rows[-1]["layer"], rows[-1]["quantity"]) == ("all", "scaled_trace")
         for row in rows:
@@ -369,7 +372,7 @@ class TestWhatIsMeasured:
         model.idle = nn.Linear(2, 2).double()
         model.forward = lambda x: model[2](model[1](model[0](x)))
         model[0].requires_grad_(False)
-        found = sharpness(quantize(model, QuantSpec.parse("W4A32")).double(), batch)
+        found = table_of(sharpness, quantize(model, QuantSpec.parse("W4A32")).double(), batch)
         assert "0" not in set(found.layer)
         assert of(found, "scaled_trace", "idle").value == 0
 
@@ -390,15 +393,15 @@ class TestMisuse:
     )
     def test_settings(self, settings, message):
         with pytest.raises(UserError, match=message):
-            sharpness(mlp(), data(), **settings)
+            table_of(sharpness, mlp(), data(), **settings)
 
     def test_a_loss_that_is_not_finite(self):
         x, y = data()
         with pytest.raises(UserError, match="not finite"):
-            sharpness(mlp(), (x * math.nan, y))
+            table_of(sharpness, mlp(), (x * math.nan, y))
         with pytest.raises(UserError, match="not finite"):
-            sharpness(quantize(mlp(), QuantSpec.parse("W4A4")).double(), (x, y))
+            table_of(sharpness, quantize(mlp(), QuantSpec.parse("W4A4")).double(), (x, y))
 
     def test_nothing_to_move(self):
         with pytest.raises(UserError, match="no trainable parameter"):
-            sharpness(mlp().requires_grad_(False), data())
+            table_of(sharpness, mlp().requires_grad_(False), data())

@@ -20,6 +20,7 @@ from fpq_analysis.probes import Point
 from fpq_analysis.probes.variance import variance_with_error
 from fpq_analysis.records import COLUMNS
 from tests.nets import tiny
+from tests.results import table_of
 from tests.test_cli import call
 from tests.test_records_and_plots import row
 from tests.words import words
@@ -43,7 +44,9 @@ class TestALinearNetwork:
     def test_intervals_hold_the_truth(self):
         model, batch = linear(), images(40)
         truth = 0.3**2 * float(model.weight.detach().square().sum(1).mean())
-        rows = [of(output_variance(model, batch, sds=[0.3], seed=s), "logit_variance@0.3") for s in range(200)]
+        rows = [
+            of(table_of(output_variance, model, batch, sds=[0.3], seed=s), "logit_variance@0.3") for s in range(200)
+        ]
         for halves in ([2.023 * r["sem_data"] for r in rows], [1.96 * r["sem"] for r in rows]):
             inside = sum(abs(r["value"] - truth) < half for r, half in zip(rows, halves, strict=True))
             assert 184 <= inside <= 196
@@ -52,7 +55,7 @@ class TestALinearNetwork:
         assert rows[0]["ci95"] == pytest.approx(2.0227 * rows[0]["sem_data"], rel=1e-4)
 
     def test_the_sweep_is_quadratic_as_the_sds_share_their_noise(self):
-        frame = output_variance(linear(), images(4), sds=[0.1, 0.2, 1.0])
+        frame = table_of(output_variance, linear(), images(4), sds=[0.1, 0.2, 1.0])
         first = of(frame, "logit_variance@0.1")
         for sd in (0.2, 1.0):
             for column in ("value", "sem", "sem_data"):
@@ -64,7 +67,7 @@ class TestALinearNetwork:
         p = model(batch[0]).softmax(1).detach()
         gap = (model.weight[1] - model.weight[0]).detach().square().sum()
         truth = float(1e-6 * ((p[:, 0] * p[:, 1]) ** 2 * gap).mean())
-        found = of(output_variance(model, batch, sds=[1e-3], n_draws=200), "probability_variance@0.001")
+        found = of(table_of(output_variance, model, batch, sds=[1e-3], n_draws=200), "probability_variance@0.001")
         assert found["sem"] < 0.03 * truth
         assert abs(found["value"] - truth) < 4 * found["sem"]
 
@@ -74,7 +77,7 @@ class TestALinearNetwork:
         z = model(batch[0]).detach()
         scale = 0.5 * float((model.weight[1] - model.weight[0]).detach().norm())
         truth = float(torch.special.ndtr(-(z[:, 1] - z[:, 0]).abs() / scale).mean())
-        found = of(output_variance(model, batch, sds=[0.5], n_draws=100), "flipped@0.5")
+        found = of(table_of(output_variance, model, batch, sds=[0.5], n_draws=100), "flipped@0.5")
         assert abs(found["value"] - truth) < 4 * found["sem"] < 0.1
 
 
@@ -92,7 +95,7 @@ class TestErrors:
 
     def test_over_the_images_is_the_spread_of_fresh_samples(self):
         net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
-        frames = [output_variance(net, images(50), sds=[0.2], seed=s) for s in range(100)]
+        frames = [table_of(output_variance, net, images(50), sds=[0.2], seed=s) for s in range(100)]
         for quantity in ("logit_variance@0.2", "probability_variance@0.2", "flipped@0.2"):
             rows = [of(frame, quantity) for frame in frames]
             spread = np.std([row["value"] for row in rows], ddof=1)
@@ -109,7 +112,7 @@ def quantized() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
 def test_against_a_plain_loop():
     model, (x, y) = quantized()
     model, x = model.double(), x.double()
-    frame = output_variance(model, (x, y), sds=[0.2, 0.4], n_draws=5, seed=7)
+    frame = table_of(output_variance, model, (x, y), sds=[0.2, 0.4], n_draws=5, seed=7)
     seeds = torch.randint(2**31, (11,), generator=torch.Generator().manual_seed(7))
     for sd in (0.2, 0.4):
         logits, probabilities, flips = [], [], []
@@ -127,23 +130,23 @@ def test_against_a_plain_loop():
 def test_micro_batches_layouts_and_the_others_sds_make_no_difference():
     model, (x, y) = quantized()
     model, x = model.double(), x.double()
-    whole = output_variance(model, (x, y))
+    whole = table_of(output_variance, model, (x, y))
     for other in (
-        output_variance(model, (x, y), micro_batch=3),
-        output_variance(model, [(x[:4], y[:4]), (x[4:], y[4:])]),
-        output_variance(copy.deepcopy(model).to(memory_format=torch.channels_last), (x, y)),
+        table_of(output_variance, model, (x, y), micro_batch=3),
+        table_of(output_variance, model, [(x[:4], y[:4]), (x[4:], y[4:])]),
+        table_of(output_variance, copy.deepcopy(model).to(memory_format=torch.channels_last), (x, y)),
     ):
         pd.testing.assert_frame_equal(whole, other, rtol=1e-9)
-    assert of(output_variance(model, (x, y), sds=[0.2]), "flipped@0.2").equals(of(whole, "flipped@0.2"))
-    assert not output_variance(model, (x, y), seed=1)["value"].equals(whole["value"])
+    assert of(table_of(output_variance, model, (x, y), sds=[0.2]), "flipped@0.2").equals(of(whole, "flipped@0.2"))
+    assert not table_of(output_variance, model, (x, y), seed=1)["value"].equals(whole["value"])
 
 
 def test_the_model_is_left_as_it_was_and_measured_in_eval_mode():
     model, batch = quantized()
-    expected = output_variance(model, batch)
+    expected = table_of(output_variance, model, batch)
     model.train()
     state, rng = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    assert output_variance(model, batch).equals(expected)
+    assert table_of(output_variance, model, batch).equals(expected)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
     assert torch.equal(rng, torch.random.get_rng_state())
     assert model.training
@@ -152,7 +155,9 @@ def test_the_model_is_left_as_it_was_and_measured_in_eval_mode():
 def test_the_probe_gives_the_same_numbers_with_each_image_s_own():
     model, batch = quantized()
     rows = OutputVariance(n_draws=4)(Point(model, batch, seed=3))
-    assert [row["value"] for row in rows] == output_variance(model, batch, n_draws=4, seed=3)["value"].tolist()
+    assert [row["value"] for row in rows] == table_of(output_variance, model, batch, n_draws=4, seed=3)[
+        "value"
+    ].tolist()
     assert rows[-1]["quantity"] == "logit_variance@0.5"
     for found in rows:
         assert len(found["samples"]) == 11
@@ -163,16 +168,16 @@ class TestMisuse:
     @pytest.mark.parametrize("settings", [{"sds": []}, {"sds": [0.1, 0.0]}, {"sds": [math.nan]}, {"n_draws": 2}])
     def test_settings(self, settings):
         with pytest.raises(UserError, match="above zero|at least 3"):
-            output_variance(linear(), images(3), **settings)
+            table_of(output_variance, linear(), images(3), **settings)
 
     def test_no_logits(self):
         with pytest.raises(UserError, match="one row of logits"):
-            output_variance(nn.Conv2d(1, 2, 3).double(), images(3, 1, 4, 4))
+            table_of(output_variance, nn.Conv2d(1, 2, 3).double(), images(3, 1, 4, 4))
 
     def test_not_finite(self):
         x, y = images(3)
         with pytest.raises(UserError, match="not finite"):
-            output_variance(linear(), (x * math.nan, y))
+            table_of(output_variance, linear(), (x * math.nan, y))
 
 
 class TestFigure1:

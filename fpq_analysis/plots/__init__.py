@@ -12,6 +12,7 @@ from fpq_analysis.plots.figures import FIGURES, Drawing
 from fpq_analysis.plots.landscape import landscape_caption, landscape_figure, surface_figure
 from fpq_analysis.plots.noise import noise_caption, noise_figure
 from fpq_analysis.plots.oscillation import oscillation_caption, oscillation_figure
+from fpq_analysis.plots.single import layer_figure, single_figure
 from fpq_analysis.plots.style import save, style
 from fpq_analysis.plots.training import training_caption, training_figure
 
@@ -37,11 +38,13 @@ __all__ = [
     "figure5",
     "landscape_caption",
     "landscape_figure",
+    "layer_figure",
     "noise_caption",
     "noise_figure",
     "oscillation_caption",
     "oscillation_figure",
     "save",
+    "single_figure",
     "style",
     "surface_figure",
     "training_caption",

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import colour, listed, panels, powers_of_ten, style
+from fpq_analysis.plots.style import at_epoch, colour, listed, panels, powers_of_ten, style
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
@@ -41,11 +41,12 @@ def density_figure(records: pd.DataFrame) -> Figure:
                 last = epoch == epochs[-1]
                 rows_here = panel[panel["epoch"] == epoch]
                 nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
-                _draw(axes, nodes, weights, tint if last else "0.55", f"epoch {epoch}", last)
+                _draw(axes, nodes, weights, tint if last else "0.55", at_epoch("", epoch), last)
             axes.set_yscale("log")
             powers_of_ten(axes.yaxis)
             axes.set_ylim(bottom=FLOOR)
-            axes.legend(loc="upper right")
+            if epochs != [""]:
+                axes.legend(loc="upper right")
             axes.set_xlabel("Eigenvalue")
             axes.set_ylabel("Density")
     figure = axes.figure

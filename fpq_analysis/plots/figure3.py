@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import colour, label, style
+from fpq_analysis.plots.style import at_epoch, colour, label, style
 
 MOST = 32  # channels, as in the paper
 MEAN = "#E69F00"  # the paper's orange line
@@ -134,7 +134,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, tint: str) -> None:
     axes.grid(axis="x", visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     first = rows.iloc[0]
-    axes.set_title(f"{label(first['method'], first['bits'])}, epoch {first['epoch']}", loc="left")
+    axes.set_title(at_epoch(label(first["method"], first["bits"]), first["epoch"]), loc="left")
     axes.set_ylabel("Activation")
     overall = rows[rows["quantity"] == "mean"].iloc[0]
     text = f"mean (of all channels: {overall['value']:#.3g} ± {overall['ci95']:.1g})"

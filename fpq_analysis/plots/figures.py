@@ -35,6 +35,7 @@ class Drawing:
         caption: what a reader must know beside it, from the same records.
         command: of `fpq-analyze`, that measures it.
         last: whether only the last epoch of each run is drawn, so that the others need not be measured for it.
+        single: whether it shows a single network as well, outside of any run: then results draw it.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Drawing:
     caption: Callable[[pd.DataFrame], str]
     command: str
     last: bool = False
+    single: bool = False
 
     def write(self, frame: pd.DataFrame, folder: Path) -> list[Path]:
         """Draw records into `folder`: the paths of .png, .pdf and, the caption, .txt.
@@ -56,20 +58,26 @@ class Drawing:
 
 # The paper's figures by their number, others by name.
 FIGURES = {
-    "1": Drawing("Figure 1", "figure1", "output_variance", figure1, caption1, "variance", last=True),
+    "1": Drawing("Figure 1", "figure1", "output_variance", figure1, caption1, "variance", last=True, single=True),
     "2": Drawing("Figure 2", "figure2", "gradnorm", figure2, caption2, "gradnorm"),
-    "3": Drawing("Figure 3", "figure3", "features", figure3, caption3, "features", last=True),
+    "3": Drawing("Figure 3", "figure3", "features", figure3, caption3, "features", last=True, single=True),
     "4": Drawing("Figure 4", "figure4", "features", figure4, caption4, "features", last=True),
     "5": Drawing("Figure 5", "figure5", "hessian_trace", figure5, caption5, "hessian"),
     "eigenvalues": Drawing(
         "Eigenvalues", "eigenvalues", "hessian_eigs", eigenvalue_figure, eigenvalue_caption, "hessian --top-k 5"
     ),
-    "density": Drawing("Density", "density", "hessian_density", density_figure, density_caption, "hessian --density"),
-    "landscape": Drawing("Landscape", "landscape", "landscape", landscape_figure, landscape_caption, "landscape"),
+    "density": Drawing(
+        "Density", "density", "hessian_density", density_figure, density_caption, "hessian --density", single=True
+    ),
+    "landscape": Drawing(
+        "Landscape", "landscape", "landscape", landscape_figure, landscape_caption, "landscape", single=True
+    ),
     "surface": Drawing("Surface", "surface", "landscape", surface_figure, landscape_caption, "landscape"),
     "drift": Drawing("Drift", "drift", "drift", drift_figure, drift_caption, "drift"),
-    "drift_layers": Drawing("Drift by layer", "drift_layers", "drift", drift_layer_figure, drift_caption, "drift"),
-    "noise": Drawing("Noise", "noise", "noise", noise_figure, noise_caption, "noise", last=True),
+    "drift_layers": Drawing(
+        "Drift by layer", "drift_layers", "drift", drift_layer_figure, drift_caption, "drift", single=True
+    ),
+    "noise": Drawing("Noise", "noise", "noise", noise_figure, noise_caption, "noise", last=True, single=True),
     "oscillation": Drawing(
         "Oscillation", "oscillation", "oscillation", oscillation_figure, oscillation_caption, "oscillation"
     ),

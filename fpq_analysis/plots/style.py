@@ -67,6 +67,11 @@ def label(method: str, bits: str) -> str:
     return name if bits == "FP" else f"{name} {bits}"
 
 
+def at_epoch(text: str, epoch: Any) -> str:
+    """The text with an epoch behind it; a network outside of any run has none, which is the empty text."""
+    return ", ".join(filter(None, [text, f"epoch {epoch}" if epoch != "" else ""]))
+
+
 def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
     """What a legend or title calls the run of a row: method and bits; where another has the same, its seed or name.
 

@@ -1,6 +1,6 @@
 """Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
 
-from fpq_analysis.probes.density import HessianDensity, spectral_density
+from fpq_analysis.probes.density import DensityEstimate, HessianDensity, spectral_density
 from fpq_analysis.probes.drift import Drift, FeatureDrift, feature_drift
 from fpq_analysis.probes.eigs import EigenEstimate, HessianEigs, hessian_eigs
 from fpq_analysis.probes.features import Features, FeatureStatistics, feature_statistics
@@ -8,6 +8,7 @@ from fpq_analysis.probes.gradnorm import GradNorm, gradient_norms
 from fpq_analysis.probes.noise import NoiseResponse, noise_response
 from fpq_analysis.probes.oscillation import Oscillation, oscillation
 from fpq_analysis.probes.point import Point, Probe
+from fpq_analysis.probes.result import Measurement, Result
 from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 from fpq_analysis.probes.variance import OutputVariance, output_variance
@@ -30,6 +31,7 @@ PROBES = {
 
 __all__ = [
     "PROBES",
+    "DensityEstimate",
     "Drift",
     "EigenEstimate",
     "FeatureDrift",
@@ -39,11 +41,13 @@ __all__ = [
     "HessianDensity",
     "HessianEigs",
     "HessianTrace",
+    "Measurement",
     "NoiseResponse",
     "Oscillation",
     "OutputVariance",
     "Point",
     "Probe",
+    "Result",
     "Sharpness",
     "TraceEstimate",
     "feature_drift",

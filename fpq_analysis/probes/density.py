@@ -6,7 +6,7 @@ Heavier weight away from zero means more directions of curvature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,60 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import SpectralMeasure, spectral_measure
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition
 
 RUNS = 5
 STEPS = 40
+
+
+@dataclass(frozen=True, repr=False)
+class DensityEstimate(Result, SpectralMeasure):
+    """A spectral density with its definition.
+
+    Attributes:
+        nodes, weights: of every run, (runs, steps) each; `density(grid, width)` and `moment(power)` are their means.
+        size: number of variables.
+        definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
+        operator: `hessian`, `gauss-newton` or `fisher`.
+        n_data, n_products, seed: as in `TraceEstimate`.
+    """
+
+    definition: str
+    operator: str
+    n_data: int
+    seed: int
+
+    probe = "hessian_density"
+
+    def rows(self) -> Rows:
+        """`nodes_r` and `weights_r` of every run r (in `samples`; `value`: largest node, number of nodes).
+
+        The last two are the first moments, the trace and the sum of the squared eigenvalues.
+        """
+        common: dict[str, Any] = {
+            "layer": "all",
+            "definition": self.definition,
+            "estimator": "slq" + ("" if self.operator == "hessian" else f", {self.operator}"),
+            "n_data": self.n_data,
+            "n_products": self.n_products,
+        }
+        rows: Rows = []
+        for run, (nodes, weights) in enumerate(zip(self.nodes, self.weights, strict=True), 1):
+            rows.append({"quantity": f"nodes_{run}", "value": float(nodes.max()), "samples": nodes.tolist(), **common})
+            rows.append(
+                {"quantity": f"weights_{run}", "value": float(len(weights)), "samples": weights.tolist(), **common}
+            )
+        for quantity, power in (("size", 0), ("squares", 2), ("trace", 1)):
+            value, sem = self.moment(power)
+            rows.append({"quantity": quantity, "value": value, "sem": sem, **common})
+        return rows
+
+    def headline(self) -> Sequence[tuple[str, str]]:
+        """See `Result`."""
+        largest = float(self.nodes.max())
+        return [("largest node", f"{largest:.4g}"), *super().headline()[-2:]]
 
 
 def spectral_density(
@@ -38,7 +87,7 @@ def spectral_density(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
-) -> SpectralMeasure:
+) -> DensityEstimate:
     """Spectral measure of the Hessian by stochastic Lanczos quadrature; one product a run and step.
 
     Args:
@@ -59,7 +108,8 @@ def spectral_density(
     matrix = subject.operator(operator, seed)
     generator = torch.Generator().manual_seed(seed)
     with full_precision():  # the arithmetic between the products, too
-        return spectral_measure(matrix, generator=generator, runs=runs, steps=steps)
+        found = spectral_measure(matrix, generator=generator, runs=runs, steps=steps)
+    return DensityEstimate(**vars(found), definition=definition, operator=operator, n_data=subject.n_data, seed=seed)
 
 
 def _check_settings(definition: str, operator: str, runs: int, steps: int) -> None:
@@ -92,11 +142,8 @@ class HessianDensity:
         _check_settings(self.definition, self.operator, self.runs, self.steps)
 
     def __call__(self, point: Point) -> Rows:
-        """Rows: `nodes_r` and `weights_r` of every run r (in `samples`; `value`: largest node, number of nodes).
-
-        The last two are the first moments, the trace and the sum of the squared eigenvalues.
-        """
-        measure = spectral_density(
+        """Rows: see `DensityEstimate.rows`."""
+        return spectral_density(
             point.model,
             point.batches,
             runs=self.runs,
@@ -105,21 +152,4 @@ class HessianDensity:
             definition=self.definition,
             operator=self.operator,
             seed=point.seed,
-        )
-        common: dict[str, Any] = {
-            "layer": "all",
-            "definition": self.definition,
-            "estimator": "slq" + ("" if self.operator == "hessian" else f", {self.operator}"),
-            "n_data": len(point.batches[0]),
-            "n_products": measure.n_products,
-        }
-        rows: Rows = []
-        for run, (nodes, weights) in enumerate(zip(measure.nodes, measure.weights, strict=True), 1):
-            rows.append({"quantity": f"nodes_{run}", "value": float(nodes.max()), "samples": nodes.tolist(), **common})
-            rows.append(
-                {"quantity": f"weights_{run}", "value": float(len(weights)), "samples": weights.tolist(), **common}
-            )
-        for quantity, power in (("size", 0), ("squares", 2), ("trace", 1)):
-            value, sem = measure.moment(power)
-            rows.append({"quantity": quantity, "value": value, "sem": sem, **common})
-        return rows
+        ).rows()

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.sites import by_channel, wide
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import CONVOLUTIONS
@@ -46,8 +47,8 @@ CONSTANT = 1e-5  # a standard deviation, relative to the layer's largest
 KEPT_VALUES = 2**23
 
 
-@dataclass(frozen=True)
-class FeatureDrift:
+@dataclass(frozen=True, repr=False)
+class FeatureDrift(Result):
     """The drift of every convolution.
 
     Attributes:
@@ -65,13 +66,38 @@ class FeatureDrift:
     """
 
     table: pd.DataFrame
-    channels: pd.DataFrame = field(repr=False)
-    blocks: dict[str, np.ndarray] = field(repr=False)
+    channels: pd.DataFrame
+    blocks: dict[str, np.ndarray]
     n_data: int
     n_kept: int
     n_places: int
-    places: dict[str, int] = field(repr=False)
+    places: dict[str, int]
     seed: int
+
+    probe = "drift"
+
+    def rows(self) -> Rows:
+        """Each layer's, a number a channel in `samples`; then the network's, a number a block of images there.
+
+        `constant_channels` has in `samples` which ones, and those are not among the samples of the other quantities.
+        """
+        by_layer = dict(list(self.channels.groupby("layer", sort=False)))
+        rows: Rows = []
+        for row in self.table.to_dict("records"):
+            layer, quantity = str(row["layer"]), str(row["quantity"])
+            parts: Any = None
+            if layer == "all":
+                parts = self.blocks.get(quantity)
+            elif quantity == "constant_channels":
+                parts = by_layer[layer].loc[by_layer[layer]["mean_shift"].isna(), "channel"]
+            else:
+                parts = by_layer[layer][quantity].dropna()
+            samples = None if parts is None else stored(parts)
+            how = {"estimator": "all values", "n_data": self.n_data, "n_products": 0, "sem": 0.0}
+            if quantity == "wasserstein" and self.subsampled(layer):
+                how |= {"estimator": f"up to {self.n_places} places an image", "n_data": self.n_kept, "sem": None}
+            rows.append({str(k): v for k, v in row.items()} | how | {"samples": samples})
+        return rows
 
     def subsampled(self, layer: str) -> bool:
         """Whether the layer's Wasserstein distance (that of `all` layers) is from a part of the values."""
@@ -347,26 +373,6 @@ class Drift:
     needs = ("quantizers", "teacher")
 
     def __call__(self, point: Point) -> Rows:
-        """Rows: each layer's, a number a channel in `samples`; then the network's, a number a block of images there.
-
-        `constant_channels` has in `samples` which ones, and those are not among the samples of the other quantities.
-        """
+        """Rows: see `FeatureDrift.rows`."""
         assert point.teacher is not None
-        found = feature_drift(point.model, point.teacher, point.batches, seed=point.seed)
-        by_layer = dict(list(found.channels.groupby("layer", sort=False)))
-        rows: Rows = []
-        for row in found.table.to_dict("records"):
-            layer, quantity = str(row["layer"]), str(row["quantity"])
-            parts: Any = None
-            if layer == "all":
-                parts = found.blocks.get(quantity)
-            elif quantity == "constant_channels":
-                parts = by_layer[layer].loc[by_layer[layer]["mean_shift"].isna(), "channel"]
-            else:
-                parts = by_layer[layer][quantity].dropna()
-            samples = None if parts is None else stored(parts)
-            how = {"estimator": "all values", "n_data": found.n_data, "n_products": 0, "sem": 0.0}
-            if quantity == "wasserstein" and found.subsampled(layer):
-                how |= {"estimator": f"up to {found.n_places} places an image", "n_data": found.n_kept, "sem": None}
-            rows.append({str(k): v for k, v in row.items()} | how | {"samples": samples})
-        return rows
+        return feature_drift(point.model, point.teacher, point.batches, seed=point.seed).rows()

@@ -8,8 +8,8 @@ average one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,15 @@ from fpq_analysis.linalg import eigenpairs
 from fpq_analysis.linalg.eigs import check_which
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.result import MOST, Result
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction
 
 MAX_PRODUCTS = 1000
 
 
-@dataclass(frozen=True)
-class EigenEstimate:
+@dataclass(frozen=True, repr=False)
+class EigenEstimate(Result):
     """Eigenvalues with their residuals and their definition.
 
     Attributes:
@@ -47,7 +48,7 @@ class EigenEstimate:
     values: np.ndarray
     residuals: np.ndarray
     converged: np.ndarray
-    vectors: dict[str, Tensor] | None = field(repr=False)
+    vectors: dict[str, Tensor] | None
     definition: str
     operator: str
     which: str
@@ -55,7 +56,37 @@ class EigenEstimate:
     n_products: int
     seed: int
     clipped_fraction: float
-    start: Tensor = field(repr=False)
+    start: Tensor
+
+    probe = "hessian_eigs"
+
+    def rows(self) -> Rows:
+        """`eigenvalue_1` ... `eigenvalue_k`; `sem` is 0, the residual stands in rows of its own."""
+        common: dict[str, Any] = {
+            "layer": "all",
+            "definition": self.definition,
+            "estimator": f"lanczos {self.which}" + ("" if self.operator == "hessian" else f", {self.operator}"),
+            "n_data": self.n_data,
+            "n_products": self.n_products,
+        }
+        rows: Rows = []
+        if not math.isnan(self.clipped_fraction):
+            rows.append({"quantity": "clipped_fraction", "value": self.clipped_fraction, **common})
+        for i, (value, residual, converged) in enumerate(
+            zip(self.values, self.residuals, self.converged, strict=True), 1
+        ):
+            rows.append({"quantity": f"residual_{i}", "value": float(residual), **common})
+            status = "ok" if converged else "tolerance not reached"
+            rows.append({"quantity": f"eigenvalue_{i}", "value": float(value), "sem": 0.0, "status": status, **common})
+        return rows
+
+    def headline(self) -> Sequence[tuple[str, str]]:
+        """See `Result`."""
+        found = zip(self.values, self.residuals, self.converged, strict=True)
+        return [
+            (f"eigenvalue_{i}", f"{x:.5g} ± {r:.2g} (residual{'' if good else '; tolerance not reached'})")
+            for i, (x, r, good) in enumerate(found, 1)
+        ][:MOST]
 
 
 def hessian_eigs(
@@ -165,8 +196,8 @@ class HessianEigs:
         _check_settings(self.k, self.which, self.definition, self.operator, self.tol)
 
     def __call__(self, point: Point) -> Rows:
-        """Rows: `eigenvalue_1` ... `eigenvalue_k`; `sem` is 0, the residual stands in rows of its own."""
-        estimate = hessian_eigs(
+        """Rows: see `EigenEstimate.rows`."""
+        return hessian_eigs(
             point.model,
             point.batches,
             self.k,
@@ -176,21 +207,4 @@ class HessianEigs:
             operator=self.operator,
             tol=self.tol,
             seed=point.seed,
-        )
-        common: dict[str, Any] = {
-            "layer": "all",
-            "definition": self.definition,
-            "estimator": f"lanczos {self.which}" + ("" if self.operator == "hessian" else f", {self.operator}"),
-            "n_data": estimate.n_data,
-            "n_products": estimate.n_products,
-        }
-        rows: Rows = []
-        if not math.isnan(estimate.clipped_fraction):
-            rows.append({"quantity": "clipped_fraction", "value": estimate.clipped_fraction, **common})
-        for i, (value, residual, converged) in enumerate(
-            zip(estimate.values, estimate.residuals, estimate.converged, strict=True), 1
-        ):
-            rows.append({"quantity": f"residual_{i}", "value": float(residual), **common})
-            status = "ok" if converged else "tolerance not reached"
-            rows.append({"quantity": f"eigenvalue_{i}", "value": float(value), "sem": 0.0, "status": status, **common})
-        return rows
+        ).rows()

@@ -15,8 +15,8 @@ what this quantizer makes of it (`quantized_...`); where it feeds several, there
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Result, with_error
 from fpq_analysis.probes.sites import AUTO, find_site, wide
 from fpq_analysis.quantizers import view as take_view
 
@@ -39,8 +40,8 @@ N_IMAGES = 3
 BINS = 128  # of a density, at most
 
 
-@dataclass(frozen=True)
-class FeatureStatistics:
+@dataclass(frozen=True, repr=False)
+class FeatureStatistics(Result):
     """One layer's output over all images and places.
 
     Attributes:
@@ -58,15 +59,47 @@ class FeatureStatistics:
     """
 
     layer: str
-    channels: pd.DataFrame = field(repr=False)
-    quantized: pd.DataFrame | None = field(repr=False)
+    channels: pd.DataFrame
+    quantized: pd.DataFrame | None
     sem_data: dict[str, float]
     images: np.ndarray
-    edges: np.ndarray = field(repr=False)
-    densities: np.ndarray = field(repr=False)
+    edges: np.ndarray
+    densities: np.ndarray
     n_data: int
     n_kept: int
     seed: int
+
+    probe = "features"
+
+    def rows(self) -> Rows:
+        """Rows of the layer: each statistic, a number a channel in `samples`, their mean in `value`.
+
+        Then `density_edges` (value: the bins' width), `density_images` (which of the images measured on; value: how
+        many), and `density_1`, ... of these (value: the integral, one less the share of exact zeros).  The last row,
+        `channels`, counts them.
+        """
+        rows: Rows = []
+        for prefix, table in (("", self.channels), ("quantized_", self.quantized)):
+            for quantity, column in table.items() if table is not None else ():
+                sampled = quantity in QUANTILES
+                row = _row(prefix + str(quantity), column.mean(), column, self.n_kept if sampled else self.n_data)
+                row["sem"] = 0.0 if row["n_data"] == self.n_data else None
+                if quantity == "mean":
+                    error = self.sem_data[prefix + "mean"]
+                    row |= {"sem_data": error, "ci95": 1.96 * error}
+                rows.append(row)
+        rows.append(_row("density_edges", self.edges[1] - self.edges[0], self.edges, len(self.images)))
+        rows.append(_row("density_images", len(self.images), self.images, self.n_data))
+        for i, (density, zeros) in enumerate(zip(self.densities, self.zeros, strict=True), 1):
+            rows.append(_row(f"density_{i}", 1 - zeros, density, 1))
+        rows = [{"layer": self.layer, **row} for row in rows]
+        return [*rows, {"layer": "all", **_row("channels", len(self.channels), None, self.n_data)}]
+
+    def headline(self) -> Sequence[tuple[str, str]]:
+        """See `Result`: means over the channels."""
+        names = ("mean", "sd", "q99", "max", "quantized_mean")
+        numbers = [(row["quantity"], with_error(row)) for row in self.rows() if row["quantity"] in names]
+        return [("layer", self.layer), *numbers]
 
     @property
     def zeros(self) -> np.ndarray:
@@ -220,29 +253,8 @@ class Features:
     needs = ()
 
     def __call__(self, point: Point) -> Rows:
-        """Rows of the layer: each statistic, a number a channel in `samples`, their mean in `value`.
-
-        Then `density_edges` (value: the bins' width), `density_images` (which of the images measured on; value: how
-        many), and `density_1`, ... of these (value: the integral, one less the share of exact zeros).  The last row,
-        `channels`, counts them.
-        """
-        found = feature_statistics(point.model, point.batches, self.layer, seed=point.seed)
-        rows: Rows = []
-        for prefix, table in (("", found.channels), ("quantized_", found.quantized)):
-            for quantity, column in table.items() if table is not None else ():
-                sampled = quantity in QUANTILES
-                row = _row(prefix + str(quantity), column.mean(), column, found.n_kept if sampled else found.n_data)
-                row["sem"] = 0.0 if row["n_data"] == found.n_data else None
-                if quantity == "mean":
-                    error = found.sem_data[prefix + "mean"]
-                    row |= {"sem_data": error, "ci95": 1.96 * error}
-                rows.append(row)
-        rows.append(_row("density_edges", found.edges[1] - found.edges[0], found.edges, len(found.images)))
-        rows.append(_row("density_images", len(found.images), found.images, found.n_data))
-        for i, (density, zeros) in enumerate(zip(found.densities, found.zeros, strict=True), 1):
-            rows.append(_row(f"density_{i}", 1 - zeros, density, 1))
-        rows = [{"layer": found.layer, **row} for row in rows]
-        return [*rows, {"layer": "all", **_row("channels", len(found.channels), None, found.n_data)}]
+        """Rows: see `FeatureStatistics.rows`."""
+        return feature_statistics(point.model, point.batches, self.layer, seed=point.seed).rows()
 
 
 def _row(quantity: str, value: float, parts: Any, n_data: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +34,7 @@ from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition
@@ -42,6 +42,9 @@ from fpq_analysis.quantizers.noise import uniform_rows
 
 N_DRAWS = 8
 BATCH_SIZE = 256  # of the paper's training
+SHOWN = tuple(
+    f"{name}@{arm}" for name in ("grad_norm", "grad_norm_minibatch") for arm in ("weights", "features", "clean")
+)
 
 # Micro-batches of one minibatch: inputs, targets, and which samples of the data they are.
 Minibatch = list[tuple[Tensor, ...]]
@@ -58,7 +61,7 @@ def gradient_norms(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
-) -> pd.DataFrame:
+) -> Measurement:
     """Euclidean norm of the gradient of the mean loss with respect to the weights: clean, and in noise.
 
     The model is measured as a copy in eval mode; the one handed over, its buffers, gradients and mode, and the global
@@ -79,16 +82,16 @@ def gradient_norms(
         micro_batch: samples to hold at a time; None chooses by the size of an input.
 
     Returns:
-        A row for each layer, quantity and arm (see the top of this file), those of the whole model (layer `all`) last:
-        definition, estimator, layer, quantity, value; sem, the standard error over the draws for these data (0 without
-        any); sem_data, the same with that over the data; ci95; n_data, n_products (backward passes over the data).
+        Rows for each layer, quantity and arm (see the top of this file), those of the whole model last: `sem` is the
+        standard error over the draws for these data (0 without any); `sem_data` the same with that over the data;
+        `n_products` counts backward passes over the data.
 
     Raises:
         UserError: for settings out of range, data the loss does not fit, or a gradient that is not finite.
     """
     settings = GradNorm(definition, n_draws, batch_size)
     subject = prepare(model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch)
-    return pd.DataFrame(_measure(model, subject, settings, seed)).drop(columns="samples")
+    return Measurement(settings.name, _measure(model, subject, settings, seed), seed, SHOWN)
 
 
 @dataclass(frozen=True)

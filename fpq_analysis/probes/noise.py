@@ -35,7 +35,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +44,7 @@ from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT, half_interval
 
@@ -53,6 +53,7 @@ SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 # the whole came out between half of what it was and twice as much; from eight, within a factor of one and a half.
 N_DRAWS = 8
 WITHIN = 0.1
+SHOWN = ("predicted_1", "ratio_surrogate_1", "ratio_real_1", "holds_real", "within_10_real", "real_1")
 UNIFORM = 1 / 24  # half the variance of U[-1/2, 1/2]
 
 
@@ -66,7 +67,7 @@ def noise_response(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
-) -> pd.DataFrame:
+) -> Measurement:
     """Loss increase under noise at the input of every convolution, measured and predicted to second order.
 
     The model is measured as a copy in eval mode; the one handed over, its buffers, gradients and mode, and the global
@@ -84,11 +85,10 @@ def noise_response(
         micro_batch: samples to hold at a time; None chooses by the size of an input.
 
     Returns:
-        A row for each layer and quantity, those of the whole model (layer `all`) last: definition, estimator, layer,
-        quantity, value; sem, the standard error from draws, labels or probes for these data; sem_data, that over the
-        data, with these draws in it; ci95, half of the 95 % interval by sem_data, with degrees of freedom from the
-        sampled kurtosis, as few samples make up most of an increase; n_data, n_products.  Quantities, with the size
-        behind an underscore:
+        Rows for each layer and quantity, those of the whole model last: `sem` is the standard error from draws, labels
+        or probes for these data; `sem_data` that over the data, with these draws in it; `ci95` half of the 95 %
+        interval by `sem_data`, with degrees of freedom from the sampled kurtosis, as few samples make up most of an
+        increase.  Quantities, with the size behind an underscore:
 
         - `predicted_1`, `linear_1`, `surrogate_1`, `real_1`: increases of the mean loss, see above; of a layer, by
           noise in it alone.  `linear` is there only where the traces are exact.
@@ -108,7 +108,7 @@ def noise_response(
     """
     settings = NoiseResponse(tuple(sizes), n_draws)
     subject = prepare(model, batches, loss=loss, device=device, micro_batch=micro_batch)
-    return pd.DataFrame(_measure(subject, settings, seed)).drop(columns="samples")
+    return Measurement(settings.name, _measure(subject, settings, seed), seed, SHOWN)
 
 
 @dataclass(frozen=True)

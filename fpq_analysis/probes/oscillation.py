@@ -12,22 +12,21 @@ behind its tanh.  A weight beyond the grid's ends is as far from a threshold as 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.quantizers import Quantizer, weight_codes, weight_quantizers
 
 EPS = 0.1
 
 
-def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = EPS) -> pd.DataFrame:
+def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = EPS) -> Measurement:
     """Shares of the quantized weights near a rounding threshold, and of those whose code is another than in `previous`.
 
     A flip is a change of the code k, whatever caused it: the weight, its step size, or (DoReFa) the layer's maximum.
@@ -40,13 +39,16 @@ def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = EPS) -> p
         Four rows for each layer, and for the whole model (layer `all`) last: `near`, the share of the weights less than
         `eps` from a threshold; `flipped`, the share whose code changed; `flipped_step`, the share whose code changed
         though at the old step it would not have; `flipped_near`, the share of the flipped that are near a threshold now
-        (NaN if none flipped).  `n_weights` is what a share is of, except for `flipped_near`, where it is the flipped.
+        (left out if none flipped).  `n_weights` is what a share is of: for `flipped_near` the flipped.
 
     Raises:
         UserError: for an `eps` out of range, a model without quantized weights, or two that are not one network.
     """
     _check(eps)
-    return pd.DataFrame(_rows(_counts(model, previous, eps)))
+    shares = _rows(_counts(model, previous, eps))
+    setting = {"layer": "all", "quantity": "eps", "value": eps, "n_weights": 0}
+    exact = {"estimator": "counted", "sem": 0.0, "sem_data": 0.0, "ci95": 0.0, "n_data": 0}
+    return Measurement(Oscillation.name, [{**row, **exact} for row in (*shares[:-1], setting, shares[-1])])
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,8 @@ class Oscillation:
     def __call__(self, point: Point) -> Rows:
         """Rows: the layers' shares; then the network's, and before its last, `eps`."""
         assert point.previous is not None
-        rows = _rows(_counts(point.model, point.previous, self.eps))
-        setting = {"layer": "all", "quantity": "eps", "value": self.eps, "n_weights": 0}
-        exact = {"estimator": "counted", "sem": 0.0, "sem_data": 0.0, "ci95": 0.0, "n_data": 0}
-        return [
-            {**{column: value for column, value in row.items() if column != "n_weights"}, **exact}
-            for row in (*rows[:-1], setting, rows[-1])
-            if not math.isnan(row["value"])  # where none flipped, there is no share of them
-        ]
+        rows = oscillation(point.model, point.previous, eps=self.eps).rows()
+        return [{column: value for column, value in row.items() if column != "n_weights"} for row in rows]
 
 
 def _check(eps: float) -> None:
@@ -128,6 +124,6 @@ def _rows(counts: dict[str, Tensor]) -> Rows:
             "flipped": (flipped, total),
         }
         for quantity, (part, whole) in shares.items():
-            value = part / whole if whole else float("nan")
-            rows.append({"layer": layer, "quantity": quantity, "value": value, "n_weights": whole})
+            if whole:  # where none flipped, there is no share of them
+                rows.append({"layer": layer, "quantity": quantity, "value": part / whole, "n_weights": whole})
     return rows

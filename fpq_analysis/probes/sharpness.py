@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -47,6 +46,7 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, exact_or_sampled
 from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
@@ -78,7 +78,7 @@ def sharpness(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
-) -> pd.DataFrame:
+) -> Measurement:
     """Measures of sharpness that do not change when layers are rescaled, and some in units of the quantization step.
 
     Loss changes are measured, never linearised, on a copy in eval mode with plain weights; quantized activations are
@@ -99,18 +99,17 @@ def sharpness(
         micro_batch: samples to hold at a time; None chooses by the size of an input.
 
     Returns:
-        A row for each layer and quantity, those of the whole model (layer `all`) last: definition, estimator, layer,
-        quantity, value; sem, the standard error from draws, labels or probes for these data (0 without any); sem_data,
-        the same with that over the data (NaN where a direction was chosen on these data, or samples are not seen one
-        by one); n_data, n_products (backward passes or Hessian-vector products).
+        Rows for each layer and quantity, those of the whole model last: `sem` is the standard error from draws, labels
+        or probes for these data (0 without any); `sem_data` the same with that over the data (NaN where a direction
+        was chosen on these data, or samples are not seen one by one); `n_products` counts backward passes or
+        Hessian-vector products.
 
     Raises:
         UserError: for settings out of range, data the loss does not fit, or a loss that is not finite.
     """
     settings = Sharpness(definition, rho, rho_adaptive, sigma, n_draws, n_flips)
     subject = prepare(model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch)
-    rows = _measure(model, subject, settings, seed)
-    return pd.DataFrame(rows).drop(columns="samples", errors="ignore")
+    return Measurement(settings.name, _measure(model, subject, settings, seed), seed)
 
 
 @dataclass(frozen=True)

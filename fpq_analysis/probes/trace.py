@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives
 
@@ -47,8 +48,8 @@ AT_CHANCE = "at chance"  # status of an accuracy
 ROOT = "(model)"  # the layer's name when the model is a single layer
 
 
-@dataclass(frozen=True)
-class TraceEstimate:
+@dataclass(frozen=True, repr=False)
+class TraceEstimate(Result):
     """A trace with its errors and its definition.
 
     Attributes:
@@ -71,6 +72,7 @@ class TraceEstimate:
         seed: of probes or labels.
         clipped_fraction: share of the quantized weights outside their grid.
         converged: False if `tol` was asked for and not reached.
+        operator: `hessian`, `gauss-newton` or `fisher`.
     """
 
     value: float
@@ -82,8 +84,8 @@ class TraceEstimate:
     definition: str
     per_layer: dict[str, float]
     per_layer_sem: dict[str, float]
-    per_sample: np.ndarray | None = field(repr=False)
-    draws: np.ndarray = field(repr=False)
+    per_sample: np.ndarray | None
+    draws: np.ndarray
     n_data: int
     n_products: int
     seed: int
@@ -92,6 +94,35 @@ class TraceEstimate:
     loss: float = math.nan
     accuracy: float = math.nan
     at_chance: bool = False
+    operator: str = "hessian"
+
+    probe = "hessian_trace"
+
+    def rows(self) -> Rows:
+        """The trace of every layer, the clipped fraction, loss and accuracy, and last the total."""
+        common = {
+            "definition": self.definition,
+            "estimator": self.method + ("" if self.operator == "hessian" else f", {self.operator}"),
+            "n_data": self.n_data,
+            "n_products": self.n_products,
+        }
+        rows: Rows = [
+            {"layer": layer, "quantity": "trace", "value": value, "sem": self.per_layer_sem[layer], **common}
+            for layer, value in self.per_layer.items()
+        ]
+        whole: dict[str, Any] = {"layer": "all", **common}
+        if not math.isnan(self.clipped_fraction):
+            rows.append({"quantity": "clipped_fraction", "value": self.clipped_fraction, **whole})
+        rows.append({"quantity": "loss", "value": self.loss, **whole})
+        if not math.isnan(self.accuracy):
+            status = AT_CHANCE if self.at_chance else "ok"
+            rows.append({"quantity": "accuracy", "value": self.accuracy, "status": status, **whole})
+        total: dict[str, Any] = {"value": self.value, "sem": self.sem, "sem_data": self.sem_data}
+        if self.per_sample is not None:
+            total["samples"] = stored(self.per_sample)
+        status = "ok" if self.converged else "tolerance not reached"
+        rows.append({"layer": "all", "quantity": "trace", "ci95": self.ci95, "status": status, **total, **common})
+        return rows
 
     @property
     def error(self) -> float:
@@ -196,6 +227,7 @@ def hessian_trace(
         loss=subject.fit.loss,
         accuracy=subject.fit.accuracy,
         at_chance=subject.fit.at_chance,
+        operator=operator,
     )
 
 
@@ -346,8 +378,8 @@ class HessianTrace:
         _check_settings(self.method, self.definition, "hessian", self.tol, self.n_products, self.n_labels)
 
     def __call__(self, point: Point) -> Rows:
-        """Rows: the trace of every layer, the clipped fraction, loss and accuracy, and last the total."""
-        estimate = hessian_trace(
+        """Rows: see `TraceEstimate.rows`."""
+        return hessian_trace(
             point.model,
             point.batches,
             loss=point.loss,
@@ -357,27 +389,4 @@ class HessianTrace:
             n_products=self.n_products,
             n_labels=self.n_labels,
             seed=point.seed,
-        )
-        common = {
-            "definition": estimate.definition,
-            "estimator": estimate.method,
-            "n_data": estimate.n_data,
-            "n_products": estimate.n_products,
-        }
-        rows: Rows = [
-            {"layer": layer, "quantity": "trace", "value": value, "sem": estimate.per_layer_sem[layer], **common}
-            for layer, value in estimate.per_layer.items()
-        ]
-        whole: dict[str, Any] = {"layer": "all", **common}
-        if not math.isnan(estimate.clipped_fraction):
-            rows.append({"quantity": "clipped_fraction", "value": estimate.clipped_fraction, **whole})
-        rows.append({"quantity": "loss", "value": estimate.loss, **whole})
-        if not math.isnan(estimate.accuracy):
-            status = AT_CHANCE if estimate.at_chance else "ok"
-            rows.append({"quantity": "accuracy", "value": estimate.accuracy, "status": status, **whole})
-        total: dict[str, Any] = {"value": estimate.value, "sem": estimate.sem, "sem_data": estimate.sem_data}
-        if estimate.per_sample is not None:
-            total["samples"] = stored(estimate.per_sample)
-        status = "ok" if estimate.converged else "tolerance not reached"
-        rows.append({"layer": "all", "quantity": "trace", "ci95": estimate.ci95, "status": status, **total, **common})
-        return rows
+        ).rows()

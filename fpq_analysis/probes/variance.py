@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
+from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
 from fpq_analysis.probes.trace import half_interval
 from fpq_analysis.quantizers import view
@@ -47,7 +47,7 @@ def output_variance(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
-) -> pd.DataFrame:
+) -> Measurement:
     """Variance of a classifier's output under Gaussian noise on its input.
 
     The network is measured as it predicts, really rounding if it is quantized, as a copy in eval mode; the one handed
@@ -63,14 +63,14 @@ def output_variance(
         micro_batch: images to hold at a time; None chooses by the size of one.
 
     Returns:
-        A row for each quantity (see the top of this file) and sd: quantity, value; sem, the standard error from the
-        draws for these images; sem_data, that over the images, draws included; ci95 of the latter; n_data.
+        Rows for each quantity (see the top of this file) and sd: `sem` is the standard error from the draws for these
+        images; `sem_data` that over the images, draws included; `ci95` of the latter; `samples` each image's own value.
 
     Raises:
         UserError: for settings out of range, a model without logits, or an output that is not finite.
     """
-    rows = _measure(model, batches, OutputVariance(tuple(sds), n_draws), seed, device, micro_batch)
-    return pd.DataFrame(rows).drop(columns="samples")
+    settings = OutputVariance(tuple(sds), n_draws)
+    return Measurement(settings.name, _measure(model, batches, settings, seed, device, micro_batch), seed)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -16,8 +15,8 @@ from fpq_analysis.probes.landscape.choices import LandscapeChoices, quantity
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.grid import LossGrid
 from fpq_analysis.probes.point import Point, Rows
+from fpq_analysis.probes.result import Result
 from fpq_analysis.progress import Progress
-from fpq_analysis.records import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class LandscapeSettings(LandscapeChoices):
         return [*grid.notes, *(row for piece in self.pieces(len(point.others)) for row in grid.measure(piece))]
 
 
-@dataclass(frozen=True)
-class Landscape:
+@dataclass(frozen=True, repr=False)
+class Landscape(Result):
     """Losses on a grid, with their errors and everything that says how they were drawn.
 
     Attributes:
@@ -63,7 +62,8 @@ class Landscape:
         aliased: weights are rounded again and a grid step passes over whole stairs: the picture is a sample of a
             staircase, and its smoothness means nothing.
         directions: the moves of the variables, by name, one for each axis.
-        rows: all of it as records, see `grid.py` for the quantities.
+        found: all of it as records, see `grid.py` for the quantities.
+        seed: see `landscape`.
     """
 
     settings: LandscapeSettings
@@ -73,13 +73,26 @@ class Landscape:
     rise: np.ndarray
     rise_sem: np.ndarray
     aliased: bool
-    directions: list[Move] = field(repr=False)
-    rows: Rows = field(repr=False)
+    directions: list[Move]
+    found: Rows
+    seed: int
 
-    def frame(self, run: str = "") -> pd.DataFrame:
-        """The rows as a table of records, for the figures of `fpq_analysis.plots`; `run` is the title."""
-        about = {"run": run, "probe": self.settings.name, "key": run, "settings": run, "status": "ok"}
-        return pd.DataFrame([{**about, **row} for row in self.rows], columns=list(COLUMNS))
+    probe = "landscape"
+
+    def rows(self) -> Rows:
+        """All of it as records, see `grid.py` for the quantities."""
+        return self.found
+
+    def headline(self) -> Sequence[tuple[str, str]]:
+        """See `Result`: the loss at the centre, and what lies around it."""
+        centre = tuple(int(np.abs(axis).argmin()) for axis in self.axes)
+        low, high = (np.unravel_index(where(self.loss), self.loss.shape) for where in (np.nanargmin, np.nanargmax))
+        at = ", ".join(f"{axis[i]:.2g}" for axis, i in zip(self.axes, low, strict=True))
+        return [
+            ("loss at the centre", f"{self.loss[centre]:.4g} ± {self.sem_data[centre]:.2g} (se)"),
+            ("lowest minus that", f"{self.rise[low]:.4g} ± {self.rise_sem[low]:.2g} (se), at {at}"),
+            ("highest", f"{self.loss[high]:.4g}" + (" (aliased)" if self.aliased else "")),
+        ]
 
 
 def landscape(
@@ -150,4 +163,5 @@ def landscape(
         grid.aliased,
         grid.directions,
         rows,
+        seed,
     )

@@ -1,0 +1,57 @@
+"""The figure of one measurement of one network, which belongs to no run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.plots.figures import FIGURES
+from fpq_analysis.plots.style import COLOURS, style
+
+NETWORK = "this network"
+
+
+def single_figure(records: pd.DataFrame) -> Figure:
+    """The first figure of the records' probe that shows one network alone; else its numbers layer by layer.
+
+    Args:
+        records: of one measurement, as `Result.frame` gives them.
+
+    Raises:
+        NothingToDraw: if there is nothing to draw.
+    """
+    name = records["run"].iloc[0] or NETWORK
+    data = f"{records['n_data'].iloc[-1]} images"
+    about = {"method": name, "bits": "FP", "model": name, "dataset": data, "data": "", "train_seed": "", "epoch": ""}
+    for drawing in FIGURES.values():
+        if drawing.single and drawing.probe == records["probe"].iloc[0]:
+            blank = {column: records[column].fillna("") for column in ("definition", "estimator")}
+            return drawing.draw(records.assign(run=name, **about, **blank))
+    return layer_figure(records)
+
+
+def layer_figure(records: pd.DataFrame) -> Figure:
+    """The records' last quantity in every layer; without layers, all quantities of its kind (`eigenvalue_1`, ...)."""
+    last = str(records["quantity"].iloc[-1])
+    rows = records[(records["quantity"] == last) & (records["layer"] != "all")]
+    names = rows["layer"]
+    if rows.empty:
+        kind = last.rstrip("0123456789")
+        rows = records[records["quantity"].str.rstrip("0123456789") == kind]
+        names = rows["quantity"]
+    rows = rows[rows["value"].notna()]
+    if rows.empty:
+        raise NothingToDraw(f"no finite {last} among the records")
+    half = rows["ci95"].fillna(1.96 * rows["sem_data"]).fillna(1.96 * rows["sem"]).fillna(0.0)
+    places = np.arange(len(rows))
+    with style():
+        figure = Figure(figsize=(4.5, 0.6 + 0.16 * max(6, len(rows))), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(places, rows["value"], xerr=half, color=COLOURS["fp"], alpha=0.85, error_kw={"linewidth": 1.0})
+        axes.set_yticks(places, names[rows.index].tolist(), fontsize=7)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlabel(last if len(rows) == 1 or "all" not in set(rows["layer"]) else last.rstrip("_0123456789"))
+    return figure
