@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.figures import FIGURES
-from fpq_analysis.plots.style import COLOURS, style
+from fpq_analysis.plots.style import colour, style
 
 NETWORK = "this network"
 
@@ -49,7 +49,7 @@ def layer_figure(records: pd.DataFrame) -> Figure:
     with style():
         figure = Figure(figsize=(4.5, 0.6 + 0.16 * max(6, len(rows))), layout="constrained")
         axes = figure.subplots()
-        axes.barh(places, rows["value"], xerr=half, color=COLOURS["fp"], alpha=0.85, error_kw={"linewidth": 1.0})
+        axes.barh(places, rows["value"], xerr=half, color=colour("fp", []), alpha=0.85, error_kw={"linewidth": 1.0})
         axes.set_yticks(places, names[rows.index].tolist(), fontsize=7)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
