@@ -122,7 +122,7 @@ def test_a_warm_start_takes_fewer_products():
     [
         ({"k": 0}, "at least one"),
         ({"k": 100_000}, "k is 100000"),
-        ({"k": 100_000, "max_products": 100_000}, "100000 eigenvalues are asked of a matrix"),
+        ({"k": 100_000, "max_products": 100_000}, "100000 eigenvalues were asked of a matrix"),
         ({"which": "LR"}, "Unknown end 'LR'"),
         ({"tol": 0.0}, "between 0 and 1"),
         ({"operator": "hesian"}, "did you mean 'hessian'"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ from fpq_analysis.curvature import (
     as_batches,
     per_sample_traces,
 )
+from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.models import resnet20
 from fpq_analysis.probes.subject import prepare
@@ -334,3 +338,17 @@ def test_a_real_resnet20_agrees_with_curvlinops():
     theirs = HessianLinearOperator(subject.view, nn.CrossEntropyLoss(), parameters, subject.data)
     v = torch.randn(2, ours.size, dtype=torch.float64)
     torch.testing.assert_close(ours.products(v), (theirs @ v.T).T, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_goes_back_at_the_end_of_the_outermost():
+    process = psutil.Process()
+    with freed_memory_kept():
+        with freed_memory_kept():
+            held = [torch.ones(2**18) for _ in range(200)]  # a MB each, on the heap
+            most = process.memory_info().rss
+            held.clear()
+        inside = process.memory_info().rss
+    after = process.memory_info().rss
+    assert after < most - 2**26
+    assert after <= inside

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import SpectralMeasure, spectral_measure
 from fpq_analysis.losses import Loss
@@ -107,7 +108,7 @@ def spectral_density(
     )
     matrix = subject.operator(operator, seed)
     generator = torch.Generator().manual_seed(seed)
-    with full_precision():  # the arithmetic between the products, too
+    with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
         found = spectral_measure(matrix, generator=generator, runs=runs, steps=steps)
     return DensityEstimate(**vars(found), definition=definition, operator=operator, n_data=subject.n_data, seed=seed)
 

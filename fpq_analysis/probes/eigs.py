@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import eigenpairs
 from fpq_analysis.linalg.eigs import check_which
@@ -130,7 +131,7 @@ def hessian_eigs(
     if start is not None and len(start) != matrix.size:
         raise UserError(f"The warm start has {len(start):,} rows and the model {matrix.size:,} variables.")
     generator = torch.Generator().manual_seed(seed)
-    with full_precision():  # the arithmetic between the products, too
+    with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
         found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, max_products=max_products)
     vectors = None
     if eigenvectors:

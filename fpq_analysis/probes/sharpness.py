@@ -39,7 +39,7 @@ from torch.func import functional_call
 from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import each, freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.sampling import ALL, collected, layer_of
 from fpq_analysis.errors import UserError
@@ -201,7 +201,7 @@ class _Losses:
                 if part is not None:
                     total += part
 
-        with full_precision(), torch.enable_grad():
+        with full_precision(), freed_memory_kept(), torch.enable_grad():
             for _ in each(self.batches, add):
                 pass
         return sums
@@ -209,7 +209,7 @@ class _Losses:
     @torch.no_grad()
     def _at(self, values: Weights) -> Tensor:
         view = self.subject.view
-        with full_precision():
+        with full_precision(), freed_memory_kept():
             parts = each(
                 self.batches,
                 lambda batch: self.subject.sample_losses(functional_call(view, values, (batch[0],)), batch[1]),

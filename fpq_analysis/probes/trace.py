@@ -25,6 +25,7 @@ from fpq_analysis.curvature import (
     sampled_traces,
 )
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_of
@@ -312,7 +313,7 @@ def _from_products(
         matrix = subject.operator(operator, seed)
         for name, place in matrix.slices.items():  # a layer's parameters stand side by side
             blocks[layer_of(name)] = slice(blocks.get(layer_of(name), place).start, place.stop)
-        with full_precision():  # the arithmetic between the products, too
+        with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
             found = _estimate(matrix, method, list(blocks.values()), n_products, tol, seed)
     return {
         "value": found.value,

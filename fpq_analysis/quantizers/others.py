@@ -126,6 +126,8 @@ def rounded_weight(model: nn.Module, x: Tensor) -> str:
         if p.requires_grad and owner in calls and not name.startswith(ours):
             by_owner.setdefault(owner, []).append(name)
     for owner, names in by_owner.items():
+        if _uses_plainly(modules[owner]):
+            continue
         inside = {name: name.removeprefix(f"{owner}.") if owner else name for name in names}
         args, kwargs = calls[owner]
         found = _rounds(modules[owner], args, kwargs, list(inside.values()))
@@ -133,6 +135,12 @@ def rounded_weight(model: nn.Module, x: Tensor) -> str:
             name = next(name for name, inner in inside.items() if inner == found)
             return name.replace("parametrizations.weight.original", "weight")
     return ""
+
+
+def _uses_plainly(module: nn.Module) -> bool:
+    """Whether it is a layer of PyTorch's own, with no other forward put in its place: most are, and need no trial."""
+    own = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+    return own and type(module).forward.__module__.startswith("torch.nn.") and not any(module.children())
 
 
 def _rounds(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[str]) -> str:
