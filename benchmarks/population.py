@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from fpq_analysis import hessian_trace, load
 from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.devices import pick_device
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.probes.subject import prepare
-from fpq_analysis.probes.trace import half_interval
 from fpq_analysis.runs.checkpoint import read_checkpoint
 
 

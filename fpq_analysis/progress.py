@@ -6,15 +6,10 @@ import sys
 import time
 from types import TracebackType
 
+from fpq_analysis.text import duration
+
 # Seconds between lines when nobody watches a terminal.
 QUIET = 30.0
-
-
-def duration(seconds: float) -> str:
-    """`seconds` in the unit that reads best."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class Progress:

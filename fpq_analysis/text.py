@@ -1,8 +1,37 @@
-"""Text from outside, such as names of runs and files, made safe to show."""
+"""Numbers, times and lists in words, and text from outside, such as names of runs, made safe to show."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
+
+
+def number(x: float, digits: int) -> str:
+    """`x` to so many significant digits, without an exponent where it is of a common size."""
+    rounded = float(f"{x:.{digits}g}")
+    return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e7 else f"{rounded:.{digits}g}"
+
+
+def fraction(x: float) -> str:
+    """`1/8` for 0.125; other numbers as they are."""
+    inverse = 1 / x
+    return f"1/{inverse:.0f}" if x < 1 and abs(inverse - round(inverse)) < 1e-9 else f"{x:g}"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `12 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def listed(values: Iterable[object], last: str = "and") -> str:
+    """`a, b and c`, each once."""
+    words = list(dict.fromkeys(str(value) for value in values))
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -18,9 +18,9 @@
 # %matplotlib inline
 from fpq_analysis import measure
 from fpq_analysis.plots import caption5, figure5
-from fpq_analysis.plots.figure5 import totals
 from fpq_analysis.probes import HessianTrace
 from fpq_analysis.records.comparison import against_baseline
+from fpq_analysis.records.queries import totals
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 

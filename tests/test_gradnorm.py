@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from fpq_analysis import GradNorm, QuantSpec, UserError, calibrate, gradient_norms, quantize, records
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import caption2, figure2
-from fpq_analysis.plots.figure2 import norms
 from fpq_analysis.probes import Point
 from fpq_analysis.quantizers import quantizers, variables, view
 from fpq_analysis.records import COLUMNS
+from fpq_analysis.records.queries import norms
 from tests.nets import FunctionalGelu, tiny
 from tests.results import table_of
 from tests.test_cli import call

@@ -19,10 +19,10 @@ from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import SCHEMES
 from fpq_analysis.plots import noise_caption, noise_figure
-from fpq_analysis.plots.noise import fraction
 from fpq_analysis.probes.noise import SIZES, _mean, _relative, _verdicts, controlled
 from fpq_analysis.probes.noise_passes import _added, _Clean, _sites
 from fpq_analysis.quantizers import FeatureNoise, view
+from fpq_analysis.text import fraction
 from tests.nets import Residual, tiny
 from tests.results import table_of
 from tests.test_records_and_plots import row

@@ -19,9 +19,9 @@ from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
-from fpq_analysis.plots.figure5 import totals
 from fpq_analysis.plots.style import powers_of_ten
-from fpq_analysis.records.comparison import against_baseline, by_epoch, number
+from fpq_analysis.records.comparison import against_baseline, by_epoch
+from fpq_analysis.records.queries import totals
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
@@ -236,10 +236,6 @@ def test_differences_are_taken_within_a_folder():
             (("a", "lsq", 5.0), ("a", "fpq", 4.0), ("b", "lsq", 50.0), ("b", "fpq", 51.0))]  # fmt: skip
     found = against_baseline(pd.DataFrame(rows))
     assert [(d.run, d.baseline, d.value) for d in found] == [("a/fpq", "a/lsq", -1.0), ("b/fpq", "b/lsq", 1.0)]
-
-
-def test_numbers_read_well():
-    assert [number(x, 2) for x in (137.3, 0.0123, 9.96, -75.9, 0.0)] == ["140", "0.012", "10", "-76", "0"]
 
 
 def test_differences_that_are_noise_are_called_so():

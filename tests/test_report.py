@@ -20,12 +20,12 @@ from fpq_analysis import UserError, measure, records, write_report
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.files import append_jsonl, read_jsonl, write_json
 from fpq_analysis.plots import FIGURES, training_caption, training_figure
-from fpq_analysis.plots.figure5 import totals
 from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
+from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, pictures
 from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study
-from fpq_analysis.report.tables import digits_beside, duration, shown
+from fpq_analysis.report.tables import digits_beside, shown
 from tests.nets import DIGITS
 from tests.test_cli import call
 from tests.words import words
@@ -391,27 +391,6 @@ def test_findings_over_seeds(tmp_path):
     assert cell == ["95.33\u00a0±\u00a01.53 (3)", pytest.approx(np.mean(accuracies["fpq"]))]
 
 
-@pytest.mark.parametrize(("p", "q", "n"), [(0.98, 0.96, 355), (1.0, 1.0, 50), (0.3, 0.9, 20), (1.0, 0.0, 10)])
-def test_intervals_of_proportions(p, q, n):
-    low, high = findings.wilson(p, n)
-    theirs = stats.binomtest(round(p * n), n).proportion_ci(method="wilson")
-    x = round(p * n) / n
-    assert findings.wilson(x, n) == pytest.approx((theirs.low, theirs.high), abs=2e-5)  # 1.96 is rounded
-    assert 0 <= low <= p <= high <= 1
-    low, high = findings.newcombe(p, q, n)
-    assert -1 <= low <= p - q <= high <= 1
-    assert low < high
-    assert findings.newcombe(q, p, n) == pytest.approx((-high, -low))
-
-
-def test_newcombe_against_the_published_example():
-    """Newcombe 1998, Table II (a): 56/70 - 48/80, method 10: 0.0524 to 0.3339; here both of n = 80 would differ."""
-    (p_low, p_high), (q_low, q_high) = findings.wilson(56 / 70, 70), findings.wilson(48 / 80, 80)
-    gap = 56 / 70 - 48 / 80
-    assert gap - np.hypot(56 / 70 - p_low, q_high - 0.6) == pytest.approx(0.0524, abs=1e-4)
-    assert gap + np.hypot(p_high - 56 / 70, 0.6 - q_low) == pytest.approx(0.3339, abs=1e-4)
-
-
 def test_training_figure_is_the_mean_over_seeds():
     rows = pd.DataFrame(
         [
@@ -451,6 +430,5 @@ def test_small_print():
     texts = [shown(value, digits_beside(value, half)) for value, half in pairs]
     assert texts == ["17.9", "12,345.68", "0.0053", "−56.3", "3"]
     assert typeset("a-1 is -5.66 ± 17, 95 % of x-2") == "a-1 is −5.66\u00a0±\u00a017, 95\u00a0% of x-2"
-    assert [duration(s) for s in (4.25, 59, 61, 7500)] == ["4.2 s", "59 s", "1 min 01 s", "2 h 05 min"]
     with pytest.raises(UserError, match="No folder"):
         read_study("nowhere")

@@ -284,7 +284,7 @@ def test_missing_data_stop_the_sweep_at_once(tmp_path):
 
 def test_summaries():
     frame = pd.DataFrame({"status": [DONE, "to do", "to do"], "seconds_left": [0.0, 60.0, float("nan")]})
-    assert summary(frame) == "3 runs: 1 done, 2 to do, about 60 s left and 1 of unknown length"
+    assert summary(frame) == "3 runs: 1 done, 2 to do, about 1 min 00 s left and 1 of unknown length"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: str(path.relative_to(CONFIGS)))

@@ -1,4 +1,4 @@
-"""Names from outside on a terminal."""
+"""Numbers and lists in words, and names from outside on a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpq_analysis.text import printable
+from fpq_analysis.text import duration, fraction, listed, number, printable
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,21 @@ def test_any_text_can_be_printed(text):
     shown.encode()
     assert printable(shown) == shown
     assert printable(text, keep="\n").count("\n") == text.count("\n")
+
+
+def test_numbers_in_words():
+    assert [number(x, 3) for x in (1234.5, 0.00012345, -12.0, 3e7)] == ["1230", "0.000123", "-12", "3e+07"]
+    assert [number(x, 2) for x in (137.3, 0.0123, 9.96, -75.9, 0.0)] == ["140", "0.012", "10", "-76", "0"]
+    assert [fraction(x) for x in (0.125, 1, 1.5, 0.3)] == ["1/8", "1", "1.5", "0.3"]
+    assert [duration(x) for x in (0, 4.25, 59.6, 61, 7500)] == [
+        "0.0 s",
+        "4.2 s",
+        "1 min 00 s",
+        "1 min 01 s",
+        "2 h 05 min",
+    ]
+
+
+def test_lists_in_words():
+    assert [listed(x) for x in ("", "a", "ab", "abca")] == ["", "a", "a and b", "a, b and c"]
+    assert listed([1, 2], "or") == "1 or 2"

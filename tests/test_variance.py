@@ -15,10 +15,11 @@ from torch import nn
 from fpq_analysis import OutputVariance, QuantSpec, UserError, calibrate, output_variance, quantize, records
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots import caption1, figure1
-from fpq_analysis.plots.figure1 import over_seeds, variances
+from fpq_analysis.plots.figure1 import over_seeds
 from fpq_analysis.probes import Point
 from fpq_analysis.probes.variance import variance_with_error
 from fpq_analysis.records import COLUMNS
+from fpq_analysis.records.queries import variances
 from tests.nets import tiny
 from tests.results import table_of
 from tests.test_cli import call

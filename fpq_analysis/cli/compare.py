@@ -60,9 +60,10 @@ def compare(
 
     from fpq_analysis.pipeline.run import measure
     from fpq_analysis.pipeline.source import source_of
-    from fpq_analysis.plots.figure5 import totals
     from fpq_analysis.probes import HessianTrace
-    from fpq_analysis.records.comparison import by_epoch, number, told_apart
+    from fpq_analysis.records.comparison import by_epoch, told_apart
+    from fpq_analysis.records.queries import totals
+    from fpq_analysis.text import number
 
     pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)

@@ -37,7 +37,7 @@ def features(
 
 def print_features(frame: pd.DataFrame) -> None:
     """Means over the channels, a row a checkpoint; of long runs the first, the last and some between."""
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.text import number
 
     rows = some_epochs(frame[frame["layer"] != "all"])
     if rows.empty:

@@ -75,8 +75,9 @@ def hessian(
 
 def print_traces(frame: pd.DataFrame) -> None:
     """The whole-network traces, a row a checkpoint; of long runs the first, the last and some between."""
-    from fpq_analysis.plots.figure5 import totals
-    from fpq_analysis.records.comparison import against_baseline, number
+    from fpq_analysis.records.comparison import against_baseline
+    from fpq_analysis.records.queries import totals
+    from fpq_analysis.text import number
 
     rows = totals(frame)
     if rows.empty:
@@ -130,8 +131,8 @@ def _warn_of_chance(frame: pd.DataFrame) -> None:
 
 
 def _print_eigenvalues(frame: pd.DataFrame) -> None:
-    from fpq_analysis.plots.eigenvalues import eigenvalues
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.records.queries import eigenvalues
+    from fpq_analysis.text import number
 
     rows = eigenvalues(frame)
     if rows.empty:
@@ -152,7 +153,7 @@ def _print_eigenvalues(frame: pd.DataFrame) -> None:
 
 
 def _print_moments(frame: pd.DataFrame) -> None:
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.text import number
 
     table = new_table(
         {"Run": "left", "Epoch": "right", "Trace": "right", "± se": "right", "Σ λ²": "right", "± se ": "right"}
@@ -167,7 +168,7 @@ def _print_moments(frame: pd.DataFrame) -> None:
 
 
 def _print_sharpness(frame: pd.DataFrame) -> None:
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.text import number
 
     rows = some_epochs(frame[frame["layer"] == "all"])
     tell("\nSharpness that survives rescaling, at each run's last epoch:")

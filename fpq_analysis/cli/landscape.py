@@ -96,7 +96,7 @@ def _print(found: list[Terrain]) -> None:
     """A row a landscape: the loss at the centre, its lowest and highest point, the grid in quantization steps."""
     import numpy as np
 
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.text import number
 
     headings = ("Epoch", "Loss", "± 95 %", "Dip", "± 95 % ", "at", "Highest", "Steps")
     table = new_table({"Run": "left", **dict.fromkeys(headings, "right")})

@@ -250,7 +250,7 @@ def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
     Args:
         headings: quantity to heading, in the order of the columns.
     """
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.text import number
 
     rows = some_epochs(frame[(frame["layer"] == "all") & frame["quantity"].isin(list(headings))])
     if rows.empty:

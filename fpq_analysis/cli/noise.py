@@ -44,8 +44,8 @@ def noise(
 
 def print_responses(frame: pd.DataFrame) -> None:
     """Predicted and measured increases at every size, at each run's last epoch; and the layers that cost most."""
-    from fpq_analysis.plots.noise import fraction, responses
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.records.queries import responses
+    from fpq_analysis.text import fraction, number
 
     rows = responses(frame)
     if rows.empty:
@@ -88,8 +88,7 @@ def print_responses(frame: pd.DataFrame) -> None:
 
 def summary(run: str, rows: pd.DataFrame) -> str:
     """One checkpoint's verdicts and its costliest layer, in words."""
-    from fpq_analysis.plots.noise import fraction
-    from fpq_analysis.records.comparison import number
+    from fpq_analysis.text import fraction, number
 
     whole = rows[rows["layer"] == "all"].set_index("quantity")["value"]
 

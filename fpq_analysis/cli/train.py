@@ -153,7 +153,7 @@ def _train_sweep(
 
 
 def _print_sweep(frame: pd.DataFrame) -> None:
-    from fpq_analysis.progress import duration
+    from fpq_analysis.text import duration
 
     table = new_table({"Run": "left", "Epoch": "right", "Test %": "right", "Left": "right", "Status": "left"})
     for row in frame.to_dict("records"):

@@ -36,7 +36,8 @@ def variance(
 
 
 def _print_variances(frame: pd.DataFrame) -> None:
-    from fpq_analysis.plots.figure1 import SD, nearest, variances
+    from fpq_analysis.plots.figure1 import SD
+    from fpq_analysis.records.queries import nearest, variances
 
     rows = variances(frame)
     if rows.empty:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats
 from torch import Tensor
+
+from fpq_analysis.intervals import half_interval
 
 # Fewer draws say too little about their own spread: for a skewed distribution, as from a matrix with one large
 # eigenvalue, intervals from 10 draws contain the truth in 86 % of cases instead of 95, and from 30 in 91.
@@ -53,7 +54,7 @@ class Estimate:
 
     def half_width(self, level: float = 0.95) -> float:
         """Half the width of the two-sided confidence interval at `level`."""
-        return float(stats.t.ppf((1 + level) / 2, self.dof)) * self.sem if self.sem else 0.0
+        return half_interval(self.sem, self.dof, level)
 
 
 def mean_and_error(draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import at_epoch, colour, listed, panels, powers_of_ten, style
+from fpq_analysis.plots.style import at_epoch, colour, panels, powers_of_ten, style
+from fpq_analysis.records.queries import distinct
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
@@ -113,7 +114,7 @@ def standing_alone(nodes: np.ndarray, gap: float) -> np.ndarray:
 
 def density_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
-    several = partial(listed, records)
+    several = partial(distinct, records)
     runs = records["quantity"].str.startswith("nodes_").groupby(records["key"]).sum().max()
     return (
         "Spectral density of the Hessian of the mean cross-entropy (definition: "

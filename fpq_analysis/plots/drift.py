@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, look, run_label, style
+from fpq_analysis.plots.style import band, epoch_axis, log_if_wide, look, run_label, style
+from fpq_analysis.records.queries import distinct, last_epochs
 
 # Quantity to the label of its axis.
 QUANTITIES = {
@@ -43,7 +44,7 @@ def drift_figure(records: pd.DataFrame) -> Figure:
 def drift_layer_figure(records: pd.DataFrame) -> Figure:
     """The drift of every layer at each run's last epoch, in the order of the network; else as `drift_figure`."""
     rows = drift_rows(records)
-    rows = rows[(rows["layer"] != "all") & (rows["epoch"] == rows.groupby("run")["epoch"].transform("max"))]
+    rows = last_epochs(rows[rows["layer"] != "all"])
     return _figure(rows, "layer")
 
 
@@ -101,7 +102,7 @@ def _short(name: str) -> str:
 def drift_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figures: definitions, data, seeds, what the band is."""
     rows = drift_rows(records)
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     part = rows[(rows["quantity"] == "wasserstein") & (rows["estimator"] != "all values")]
     how = f" (from {', '.join(sorted(part['estimator'].unique()))})" if len(part) else ""
     return (

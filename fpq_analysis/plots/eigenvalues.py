@@ -8,13 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import epoch_axis, listed, look, panels, style
-
-
-def eigenvalues(records: pd.DataFrame) -> pd.DataFrame:
-    """The rows that hold an eigenvalue, with its place in a column `rank` (1 is the extreme one)."""
-    rows = records[records["quantity"].str.startswith("eigenvalue_") & records["value"].notna()]
-    return rows.assign(rank=rows["quantity"].str.removeprefix("eigenvalue_").astype(int))
+from fpq_analysis.plots.style import epoch_axis, look, panels, style
+from fpq_analysis.records.queries import distinct, eigenvalues
 
 
 def eigenvalue_figure(records: pd.DataFrame) -> Figure:
@@ -57,7 +52,7 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
 def eigenvalue_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     rows = eigenvalues(records)
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     return (
         f"Extreme eigenvalues of the Hessian of the mean cross-entropy against the epoch (definition: "
         f"{several('definition')}; {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training "

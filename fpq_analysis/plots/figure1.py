@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,20 +14,14 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFo
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import method_rank
-from fpq_analysis.plots.style import colour, label, legend_by_ends, listed, look, style
+from fpq_analysis.plots.style import colour, label, legend_by_ends, look, style
+from fpq_analysis.records.queries import distinct, nearest, variances
 
 SD = 0.1  # of the bars, where it was measured
 HATCHES = {"W2A4": "////", "W2A2": "xxxx"}
 # The paper's order; what it does not have comes after.
 BITS = ("FP", "W4A4", "W2A4")
 WHAT = {"logit_variance": "logits", "probability_variance": "class probabilities"}
-
-
-def variances(records: pd.DataFrame, quantity: str = "logit_variance") -> pd.DataFrame:
-    """The rows of a quantity at each run's last epoch, with the noise's standard deviation in a column `sd`."""
-    rows = records[records["quantity"].str.startswith(f"{quantity}@") & records["value"].notna()]
-    rows = rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
-    return rows.assign(sd=[float(name.rpartition("@")[2]) for name in rows["quantity"]])
 
 
 def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: float = SD) -> Figure:
@@ -61,11 +54,6 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
             bars.set_title(f"{model}, {dataset}: noise sd {nearest(panel, sd):g}")
             sweep.set_title("All sizes of noise")
     return figure
-
-
-def nearest(rows: pd.DataFrame, sd: float) -> float:
-    """Of the measured standard deviations the one nearest to `sd`, in ratio."""
-    return min(map(float, rows["sd"].unique()), key=lambda found: abs(math.log(found / sd)))
 
 
 def groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -142,7 +130,7 @@ def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
 def caption1(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure: what varies, under which noise, data, seeds, what the bars are."""
     rows = variances(records)
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     seeds = rows.groupby(["model", "dataset", "method", "bits"])["run"].nunique()
     bars = "95 % interval over the images, draws of the noise included, of one training run each"
     if (seeds > 1).any():

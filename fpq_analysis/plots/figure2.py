@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import BASELINE
-from fpq_analysis.plots.style import band, epoch_axis, listed, log_if_wide, run_label, style
+from fpq_analysis.plots.style import band, epoch_axis, log_if_wide, run_label, style
+from fpq_analysis.records.queries import distinct, norms
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
 # Okabe and Ito's colours that stand for no method here.
@@ -21,13 +22,6 @@ LOOKS: dict[str, dict[str, Any]] = {
     "weights": {"color": "#E69F00", "marker": "s", "label": "noise in the weights"},
     "clean": {"color": "0.5", "linestyle": "--", "linewidth": 1.0, "marker": "", "label": "no noise"},
 }
-
-
-def norms(records: pd.DataFrame, quantity: str = "grad_norm_minibatch") -> pd.DataFrame:
-    """The whole networks' rows of a quantity, with the arm in a column `arm`."""
-    rows = records[(records["layer"] == "all") & records["quantity"].str.startswith(f"{quantity}@")]
-    rows = rows[rows["value"].notna()]
-    return rows.assign(arm=[name.rpartition("@")[2] for name in rows["quantity"]])
 
 
 def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> Figure:
@@ -112,7 +106,7 @@ def caption2(records: pd.DataFrame) -> str:
     rows = norms(records)
     trained = trained_in_noise(rows)
     drawn = _with_noise(rows) if trained.empty else trained
-    several = partial(listed, drawn)
+    several = partial(distinct, drawn)
     counts = drawn[drawn["arm"] != "clean"].groupby("arm")["n_products"].max()
     draws = f"{counts.max():g}"
     if counts.nunique() > 1:

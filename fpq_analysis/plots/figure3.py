@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import at_epoch, colour, label, style
+from fpq_analysis.records.queries import last_epochs
 
 MOST = 32  # channels, as in the paper
 MEAN = "#E69F00"  # the paper's orange line
@@ -23,7 +24,7 @@ PREFERRED = ("fpq", "lsq")  # of the quantized runs, the first there is
 def layer_rows(records: pd.DataFrame) -> pd.DataFrame:
     """The rows of one layer that hold numbers by channel, bin or image, at each run's last measured epoch."""
     rows = records[(records["layer"] != "all") & records["samples"].notna()]
-    return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")].reset_index(drop=True)
+    return last_epochs(rows).reset_index(drop=True)
 
 
 def bits_of(bits: str) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import method_rank
 from fpq_analysis.plots.figure3 import bits_of, layer_rows
-from fpq_analysis.plots.style import colour, label, listed, style
+from fpq_analysis.plots.style import colour, label, style
+from fpq_analysis.records.queries import distinct
 
 IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
 LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
@@ -132,7 +133,7 @@ def _image_title(band: pd.DataFrame, image: int) -> str:
 def caption4(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure: layer, images, runs, what the curves leave out."""
     rows = densities(records)
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     n_data = rows.loc[rows["quantity"] == "density_images", "n_data"].max()
     runs = ", ".join(f"{one.run} at epoch {one.epoch}" for one in rows.drop_duplicates("run").itertuples(index=False))
     return (

@@ -14,21 +14,15 @@ from fpq_analysis.plots.style import (
     colour,
     epoch_axis,
     legend_by_ends,
-    listed,
     log_if_wide,
     look,
     run_label,
     style,
 )
+from fpq_analysis.records.queries import distinct, totals
 
 # What the rows of one line have in common.
 LINE = ["run", "method", "bits", "definition", "estimator"]
-
-
-def totals(records: pd.DataFrame) -> pd.DataFrame:
-    """The rows that hold a whole network's trace and are finite."""
-    whole = records[(records["layer"] == "all") & (records["quantity"] == "trace")]
-    return whole[whole["value"].notna()]
 
 
 def figure5(records: pd.DataFrame) -> Figure:
@@ -106,7 +100,7 @@ def _legend(line: pd.DataFrame, panel: pd.DataFrame) -> str:
 def caption5(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure: definition, method, data, seeds, sample size."""
     rows = totals(records)
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     return (
         f"Trace of the Hessian of the mean cross-entropy against the epoch (definition: {several('definition')}; "
         f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training images without "

@@ -11,19 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import colour, listed, panels, powers_of_ten, style
+from fpq_analysis.plots.style import colour, panels, powers_of_ten, style
+from fpq_analysis.records.queries import distinct, responses
+from fpq_analysis.text import fraction
 
 # Kind of number: its name in the legend, its marker, filled or not, and where beside its size it stands.
 KINDS = {"real": ("real network", "o", True, 1.05), "surrogate": ("straight-through", "s", False, 0.95)}
 OWN = 1.0  # the size of FPQ's noise
-
-
-def responses(records: pd.DataFrame) -> pd.DataFrame:
-    """Whole-network increases at each run's last measured epoch, with columns `kind` and `size`."""
-    rows = records[(records["layer"] == "all") & records["value"].notna()]
-    found = rows["quantity"].astype(str).str.extract(r"^(real|surrogate|linear|predicted)_([\d.]+(?:e[+-]?\d+)?)$")
-    rows = rows.assign(kind=found[0], size=found[1].astype(float)).dropna(subset=["kind"])
-    return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
 
 
 def noise_figure(records: pd.DataFrame) -> Figure:
@@ -96,16 +90,10 @@ def _draw(axes: Axes, panel: pd.DataFrame, tint: str) -> None:
     axes.set_ylabel("Increase of the loss")
 
 
-def fraction(size: float) -> str:
-    """1/8 for 0.125; other numbers as they are."""
-    inverse = 1 / size
-    return f"1/{inverse:.0f}" if size < 1 and abs(inverse - round(inverse)) < 1e-9 else f"{size:g}"
-
-
 def noise_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     rows = responses(records)
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     how = ", ".join(sorted(rows.loc[rows["kind"] == "predicted", "estimator"].unique()))
     return (
         "Increase of the mean cross-entropy when uniform noise, of the width given in quantization steps, is added at "

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import listed, look, run_label, style
+from fpq_analysis.plots.style import look, run_label, style
+from fpq_analysis.records.queries import distinct
 
 PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
 
@@ -65,7 +66,7 @@ def oscillation_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
     rows = shares(records)
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
-    several = partial(listed, rows)
+    several = partial(distinct, rows)
     return (
         f"Left: share of the quantized weights less than {eps:g} steps from a rounding threshold. Right: share whose "
         "whole number differs from that at the checkpoint before, whether the weight moved or its step size. All "

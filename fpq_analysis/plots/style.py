@@ -12,7 +12,6 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -32,17 +31,25 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def style() -> Iterator[None]:
     """Inside, figures are drawn in the project's style; the user's own settings come back afterwards."""
     ours: dict[Any, Any] = {
-        **sns.axes_style("whitegrid"),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "patch.edgecolor"), "white"),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "0.15"),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow", "patch.force_edgecolor"), True),
+        **dict.fromkeys(("axes.spines.left", "axes.spines.bottom"), True),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+        **dict.fromkeys(("xtick.bottom", "xtick.top", "ytick.left", "ytick.right"), False),
+        **dict.fromkeys(("xtick.direction", "ytick.direction"), "out"),
         "axes.edgecolor": "#444444",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
+        "font.family": ["sans-serif"],
+        "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
         "font.size": 9,
         "axes.titlesize": 10,
         "figure.dpi": 150,
         "grid.color": "#E6E6E6",
+        "grid.linestyle": "-",
         "legend.frameon": False,
         "lines.linewidth": 1.6,
         "lines.markersize": 3.5,
+        "lines.solid_capstyle": "round",
         "pdf.fonttype": 42,  # text stays text in PDF
         "svg.fonttype": "none",
         "text.parse_math": False,  # names of runs, layers and the like are text, with or without a dollar
@@ -92,11 +99,6 @@ def look(method: str, bits: str, methods: list[str]) -> dict[str, Any]:
     """How the line of a run is drawn: colour by method, line and marker by bit width."""
     tint = colour(method, methods)
     return {"color": tint, "linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o")}
-
-
-def listed(rows: pd.DataFrame, column: str) -> str:
-    """The different values of a column, sorted, with commas between: for captions."""
-    return ", ".join(str(value) for value in sorted(rows[column].unique()))
 
 
 def epoch_axis(axes: Axes, ticks: int = 10) -> None:

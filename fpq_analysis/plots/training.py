@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, listed, look, style
+from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, look, style
+from fpq_analysis.records.queries import distinct
 
 
 def training_figure(rows: pd.DataFrame) -> Figure:
@@ -67,5 +68,5 @@ def training_caption(rows: pd.DataFrame) -> str:
         runs = f"mean over up to {seeds.max()} training runs, bands from the lowest to the highest of them"
     return (
         f"Test accuracy against the epoch, on the whole test set; {runs}. Data: "
-        f"{listed(rows, 'dataset')}; network: {listed(rows, 'model')}."
+        f"{distinct(rows, 'dataset')}; network: {distinct(rows, 'model')}."
     )

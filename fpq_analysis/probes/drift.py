@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
@@ -324,7 +324,7 @@ def _jackknife(value: float, without: np.ndarray) -> np.ndarray:
 def _row(layer: str, quantity: str, value: float, blocks: np.ndarray) -> dict[str, Any]:
     n = len(blocks)
     sem = float(blocks.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    half = float(stats.t.ppf(0.975, n - 1)) * sem if n > 1 else math.nan
+    half = half_interval(sem, n - 1) if n > 1 else math.nan
     return {"layer": layer, "quantity": quantity, "value": float(value), "sem_data": sem, "ci95": half}
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy.special import bdtrc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,7 +46,7 @@ class Fit:
         """Whether the accuracy is no better than chance, by a one-sided binomial test; False for few samples."""
         if math.isnan(self.accuracy) or self.n < FEWEST or self.chance == 1:
             return False
-        return bool(stats.binom.sf(round(self.accuracy * self.n) - 1, self.n, self.chance) > UNSURE)
+        return bool(bdtrc(round(self.accuracy * self.n) - 1, self.n, self.chance) > UNSURE)
 
 
 def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool) -> Fit:

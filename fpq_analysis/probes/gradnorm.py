@@ -32,11 +32,12 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import ROOT, half_interval
+from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition
 from fpq_analysis.quantizers.noise import uniform_rows
 

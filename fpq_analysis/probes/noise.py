@@ -40,13 +40,14 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.errors import UserError
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import ROOT, half_interval
+from fpq_analysis.probes.trace import ROOT
 
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 # Most of the increase is that of a few images.  From two draws of each (ResNet-20 on digits, 512 images) the error of

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 
 from fpq_analysis.curvature import (
@@ -30,6 +29,7 @@ from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_of
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.losses import Loss
 from fpq_analysis.probes.point import Point, Rows, stored
@@ -134,11 +134,6 @@ class TraceEstimate(Result):
     def ci95(self) -> float:
         """Half of the two-sided 95 % interval that belongs to `error`."""
         return half_interval(self.error, self.dof)
-
-
-def half_interval(sem: float, dof: float, level: float = 0.95) -> float:
-    """Half of the two-sided Student interval."""
-    return float(stats.t.ppf((1 + level) / 2, dof)) * sem if sem else 0.0
 
 
 def hessian_trace(

@@ -26,11 +26,11 @@ from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
-from fpq_analysis.probes.trace import half_interval
 from fpq_analysis.quantizers import view
 
 SDS = (0.05, 0.1, 0.2, 0.5)

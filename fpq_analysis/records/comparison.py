@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.intervals import Z95
 from fpq_analysis.methods import BASELINE
+from fpq_analysis.text import number
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Difference:
     @property
     def ci95(self) -> float:
         """Half of the 95 % interval."""
-        return 1.96 * self.sem
+        return Z95 * self.sem
 
     def sentence(self) -> str:
         """The difference in plain words, with its 95 % interval."""
@@ -74,12 +76,6 @@ def told_apart(ours: Path, theirs: Path) -> tuple[str, str]:
     return str(Path(*a.parts[-length:])), str(Path(*b.parts[-length:]))
 
 
-def number(x: float, digits: int) -> str:
-    """`x` to so many significant digits, without an exponent where it is of a common size."""
-    rounded = float(f"{x:.{digits}g}")
-    return f"{rounded:.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e7 else f"{rounded:.{digits}g}"
-
-
 def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     """Between two rows of records with equal settings: paired by image where both have `samples`.
 
@@ -91,7 +87,7 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
         gap = np.asarray(pairs[0]) - np.asarray(pairs[1])
         value, sem = float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
     else:
-        value, sem = ours["value"] - theirs["value"], math.hypot(ours["ci95"], theirs["ci95"]) / 1.96
+        value, sem = ours["value"] - theirs["value"], math.hypot(ours["ci95"], theirs["ci95"]) / Z95
     return Difference(
         str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), paired
     )
@@ -121,7 +117,7 @@ def against_baseline(totals: pd.DataFrame, baseline: str = BASELINE) -> list[Dif
     The last epoch that both were measured at, under equal definition, estimator, images and seed.
 
     Args:
-        totals: whole-network traces with their `samples`, see `plots.figure5.totals`.
+        totals: whole-network traces with their `samples`, see `queries.totals`.
     """
     same = ["model", "data", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
     rows = totals[totals["samples"].notna() & (totals["bits"] != "FP")]

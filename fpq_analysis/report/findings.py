@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from scipy import stats
 
 from fpq_analysis import records
+from fpq_analysis.intervals import newcombe, over_seeds
 from fpq_analysis.methods import BASELINE, method_label
-from fpq_analysis.records.comparison import Difference, against_baseline, difference, number
+from fpq_analysis.records.comparison import Difference, against_baseline, difference
 from fpq_analysis.report.study import DEFINITIONS, PLACES, Run, Study, number_of
-
-# Of normal intervals; those over few seeds are Student's.
-Z95 = 1.96
+from fpq_analysis.text import listed, number
 
 
 @dataclass(frozen=True)
@@ -115,28 +113,6 @@ def accuracy_pairs(study: Study) -> list[tuple[Run, Run]]:
         if run.method != BASELINE and len(theirs) == 1:
             found.append((run, theirs[0]))
     return found
-
-
-def wilson(p: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion `p` of `n` (Wilson 1927)."""
-    centre, half = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    return (centre - half) / (1 + Z95**2 / n), (centre + half) / (1 + Z95**2 / n)
-
-
-def newcombe(p: float, q: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of p - q, proportions of `n` each and independent (Newcombe 1998, method 10).
-
-    It stays right near 100 %, where the normal interval shrinks to nothing.  Two networks that err on the same images
-    are not independent; for them it is too wide.
-    """
-    (p_low, p_high), (q_low, q_high) = wilson(p, n), wilson(q, n)
-    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of at least two values, and half of its 95 % Student interval."""
-    sem = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), float(stats.t.ppf(0.975, len(values) - 1)) * sem
 
 
 def findings(study: Study) -> list[Finding]:
@@ -245,12 +221,6 @@ def _accuracies(study: Study) -> list[str]:
             "which is too wide where both err on the same images."
         )
     return sentences
-
-
-def listed(values: Iterable[object], last: str = "and") -> str:
-    """`a, b and c`, each once."""
-    words = list(dict.fromkeys(str(value) for value in values))
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def signed(value: float) -> str:

@@ -16,10 +16,11 @@ from fpq_analysis.files import write_text
 from fpq_analysis.methods import method_label
 from fpq_analysis.report import tables
 from fpq_analysis.report.citations import bibtex
-from fpq_analysis.report.findings import cautions, findings, listed
+from fpq_analysis.report.findings import cautions, findings
 from fpq_analysis.report.pictures import pictures, training_picture
 from fpq_analysis.report.prose import DEFINITIONS, methods
 from fpq_analysis.report.study import Run, Study, read_study
+from fpq_analysis.text import listed
 
 HERE = Path(__file__).parent
 

@@ -8,10 +8,9 @@ from string import Formatter
 import pandas as pd
 
 from fpq_analysis.methods import METHODS, method_label
-from fpq_analysis.plots.eigenvalues import eigenvalues
-from fpq_analysis.plots.figure5 import totals
-from fpq_analysis.report.findings import listed
+from fpq_analysis.records.queries import eigenvalues, totals
 from fpq_analysis.report.study import Run, Study
+from fpq_analysis.text import listed
 
 # What each definition of the Hessian means; DESIGN and README say the same.
 DEFINITIONS = {

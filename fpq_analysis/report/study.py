@@ -18,7 +18,7 @@ import pandas as pd
 from fpq_analysis import records
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.methods import method_rank
-from fpq_analysis.plots.figure5 import totals
+from fpq_analysis.records.queries import totals
 from fpq_analysis.runs import read_manifest, read_run, read_training
 
 # Which Hessian is spoken of where only one can be.

@@ -11,12 +11,13 @@ from typing import Any
 
 import pandas as pd
 
+from fpq_analysis.intervals import Z95
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.plots import Drawing
 from fpq_analysis.plots.style import colour
-from fpq_analysis.records.comparison import number
-from fpq_analysis.report.findings import Z95, Comparison, against_float, against_method, variant, varying
+from fpq_analysis.report.findings import Comparison, against_float, against_method, variant, varying
 from fpq_analysis.report.study import Run, Study, number_of
+from fpq_analysis.text import duration, number
 
 NONE = "–"
 SHORT_HASH = 12
@@ -421,13 +422,3 @@ def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, st
     if "sharpness" not in study.probes:
         found["Sharpness"] = "hessian --sharpness"  # has no figure
     return [(title, f"fpq-analyze {command} --ckpt-dir {folder}") for title, command in found.items()]
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -25,7 +25,6 @@ from fpq_analysis.data import (
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import build_model
-from fpq_analysis.progress import duration
 from fpq_analysis.quantizers import (
     calibrate,
     changed_fraction,
@@ -38,6 +37,7 @@ from fpq_analysis.quantizers import (
 )
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs import checkpoints, read_run, read_training
+from fpq_analysis.text import duration
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.projection import ScaleProjection
 from fpq_analysis.training.regularizer import Regularizer, regularizers

@@ -38,8 +38,8 @@ from fpq_analysis.data import DATASETS, Dataset, load_dataset
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.methods import METHODS
 from fpq_analysis.models import check_model_name
-from fpq_analysis.progress import duration
 from fpq_analysis.runs import read_manifest, read_run, read_training
+from fpq_analysis.text import duration
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.loop import train
 from fpq_analysis.training.resume import check_teacher, last_finished_epoch

@@ -1,0 +1,54 @@
+"""Which rows of a table of records hold what: for figures, tables and text alike."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+
+def totals(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows that hold a whole network's trace and are finite."""
+    whole = records[(records["layer"] == "all") & (records["quantity"] == "trace")]
+    return whole[whole["value"].notna()]
+
+
+def eigenvalues(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows that hold an eigenvalue, with its place in a column `rank` (1 is the extreme one)."""
+    rows = records[records["quantity"].str.startswith("eigenvalue_") & records["value"].notna()]
+    return rows.assign(rank=rows["quantity"].str.removeprefix("eigenvalue_").astype(int))
+
+
+def variances(records: pd.DataFrame, quantity: str = "logit_variance") -> pd.DataFrame:
+    """The rows of a quantity at each run's last epoch, with the noise's standard deviation in a column `sd`."""
+    rows = last_epochs(records[records["quantity"].str.startswith(f"{quantity}@") & records["value"].notna()])
+    return rows.assign(sd=[float(name.rpartition("@")[2]) for name in rows["quantity"]])
+
+
+def nearest(rows: pd.DataFrame, sd: float) -> float:
+    """Of the standard deviations of `variances` the one nearest to `sd`, in ratio."""
+    return min(map(float, rows["sd"].unique()), key=lambda found: abs(math.log(found / sd)))
+
+
+def norms(records: pd.DataFrame, quantity: str = "grad_norm_minibatch") -> pd.DataFrame:
+    """The whole networks' rows of a gradient norm, with what the noise is in (`clean`: none) in a column `arm`."""
+    rows = records[(records["layer"] == "all") & records["quantity"].str.startswith(f"{quantity}@")]
+    rows = rows[rows["value"].notna()]
+    return rows.assign(arm=[name.rpartition("@")[2] for name in rows["quantity"]])
+
+
+def responses(records: pd.DataFrame) -> pd.DataFrame:
+    """Whole-network increases of the loss at each run's last measured epoch, with columns `kind` and `size`."""
+    rows = records[(records["layer"] == "all") & records["value"].notna()]
+    found = rows["quantity"].astype(str).str.extract(r"^(real|surrogate|linear|predicted)_([\d.]+(?:e[+-]?\d+)?)$")
+    return last_epochs(rows.assign(kind=found[0], size=found[1].astype(float)).dropna(subset=["kind"]))
+
+
+def last_epochs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of every run, the rows of its last epoch."""
+    return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
+
+
+def distinct(rows: pd.DataFrame, column: str) -> str:
+    """The different values of a column, sorted, with commas between: for captions."""
+    return ", ".join(str(value) for value in sorted(rows[column].unique()))
