@@ -62,7 +62,7 @@ def estimate(method: str, matrix: DenseMatrix, seed: int, budget: int, tol: floa
     blocks = [slice(0, matrix.size)]
     generator = torch.Generator().manual_seed(seed)
     if method == "hutchinson":
-        return hutchinson(matrix, blocks, generator=generator, n_probes=budget, tol=tol, max_products=MAX_PRODUCTS)
+        return hutchinson(matrix, blocks, generator=generator, n_products=budget, tol=tol, max_products=MAX_PRODUCTS)
     if method in ("xtrace", "xnystrace"):
         run = xtrace if method == "xtrace" else xnystrace
         return run(matrix, blocks, generator=generator, n_products=budget, tol=tol)

@@ -95,7 +95,7 @@ def ours(task: str, model: nn.Module, data: Data, args: argparse.Namespace, cloc
         found = hessian_eigs(model, data, args.k, tol=args.tol, eigenvectors=True)
         return np.concatenate([v.reshape(args.k, -1).numpy() for v in found.vectors.values()], 1)
     if task == "density":
-        return spectral_density(model, data, runs=1, steps=args.steps).moment(1)[0]
+        return spectral_density(model, data, n_draws=1, n_steps=args.steps).moment(1)[0]
     found = hessian_trace(model, data, method="deflated", n_products=args.steps)
     return found.value, found.sem
 

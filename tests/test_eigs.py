@@ -64,7 +64,7 @@ def test_a_smooth_network_and_its_eigenvectors(operator):
 def test_moments_of_the_density_agree_with_the_dense_hessian(net):
     model, x, y = net
     spectrum = torch.linalg.eigvalsh(dense(model, (x, y)))
-    measure = spectral_density(model, (x, y), runs=20, steps=12)
+    measure = spectral_density(model, (x, y), n_draws=20, n_steps=12)
     for power in (1, 2):
         value, sem = measure.moment(power)
         assert abs(value - float((spectrum**power).sum())) < 4.5 * sem + 1e-9 * abs(value)
@@ -122,7 +122,7 @@ def test_a_warm_start_takes_fewer_products():
     [
         ({"k": 0}, "at least one"),
         ({"k": 100_000}, "k is 100000"),
-        ({"k": 100_000, "max_products": 100_000}, "100000 eigenvalues were asked of a matrix"),
+        ({"k": 100_000, "n_products": 100_000}, "100000 eigenvalues were asked of a matrix"),
         ({"which": "LR"}, "Unknown end 'LR'"),
         ({"tol": 0.0}, "between 0 and 1"),
         ({"operator": "hesian"}, "did you mean 'hessian'"),

@@ -360,7 +360,7 @@ class TestFigure2:
     def test_from_the_command_line(self, tiny_runs, tmp_path):
         runs = shutil.copytree(tiny_runs, tmp_path / "runs")
         where = ["--ckpt-dir", runs, "--model", "tests.nets:tiny", "--device", "cpu", "--figures", tmp_path]
-        few = ["gradnorm", *where, "--n-data", 16, "--draws", 2]
+        few = ["gradnorm", *where, "--n-data", 16, "--n-draws", 2]
         result = call(*few, "--batch-size", 8)
         assert all(len(line) <= 80 for line in result.stdout.splitlines())
         assert "minibatches of 8" in words(result.stdout)

@@ -131,8 +131,8 @@ NAMES = [
 ]
 COMMANDS = {
     "hessian": ["--figures", "FIGURES"],
-    "gradnorm": ["--figures", "FIGURES", "--batch-size", "4", "--draws", "4"],
-    "variance": ["--figures", "FIGURES", "--draws", "2"],
+    "gradnorm": ["--figures", "FIGURES", "--batch-size", "4", "--n-draws", "4"],
+    "variance": ["--figures", "FIGURES", "--n-draws", "2"],
     "features": ["--figures", "FIGURES", "--epochs", "last"],
     "drift": ["--figures", "FIGURES"],
     "noise": ["--figures", "FIGURES", "--epochs", "last", "--n-draws", "2"],

@@ -162,7 +162,7 @@ def test_a_tight_tolerance_is_reached_in_float32(which, max_basis):
     """With bases that were orthonormal to 1e-4 alone, the residuals stood still at 1e-3 and then grew to 10."""
     matrix = Mirrored(outliers())
     k, truth = {"LA": (3, [39, 16, 12]), "SA": (2, [-30, -8]), "LM": (3, [39, -30, 16])}[which]
-    found = eigenpairs(matrix, k, which=which, tol=1e-5, generator=dice(), max_products=60, max_basis=max_basis)
+    found = eigenpairs(matrix, k, which=which, tol=1e-5, generator=dice(), n_products=60, max_basis=max_basis)
     assert found.converged.all()
     assert found.n_products == matrix.n_products
     # A Ritz value is as good as the square of its residual, but for the rounding of products.
@@ -177,13 +177,13 @@ def test_a_tight_tolerance_is_reached_in_float32(which, max_basis):
 
 def test_further_products_in_float32_do_no_harm():
     """A tolerance out of reach costs some more products, and pairs as good as they can be come back."""
-    found = eigenpairs(Mirrored(outliers()), 2, tol=1e-12, generator=dice(), max_products=40)
+    found = eigenpairs(Mirrored(outliers()), 2, tol=1e-12, generator=dice(), n_products=40)
     torch.testing.assert_close(found.values, torch.tensor([39.0, 16.0]).double(), rtol=1e-6, atol=0)
     assert found.converged.all()  # within rounding
 
 
 def test_too_few_products_say_so():
-    found = eigenpairs(DenseMatrix(rotated(torch.linspace(0, 1, 200))), 4, tol=1e-8, generator=dice(), max_products=10)
+    found = eigenpairs(DenseMatrix(rotated(torch.linspace(0, 1, 200))), 4, tol=1e-8, generator=dice(), n_products=10)
     assert not found.converged.any()
     assert found.n_products == 10
 
@@ -260,7 +260,7 @@ def test_full_runs_of_lanczos_give_the_moments_to_their_error():
     values = torch.cat([torch.tensor([30.0, 12.0, -5.0]), 0.1 * torch.randn(197, generator=dice(1))]).double()
     inside = {1: 0, 2: 0}
     for seed in range(100):
-        measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(seed), runs=10, steps=8)
+        measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(seed), n_draws=10, n_steps=8)
         assert measure.n_products == 80
         np.testing.assert_allclose(measure.weights.sum(1), 1, rtol=1e-10)
         assert measure.moment(0)[0] == pytest.approx(200)
@@ -293,7 +293,7 @@ def test_lanczos_in_float32_is_as_good_as_in_float64():
 
 def test_the_smoothed_density_integrates_to_one_and_sees_the_outlier():
     values = torch.cat([torch.tensor([10.0]), torch.zeros(99)])
-    measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(), runs=30, steps=10)
+    measure = spectral_measure(DenseMatrix(rotated(values)), generator=dice(), n_draws=30, n_steps=10)
     grid = np.linspace(-3, 13, 4001)
     density, error = measure.density(grid, 0.2)
     assert np.trapezoid(density, grid) == pytest.approx(1, rel=1e-6)
@@ -316,7 +316,7 @@ def estimate(method: str, a: torch.Tensor, seed: int, tol: float | None):
     matrix, blocks = DenseMatrix(a), [slice(0, 30), slice(30, len(a))]
     common = {"generator": dice(seed), "tol": tol, "max_products": 3000}
     if method == "hutchinson":
-        found = hutchinson(matrix, blocks, n_probes=40, **common)
+        found = hutchinson(matrix, blocks, n_products=40, **common)
     elif method == "deflated":
         found = deflated_hutchinson(matrix, blocks, Lanczos(matrix, generator=common["generator"]), **common)
     elif method == "hutch++":
@@ -357,7 +357,7 @@ def test_a_matrix_of_low_rank_is_exact(method):
 def test_hutchinson_on_a_known_matrix():
     """Mean and spread in closed form: the variance of a probe is twice the squared norm of the off-diagonal part."""
     a = rotated(torch.randn(40, generator=dice()))
-    found = hutchinson(DenseMatrix(a), [slice(0, 10), slice(10, 40)], generator=dice(), n_probes=20_000)
+    found = hutchinson(DenseMatrix(a), [slice(0, 10), slice(10, 40)], generator=dice(), n_products=20_000)
     spread = float((2 * (a - a.diagonal().diag()).square().sum()).sqrt())
     assert found.sem * 20_000**0.5 == pytest.approx(spread, rel=0.03)
     for value, sem, block in zip(found.blocks, found.block_sems, (slice(0, 10), slice(10, 40)), strict=True):

@@ -87,7 +87,7 @@ class Page(HTMLParser):
 def measured(tiny_runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("measured") / "runs"
     shutil.copytree(tiny_runs, root)
-    for probe in (HessianTrace(), HessianTrace("latent"), HessianEigs(k=2), HessianDensity(runs=2, steps=8)):
+    for probe in (HessianTrace(), HessianTrace("latent"), HessianEigs(k=2), HessianDensity(n_draws=2, n_steps=8)):
         measure(root, probe, n_data=N, device="cpu", model="tests.nets:tiny")
     return root
 

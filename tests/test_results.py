@@ -106,4 +106,4 @@ def test_what_the_operator_is_stands_in_print():
 
 
 def test_a_tolerance_that_is_missed_is_said():
-    assert "tolerance not reached" in repr(fpq.hessian_eigs(FLOAT, IMAGES, 2, tol=1e-9, max_products=3))
+    assert "tolerance not reached" in repr(fpq.hessian_eigs(FLOAT, IMAGES, 2, tol=1e-9, n_products=3))

@@ -266,7 +266,7 @@ class TestFigure1:
     def test_from_the_command_line(self, tiny_runs, tmp_path):
         runs = shutil.copytree(tiny_runs, tmp_path / "runs")
         where = ["--ckpt-dir", runs, "--model", "tests.nets:tiny", "--device", "cpu", "--figures", tmp_path]
-        result = call("variance", *where, "--n-data", 16, "--draws", 3, "--sd", 0.15, "--sd", 0.3)
+        result = call("variance", *where, "--n-data", 16, "--n-draws", 3, "--sd", 0.15, "--sd", 0.3)
         assert all(len(line) <= 80 for line in result.stdout.splitlines())
         assert "noise of sd 0.15" in words(result.stdout)
         frame = records.load(runs, "output_variance")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def gradnorm(
     settings: Settings,
     definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",
-    draws: Annotated[int, typer.Option(help="Of noise in the weights; a quarter in features.")] = 8,
+    n_draws: Annotated[int, typer.Option(help="Of noise in the weights; a quarter in features.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Of the minibatches.")] = 256,
 ) -> None:
     """Gradient norm of every checkpoint: clean, with noise in features, with noise in weights; and Figure 2.
@@ -34,7 +34,7 @@ def gradnorm(
     """
     from fpq_analysis.probes import GradNorm
 
-    measure_and_show([GradNorm(definition, draws, batch_size)], settings, {"gradnorm": _print_norms})
+    measure_and_show([GradNorm(definition, n_draws, batch_size)], settings, {"gradnorm": _print_norms})
 
 
 def _print_norms(frame: pd.DataFrame) -> None:

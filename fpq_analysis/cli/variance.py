@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def variance(
     settings: Settings,
     sd: Annotated[list[float], typer.Option(help="Of the noise; may be repeated.")] = [0.05, 0.1, 0.2, 0.5],  # noqa: B006
-    draws: Annotated[int, typer.Option(help="Draws of the noise an image.")] = 8,
+    n_draws: Annotated[int, typer.Option(help="Draws of the noise an image.")] = 8,
 ) -> None:
     """Variance of every checkpoint's output under Gaussian noise in the image, and Figure 1.
 
@@ -28,11 +28,11 @@ def variance(
 
       fpq-analyze variance --ckpt-dir checkpoints/
 
-      fpq-analyze variance --ckpt-dir checkpoints/ --sd 0.1 --sd 0.3 --draws 16
+      fpq-analyze variance --ckpt-dir checkpoints/ --sd 0.1 --sd 0.3 --n-draws 16
     """
     from fpq_analysis.probes import OutputVariance
 
-    measure_and_show([OutputVariance(tuple(sd), draws)], settings, {"output_variance": _print_variances})
+    measure_and_show([OutputVariance(tuple(sd), n_draws)], settings, {"output_variance": _print_variances})
 
 
 def _print_variances(frame: pd.DataFrame) -> None:

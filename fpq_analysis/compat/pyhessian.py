@@ -160,7 +160,7 @@ class hessian:
             which="LM",
             tol=tol,
             eigenvectors=True,
-            max_products=maxIter * top_n,
+            n_products=maxIter * top_n,
             **self.settings,
         )
         if not found.converged.all():
@@ -186,11 +186,11 @@ class hessian:
             tol: without effect; PyHessian stops when the mean moves less than this, which says nothing about the error.
         """
         found = hessian_trace(self.model, self.batches, n_products=max(4, maxIter), **self.settings)
-        return found.draws.tolist()
+        return found.samples.tolist()
 
     def density(self, iter: int = 100, n_v: int = 1) -> tuple[list[list[float]], list[list[float]]]:
         """Nodes and weights of stochastic Lanczos quadrature: `n_v` lists of `iter` numbers each."""
-        found = spectral_density(self.model, self.batches, runs=n_v, steps=iter, **self.settings)
+        found = spectral_density(self.model, self.batches, n_draws=n_v, n_steps=iter, **self.settings)
         return found.nodes.tolist(), found.weights.tolist()
 
 

@@ -17,9 +17,9 @@ from fpq_analysis.losses import Loss
 
 
 def pyhessian_trace_samples(
-    model: nn.Module, loss: Loss, batches: list[Batch], parameters: dict[str, Tensor], n_probes: int, seed: int
+    model: nn.Module, loss: Loss, batches: list[Batch], parameters: dict[str, Tensor], n_products: int, seed: int
 ) -> Tensor:
-    """`n_probes` samples v . H v of the trace, (n_probes,) in float64.
+    """`n_products` samples v . H v of the trace, (n_products,) in float64.
 
     Args:
         model: a copy that PyHessian may leave changed (it does).
@@ -39,7 +39,7 @@ def pyhessian_trace_samples(
         # It draws from the global generator.
         with torch.random.fork_rng(), full_precision():
             torch.manual_seed(seed)
-            samples = hessian(model, loss, cuda=cuda, **data).trace(maxIter=n_probes, tol=-math.inf)
+            samples = hessian(model, loss, cuda=cuda, **data).trace(maxIter=n_products, tol=-math.inf)
     except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         raise UserError(
             f"PyHessian 0.1 cannot measure this model ({type(error).__name__}: {error}). Use the built-in engine."

@@ -60,7 +60,7 @@ def eigenpairs(
     tol: float = 1e-3,
     generator: torch.Generator,
     start: Tensor | None = None,
-    max_products: int = 1000,
+    n_products: int = 1000,
     max_basis: int | None = None,
 ) -> Eigenpairs:
     """The k largest (`LA`), smallest (`SA`) or largest in magnitude (`LM`) eigenvalues.
@@ -72,7 +72,7 @@ def eigenpairs(
         generator: of the random vector to start from.
         start: (n,), `start` of a similar matrix; some of the random vector is mixed in, so that no new eigenvector is
             excluded.
-        max_products: upper limit; pairs may then be left unconverged.
+        n_products: the most products to make; pairs may then be left unconverged.
         max_basis: rows of the basis at most; None for what 2 GiB hold.
 
     Raises:
@@ -98,7 +98,7 @@ def eigenpairs(
         converged = residuals[:k] <= torch.clamp(tol * values[:k].abs(), min=floor)
         found = len(converged) == k and bool(converged.all())
         closed = lanczos.ended or bool((residuals <= max(floor, CLOSED * float(values.abs().max()))).all())
-        if (found and (not closed or trial == TRIAL)) or lanczos.n_products >= max_products or len(lanczos) == n:
+        if (found and (not closed or trial == TRIAL)) or lanczos.n_products >= n_products or len(lanczos) == n:
             break
         if len(lanczos) >= most:
             lanczos.restart(coefficients, values)

@@ -23,7 +23,7 @@ class Estimate:
         value, sem: the sum and its standard error.
         blocks, block_sems: (b,) float64 each.
         dof: degrees of freedom behind `sem`, for Student's t.
-        draws: (k,) float64, whose mean is `value`.
+        samples: (k,) float64, whose mean is `value`.
         n_products: products with single vectors.
         rank: dimensions of the subspace whose trace is exact.
         converged: False if a tolerance was asked for and not reached.
@@ -34,13 +34,13 @@ class Estimate:
     blocks: Tensor
     block_sems: Tensor
     dof: float
-    draws: Tensor
+    samples: Tensor
     n_products: int
     rank: int = 0
     converged: bool = True
 
     @classmethod
-    def of_draws(
+    def of_samples(
         cls, draws: Tensor, n_products: int, *, known: Tensor | None = None, rank: int = 0, tol: float | None = None
     ) -> Estimate:
         """The mean of independent (k, b) draws, plus a part `known` (b,) without error."""

@@ -56,7 +56,7 @@ def hutchinson(
     blocks: list[slice],
     *,
     generator: torch.Generator,
-    n_probes: int = 100,
+    n_products: int = 100,
     tol: float | None = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Estimate:
@@ -64,12 +64,12 @@ def hutchinson(
 
     Args:
         blocks: slices that divide 0 ... size: each one's trace is estimated from the same products.
-        n_probes: probes without `tol`.
+        n_products: budget without `tol`: one a probe.
         tol: relative standard error wanted: `FIRST` probes, then as many more as it takes, up to `max_products`.
     """
-    draws = _draw(matrix, blocks, generator, n_probes if tol is None else max(2, min(FIRST, max_products)))
+    draws = _draw(matrix, blocks, generator, n_products if tol is None else max(2, min(FIRST, max_products)))
     while True:
-        estimate = Estimate.of_draws(draws, len(draws), tol=tol)
+        estimate = Estimate.of_samples(draws, len(draws), tol=tol)
         room = max_products - len(draws)
         if tol is None or estimate.converged or room < 1:
             return estimate
@@ -101,7 +101,7 @@ def deflated_hutchinson(
         used = subspace.n_products
         draws = _draw(matrix, blocks, generator, max(2, n_products - used), subspace)
         known = subspace.traces(blocks)
-        return Estimate.of_draws(draws, used + len(draws), known=known, rank=len(subspace))
+        return Estimate.of_samples(draws, used + len(draws), known=known, rank=len(subspace))
 
     subspace.extend(min(FIRST_RANK, largest))
     # The first probes and their products are kept: when the subspace grows they are projected again, without products.
@@ -112,7 +112,7 @@ def deflated_hutchinson(
     while True:
         rank = len(subspace)
         used = subspace.n_products + len(draws)
-        estimate = Estimate.of_draws(draws, used, known=subspace.traces(blocks), rank=rank, tol=tol)
+        estimate = Estimate.of_samples(draws, used, known=subspace.traces(blocks), rank=rank, tol=tol)
         room = max_products - used
         if estimate.converged or room < 1:
             return estimate

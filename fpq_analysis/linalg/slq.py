@@ -23,7 +23,7 @@ class SpectralMeasure:
     """Nodes and weights of every run.
 
     Attributes:
-        nodes, weights: (runs, steps) float64; a run's weights add up to 1.
+        nodes, weights: (n_draws, n_steps) float64; a run's weights add up to 1.
         size: n.
         n_products: products with single vectors.
     """
@@ -65,20 +65,22 @@ class SpectralMeasure:
         return bumps @ self.weights[run]
 
 
-def spectral_measure(matrix: Matrix, *, generator: torch.Generator, runs: int = 5, steps: int = 40) -> SpectralMeasure:
-    """`runs` Lanczos runs of `steps` steps each from independent random vectors.
+def spectral_measure(
+    matrix: Matrix, *, generator: torch.Generator, n_draws: int = 5, n_steps: int = 40
+) -> SpectralMeasure:
+    """`n_draws` Lanczos runs of `n_steps` steps each from independent random vectors.
 
     Raises:
         UserError: if the matrix is not finite or not symmetric.
     """
     nodes, weights, products = [], [], 0
-    steps = min(steps, matrix.size)
-    for _ in range(runs):
+    n_steps = min(n_steps, matrix.size)
+    for _ in range(n_draws):
         lanczos = Lanczos(matrix, generator=generator)
-        lanczos.extend(steps)
+        lanczos.extend(n_steps)
         products += lanczos.n_products
         x, w = lanczos.quadrature()
         # A run that found an invariant subspace early has fewer nodes: pad with nodes of weight zero.
-        nodes.append(np.pad(x.numpy(), (0, steps - len(x)), mode="edge"))
-        weights.append(np.pad(w.numpy(), (0, steps - len(w))))
+        nodes.append(np.pad(x.numpy(), (0, n_steps - len(x)), mode="edge"))
+        weights.append(np.pad(w.numpy(), (0, n_steps - len(w))))
     return SpectralMeasure(np.stack(nodes), np.stack(weights), matrix.size, products)

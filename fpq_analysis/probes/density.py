@@ -23,8 +23,8 @@ from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition
 
-RUNS = 5
-STEPS = 40
+N_DRAWS = 5
+N_STEPS = 40
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +32,7 @@ class DensityEstimate(Result, SpectralMeasure):
     """A spectral density with its definition.
 
     Attributes:
-        nodes, weights: of every run, (runs, steps) each; `density(grid, width)` and `moment(power)` are their means.
+        nodes, weights: of every draw, (n_draws, n_steps) each; `density(grid, width)` and `moment(power)` are means.
         size: number of variables.
         definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
         operator: `hessian`, `gauss-newton` or `fisher`.
@@ -47,7 +47,7 @@ class DensityEstimate(Result, SpectralMeasure):
     probe = "hessian_density"
 
     def rows(self) -> Rows:
-        """`nodes_r` and `weights_r` of every run r (in `samples`; `value`: largest node, number of nodes).
+        """`nodes_r` and `weights_r` of every draw r (in `samples`; `value`: largest node, number of nodes).
 
         The last two are the first moments, the trace and the sum of the squared eigenvalues.
         """
@@ -59,10 +59,10 @@ class DensityEstimate(Result, SpectralMeasure):
             "n_products": self.n_products,
         }
         rows: Rows = []
-        for run, (nodes, weights) in enumerate(zip(self.nodes, self.weights, strict=True), 1):
-            rows.append({"quantity": f"nodes_{run}", "value": float(nodes.max()), "samples": nodes.tolist(), **common})
+        for draw, (nodes, weights) in enumerate(zip(self.nodes, self.weights, strict=True), 1):
+            rows.append({"quantity": f"nodes_{draw}", "value": float(nodes.max()), "samples": nodes.tolist(), **common})
             rows.append(
-                {"quantity": f"weights_{run}", "value": float(len(weights)), "samples": weights.tolist(), **common}
+                {"quantity": f"weights_{draw}", "value": float(len(weights)), "samples": weights.tolist(), **common}
             )
         for quantity, power in (("size", 0), ("squares", 2), ("trace", 1)):
             value, sem = self.moment(power)
@@ -79,8 +79,8 @@ def spectral_density(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    runs: int = RUNS,
-    steps: int = STEPS,
+    n_draws: int = N_DRAWS,
+    n_steps: int = N_STEPS,
     loss: str | Loss = "cross_entropy",
     definition: str = "dequantized",
     operator: str = "hessian",
@@ -89,12 +89,12 @@ def spectral_density(
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
 ) -> DensityEstimate:
-    """Spectral measure of the Hessian by stochastic Lanczos quadrature; one product a run and step.
+    """Spectral measure of the Hessian by stochastic Lanczos quadrature: `n_draws` times `n_steps` products.
 
     Args:
         model, batches, ...: as for `hessian_trace`.
-        runs: random starting vectors, over which the density is averaged.
-        steps: of Lanczos: the resolution.
+        n_draws: random starting vectors, over which the density is averaged.
+        n_steps: Lanczos steps from each, which decide the resolution.
 
     Returns:
         Nodes and weights, with `density(grid, width)` and `moment(power)`, each with its standard error.
@@ -102,22 +102,22 @@ def spectral_density(
     Raises:
         UserError: for names and numbers that make no sense, or a matrix that is not finite or not symmetric.
     """
-    _check_settings(definition, operator, runs, steps)
+    _check_settings(definition, operator, n_draws, n_steps)
     subject = prepare(
         model, batches, loss=loss, definition=definition, parameters=parameters, device=device, micro_batch=micro_batch
     )
     matrix = subject.operator(operator, seed)
     generator = torch.Generator().manual_seed(seed)
     with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
-        found = spectral_measure(matrix, generator=generator, runs=runs, steps=steps)
+        found = spectral_measure(matrix, generator=generator, n_draws=n_draws, n_steps=n_steps)
     return DensityEstimate(**vars(found), definition=definition, operator=operator, n_data=subject.n_data, seed=seed)
 
 
-def _check_settings(definition: str, operator: str, runs: int, steps: int) -> None:
+def _check_settings(definition: str, operator: str, n_draws: int, n_steps: int) -> None:
     check_definition(definition)
     check_operator(operator)
-    if runs < 1 or steps < 2:
-        raise UserError("A density needs at least one run (two for an error), of at least 2 steps.")
+    if n_draws < 1 or n_steps < 2:
+        raise UserError("A density needs at least one draw (n_draws; two for an error) of at least 2 steps (n_steps).")
 
 
 @dataclass(frozen=True)
@@ -132,23 +132,23 @@ class HessianDensity:
 
     definition: str = "dequantized"
     operator: str = "hessian"
-    runs: int = RUNS
-    steps: int = STEPS
+    n_draws: int = N_DRAWS
+    n_steps: int = N_STEPS
 
     name = "hessian_density"
     version = 2
     needs = ()
 
     def __post_init__(self) -> None:
-        _check_settings(self.definition, self.operator, self.runs, self.steps)
+        _check_settings(self.definition, self.operator, self.n_draws, self.n_steps)
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `DensityEstimate.rows`."""
         return spectral_density(
             point.model,
             point.batches,
-            runs=self.runs,
-            steps=self.steps,
+            n_draws=self.n_draws,
+            n_steps=self.n_steps,
             loss=point.loss,
             definition=self.definition,
             operator=self.operator,

@@ -27,7 +27,7 @@ from fpq_analysis.probes.result import MOST, Result
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction
 
-MAX_PRODUCTS = 1000
+N_PRODUCTS = 1000
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,7 +106,7 @@ def hessian_eigs(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
-    max_products: int = MAX_PRODUCTS,
+    n_products: int = N_PRODUCTS,
 ) -> EigenEstimate:
     """The k largest, smallest, or largest-in-magnitude eigenvalues of the Hessian of the mean loss.
 
@@ -118,12 +118,12 @@ def hessian_eigs(
         tol: a pair has converged when `|H v - value v|` is within `tol` times `|value|`.
         start: `start` of an earlier estimate, of this network at an epoch nearby: fewer products, the same values.
         eigenvectors: return them.
-        max_products: pairs that have not converged after so many products are returned as such.
+        n_products: the most products to make; pairs that have not converged by then are returned as such.
 
     Raises:
         UserError: for names and numbers that make no sense, or a matrix that is not finite or not symmetric.
     """
-    _check_settings(k, which, definition, operator, tol, max_products)
+    _check_settings(k, which, definition, operator, tol, n_products)
     subject = prepare(
         model, batches, loss=loss, definition=definition, parameters=parameters, device=device, micro_batch=micro_batch
     )
@@ -132,7 +132,7 @@ def hessian_eigs(
         raise UserError(f"The warm start has {len(start):,} rows and the model {matrix.size:,} variables.")
     generator = torch.Generator().manual_seed(seed)
     with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
-        found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, max_products=max_products)
+        found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, n_products=n_products)
     vectors = None
     if eigenvectors:
         shapes = {name: p.shape for name, p in subject.parameters.items()}
@@ -154,16 +154,16 @@ def hessian_eigs(
 
 
 def _check_settings(
-    k: int, which: str, definition: str, operator: str, tol: float, max_products: int = MAX_PRODUCTS
+    k: int, which: str, definition: str, operator: str, tol: float, n_products: int = N_PRODUCTS
 ) -> None:
     check_which(which)
     check_definition(definition)
     check_operator(operator)
     if k < 1:
         raise UserError(f"k is {k}; ask for at least one eigenvalue.")
-    if k > max_products:
+    if k > n_products:
         raise UserError(
-            f"k is {k}, and each eigenvalue takes a product or more, of which at most {max_products} are made. Ask for "
+            f"k is {k}, and each eigenvalue takes a product or more, of which at most {n_products} are made. Ask for "
             "fewer eigenvalues; how all of them are spread is what the spectral density shows (--density)."
         )
     if not 0 < tol < 1:

@@ -64,7 +64,7 @@ class TraceEstimate(Result):
         definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
         per_layer, per_layer_sem: the same by layer; they add up to `value` (their errors do not).
         per_sample: each sample's own trace, (n_data,), or None.
-        draws: what `value` is the mean of: `per_sample`, or single probes.
+        samples: what `value` is the mean of: `per_sample`, or single probes.
         loss, accuracy: of the model of this definition on these data (of more than 4,096 samples, on some spread over
             them); NaN where targets are no class numbers.
         at_chance: whether the accuracy is no better than that of always naming the most frequent class.
@@ -86,7 +86,7 @@ class TraceEstimate(Result):
     per_layer: dict[str, float]
     per_layer_sem: dict[str, float]
     per_sample: np.ndarray | None
-    draws: np.ndarray
+    samples: np.ndarray
     n_data: int
     n_products: int
     seed: int
@@ -292,7 +292,7 @@ def _from_samples(traces: SampleTraces) -> dict[str, Any]:
         "per_layer": {layer or ROOT: traces.value(layer) for layer in layers},
         "per_layer_sem": {layer or ROOT: traces.sem(layer) for layer in layers},
         "per_sample": traces.traces[ALL].numpy(),
-        "draws": traces.traces[ALL].numpy(),
+        "samples": traces.traces[ALL].numpy(),
         "n_data": traces.n,
         "n_products": traces.n_passes,
     }
@@ -318,7 +318,7 @@ def _from_products(
         "per_layer": {layer or ROOT: float(x) for layer, x in zip(blocks, found.blocks, strict=False)},
         "per_layer_sem": {layer or ROOT: float(x) for layer, x in zip(blocks, found.block_sems, strict=False)},
         "per_sample": None,
-        "draws": found.draws.numpy(),
+        "samples": found.samples.numpy(),
         "n_data": subject.n_data,
         "n_products": found.n_products,
         "converged": found.converged,
@@ -331,7 +331,7 @@ def _estimate(
     generator = torch.Generator(matrix.device).manual_seed(seed)
     common: dict[str, Any] = {"generator": generator, "tol": tol, "max_products": MAX_PRODUCTS}
     if method == "hutchinson":
-        return hutchinson(matrix, blocks, n_probes=n_products, **common)
+        return hutchinson(matrix, blocks, n_products=n_products, **common)
     if method == "xtrace":
         return xtrace(matrix, blocks, n_products=n_products, **common)
     if method == "xnystrace":
@@ -343,11 +343,11 @@ def _estimate(
     return deflated_hutchinson(matrix, blocks, krylov, n_products=n_products, **common)
 
 
-def _pyhessian(subject: Subject, n_probes: int, tol: float | None, seed: int) -> Estimate:
+def _pyhessian(subject: Subject, n_products: int, tol: float | None, seed: int) -> Estimate:
     if tol is not None:
         raise UserError("PyHessian is asked for a fixed number of probes (n_products); leave tol out.")
-    draws = pyhessian_trace_samples(subject.view, subject.loss, subject.data, subject.parameters, n_probes, seed)
-    return Estimate.of_draws(draws.unsqueeze(1), n_probes)
+    draws = pyhessian_trace_samples(subject.view, subject.loss, subject.data, subject.parameters, n_products, seed)
+    return Estimate.of_samples(draws.unsqueeze(1), n_products)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from fpq_analysis.quantizers import view
 ALIASED = 0.5
 ALIASED_STATUS = "aliased"
 # Of the eigenvectors: a landscape is worth no more.
-MAX_PRODUCTS = 200
+N_PRODUCTS = 200
 # Forward passes hold no graph, so that a device can take more images at once than for gradients.
 DEVICE_BATCH = 256
 
@@ -124,7 +124,7 @@ class LossGrid:
             eigenvectors=True,
             seed=seed,
             device=data[0][0].device,
-            max_products=MAX_PRODUCTS,
+            n_products=N_PRODUCTS,
         )
         assert found.vectors is not None
         for k in range(self.choices.dim):
