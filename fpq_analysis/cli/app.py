@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import io
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fpq_analysis.cli.options import option, with_options
 from fpq_analysis.errors import UserError, explained
 from fpq_analysis.text import printable
 
@@ -133,18 +133,7 @@ def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[...
                 options[folder] = _source(options[folder], options["model"], options["data_root"], **said)
             command(**options)
 
-        own = inspect.signature(command, eval_str=True)
-        added = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=default,
-                annotation=Annotated[kind, typer.Option(help=text, rich_help_panel=FOREIGN)],
-            )
-            for name, (kind, default, text) in HOW_TO_READ.items()
-        ]
-        run.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
-        return run
+        return with_options(run, [option(name, *rest, FOREIGN) for name, rest in HOW_TO_READ.items()])
 
     return decorate
 
