@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
+from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
 from tests.hidden import network
 from tests.nets import dense_hessian
 
@@ -37,7 +38,7 @@ def main() -> None:
         kind = "bent" if bend else "piecewise linear"
         try:
             certify(model, [(x, y)], parameters)
-            parts = next(per_sample_traces(model, [(x, y)], parameters))
+            parts = next(per_sample_traces(model, CROSS_ENTROPY, [(x, y)], parameters))
         except NotExactError as error:
             counts[f"{kind}, refused"] += 1
             if not bend:

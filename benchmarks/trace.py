@@ -58,6 +58,7 @@ from fpq_analysis.curvature import as_batches, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.devices import pick_device
+from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view
@@ -209,7 +210,7 @@ def measure_cost(problem: Problem, rounds: int) -> Cost:
         certify(copied, micro, variables(copied))
 
     def label() -> None:
-        list(per_sample_traces(model, micro, names, n_labels=1, generator=generator))
+        list(per_sample_traces(model, CROSS_ENTROPY, micro, names, n_labels=1, generator=generator))
 
     tasks: dict[str, Task] = {
         MICRO: lambda: gradient(micro),

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, noise_response, quantize
 from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.certificate import certify_features
+from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
 from tests.hidden import AT_FIRST, BENT, PIECEWISE, Op, Times, network
 from tests.nets import dense_hessian, tiny
 from tests.results import table_of
@@ -25,7 +26,7 @@ def reason(model, x, parameters=None):
     parameters = parameters or dict(model.named_parameters())
     try:
         certify(model.eval(), data, parameters)
-        list(per_sample_traces(model, data, parameters))
+        list(per_sample_traces(model, CROSS_ENTROPY, data, parameters))
     except NotExactError as error:
         return str(error)
     return ""
@@ -95,7 +96,9 @@ def test_random_networks(seeds):
             continue
         certify(model, [(x, y)], parameters)
         if x.dtype == torch.float64 and "cast" not in [getattr(module, "name", "") for module in model]:
-            value = float(sum(t.mean() for t in next(per_sample_traces(model, [(x, y)], parameters)).values()))
+            value = float(
+                sum(t.mean() for t in next(per_sample_traces(model, CROSS_ENTROPY, [(x, y)], parameters)).values())
+            )
             with suppress(RuntimeError):  # torch has no second derivative of hardsigmoid
                 truth = float(dense_hessian(model, list(parameters.values()), x, y).trace())
                 assert value == pytest.approx(truth, rel=1e-10, abs=0)
@@ -170,9 +173,9 @@ def test_another_way_through_the_model_on_a_later_batch():
     model, x = Branching().double(), inputs(32).double().clamp(-4, 4)
     y, parameters = torch.arange(32) % 3, dict(model.named_parameters())
     certify(model, [(x, y), (x + 6, y)], parameters)  # of the first batch
-    assert len(list(per_sample_traces(model, [(x, y), (x, y)], parameters))) == 2
+    assert len(list(per_sample_traces(model, CROSS_ENTROPY, [(x, y), (x, y)], parameters))) == 2
     with pytest.raises(NotExactError, match="'tanh'"):
-        list(per_sample_traces(model, [(x, y), (x + 6, y)], parameters))
+        list(per_sample_traces(model, CROSS_ENTROPY, [(x, y), (x + 6, y)], parameters))
 
 
 class Shared(nn.Module):

@@ -373,7 +373,7 @@ def test_quantizers():
 def test_bad_data():
     model = around(nn.ReLU())
     assert "NaN" in findings(model, VECTORS / 0).loc["finite", "finding"]
-    assert "0 to C - 1" in findings(model, VECTORS, CLASSES + 1).loc["finite", "cure"]
+    assert "0 to C - 1" in findings(model, VECTORS, CLASSES + 1).loc["finite", "finding"]
     assert "cannot be computed" in findings(model, VECTORS[:, :4]).loc["finite", "finding"]
     with pytest.raises(UserError, match="Unknown loss"):
         diagnose(model, (VECTORS, CLASSES), loss="mse")

@@ -22,6 +22,7 @@ from fpq_analysis.curvature import (
 )
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
+from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
 from fpq_analysis.models import resnet20
 from fpq_analysis.probes.subject import prepare
 from tests.nets import dense_hessian, networks, tiny
@@ -159,10 +160,10 @@ def test_fisher_labels_do_not_depend_on_micro_batches_and_average_to_gauss_newto
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     data, parameters = [(x, torch.zeros(6, dtype=torch.long))], dict(model.named_parameters())
-    whole = FisherOperator(model, data, parameters, n_labels=3, seed=1).dense()
-    parts = FisherOperator(model, as_batches(data, 4), parameters, n_labels=3, seed=1).dense()
+    whole = FisherOperator(model, CROSS_ENTROPY, data, parameters, n_labels=3, seed=1).dense()
+    parts = FisherOperator(model, CROSS_ENTROPY, as_batches(data, 4), parameters, n_labels=3, seed=1).dense()
     torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-14)
-    many = FisherOperator(model, data, parameters, n_labels=20_000, seed=1).dense()
+    many = FisherOperator(model, CROSS_ENTROPY, data, parameters, n_labels=20_000, seed=1).dense()
     truth = GaussNewtonOperator(model, F.cross_entropy, data, parameters).dense()
     torch.testing.assert_close(many, truth, rtol=0, atol=0.03 * float(truth.abs().max()))
 
@@ -217,7 +218,9 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
         found = []
         for hungry.most in (3, 100):
             generator = torch.Generator().manual_seed(0)
-            parts = per_sample_traces(hungry, [(x, y)], parameters, n_labels=n_labels, generator=generator)
+            parts = per_sample_traces(
+                hungry, CROSS_ENTROPY, [(x, y)], parameters, n_labels=n_labels, generator=generator
+            )
             found.append(torch.cat([part["body.0.weight"] for part in parts], 1))
         torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
 

@@ -24,7 +24,7 @@ from fpq_analysis.curvature import CurvatureOperator, as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import atomic_write
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes import hessian_eigs, hessian_trace, spectral_density
 from fpq_analysis.probes.subject import Subject, prepare
 
@@ -52,7 +52,7 @@ class hessian:
     def __init__(
         self,
         model: nn.Module,
-        criterion: Loss,
+        criterion: LossFunction,
         data: Batch | None = None,
         dataloader: Iterable[Batch] | None = None,
         cuda: bool = True,

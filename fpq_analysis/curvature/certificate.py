@@ -3,11 +3,11 @@
 A functional `F.gelu`, a product of two activations or a weight used outside its layer does not show in
 `model.modules()`, and a trial misses bends that are rare, or lost in rounding.  So:
 
-1. the autograd graph proves that the logits are piecewise linear in each variable, and uses it once (`graph.py`);
+1. the autograd graph proves that the outputs are piecewise linear in each variable, and uses it once (`graph.py`);
 2. on some images the layer-by-layer formula must reproduce autograd's squared gradient norm, for every variable: a
    subclass or a hook may compute something else than its layer.
 
-That an image's logits do not depend on the other images is `samples.py`'s.
+That an image's outputs do not depend on the other images is `samples.py`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import FEW
 from fpq_analysis.curvature.graph import prove, prove_parameters, wanting
-from fpq_analysis.curvature.layers import Recorder, check_logits, find_layers
+from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.curvature.samples import spread
@@ -81,7 +81,7 @@ def _check_first_derivatives(
 
 
 def certify_features(model: nn.Module, batches: list[Batch], layers: dict[str, nn.Module]) -> None:
-    """Return if the logits are piecewise linear in the input of every layer; raise otherwise.
+    """Return if the outputs are piecewise linear in the input of every layer; raise otherwise.
 
     Args:
         model: in eval mode, and whose outputs for one image do not depend on the others.
@@ -101,7 +101,7 @@ def certify_features(model: nn.Module, batches: list[Batch], layers: dict[str, n
         return move
 
     def work(batch: tuple[Tensor, ...]) -> None:
-        prove(model, lambda: check_logits(model(batch[0]), len(batch[0])), lambda: moves)
+        prove(model, lambda: check_rows(model(batch[0]), len(batch[0])), lambda: moves)
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:

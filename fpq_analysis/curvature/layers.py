@@ -51,11 +51,11 @@ def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn
     return layers
 
 
-def check_logits(logits: Tensor, n: int) -> Tensor:
-    """`logits`, if they are (n, C) with C > 1; otherwise `NotExactError`."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2:
-        raise NotExactError("the model's output is not one row of two or more logits for each input")
-    return logits
+def check_rows(outputs: Tensor, n: int) -> Tensor:
+    """`outputs`, if they are (n, C); otherwise `NotExactError`."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != n:
+        raise NotExactError("the model's output is not one row for each input")
+    return outputs
 
 
 class Recorder:
@@ -87,13 +87,13 @@ class Recorder:
             handle.remove()
 
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The logits (B, C) with a graph that ends at the layers' outputs."""
+        """The outputs (B, C) with a graph that ends at the layers' outputs."""
         self.n = len(x)
-        logits = check_logits(model(x), len(x))
+        outputs = check_rows(model(x), len(x))
         idle = [name for name in self.layers if name not in self.seen]
         if idle:
             raise NotExactError(f"the layer '{idle[0]}' did not run in the forward pass")
-        return logits
+        return outputs
 
     def _hook(self, name: str) -> Any:
         def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -122,18 +122,18 @@ class Recorder:
                 own[kind] = (name, self.derivatives.get(name))
         return own
 
-    def squared_norms(self, logits: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
+    def squared_norms(self, outputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
         """sum_k ||J_n^T cotangents[k, n]||^2 by parameter name, (B,) float64 on the CPU each.
 
         Args:
             cotangents: (K, B, C).
         """
         for cotangent in cotangents:
-            torch.autograd.grad(logits, self.leaves, cotangent, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(outputs, self.leaves, cotangent, retain_graph=True, allow_unused=True)
         norms: dict[str, Tensor] = {}
         for seen in self.seen.values():
             norms.update(seen.squared_norms())
-        zeros = torch.zeros(len(logits), dtype=torch.float64)  # for a layer that does not reach the logits
+        zeros = torch.zeros(len(outputs), dtype=torch.float64)  # for a layer that does not reach the outputs
         return {name: norms.get(name, zeros).cpu().double() for name in self.names.values()}
 
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.exact import label_uniforms, sampled_factor
 from fpq_analysis.curvature.memory import GraphStore, each
 from fpq_analysis.curvature.second_derivatives import SecondDerivatives
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import Loss, LossFunction, draw_uniforms
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -43,7 +42,7 @@ class CurvatureOperator(ABC):
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: LossFunction,
         batches: Sequence[Batch],
         parameters: dict[str, Tensor],
         graph_bytes: int | None = None,
@@ -218,27 +217,38 @@ class GaussNewtonOperator(CurvatureOperator):
 class FisherOperator(GaussNewtonOperator):
     """F = (1/(N M)) sum over samples and M labels drawn from the model of the gradient's outer product.
 
-    An unbiased estimate, over the labels, of the Gauss-Newton matrix of the cross-entropy.  The labels are drawn once,
-    by `seed`, whatever the micro-batches; it is not the "empirical Fisher", which takes the data's own labels.
+    An unbiased estimate, over the labels, of the Gauss-Newton matrix.  The labels are drawn once, by `seed`, whatever
+    the micro-batches; it is not the "empirical Fisher", which takes the data's own labels.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        loss: Loss,
         batches: Sequence[Batch],
         parameters: dict[str, Tensor],
         n_labels: int = 1,
         seed: int = 0,
     ) -> None:
-        """As for every `CurvatureOperator`; the loss is the cross-entropy."""
-        super().__init__(model, nn.functional.cross_entropy, batches, parameters)
+        """As for every `CurvatureOperator`.
+
+        Raises:
+            UserError: for a loss that draws no labels.
+        """
+        if loss.draw is None:
+            raise UserError(
+                f"There are no labels to draw for the loss '{loss.name}', of which the Fisher matrix is made; use "
+                "operator='gauss-newton'."
+            )
+        super().__init__(model, loss, batches, parameters)
+        self.draw = loss.draw
         generator = torch.Generator().manual_seed(seed)
-        self.batches = [(x, label_uniforms(x, n_labels, generator)) for x, _ in batches]
+        self.batches = [(x, draw_uniforms(len(x), n_labels, generator).to(x.device)) for x, _ in batches]
 
     def _at_outputs(self, z: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         if z.ndim != 2:
             raise UserError("The Fisher matrix here wants one row of logits for each input.")
-        return sampled_factor(z, batch[1])
+        return self.draw(z, batch[1], False)
 
     def _output_product(self, outputs: Tensor, moved: Tensor) -> Tensor:
         inner = (outputs * moved).sum(2, keepdim=True)

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.errors import UserError
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 
 
 def pyhessian_trace_samples(
-    model: nn.Module, loss: Loss, batches: list[Batch], parameters: dict[str, Tensor], n_products: int, seed: int
+    model: nn.Module,
+    loss: LossFunction,
+    batches: list[Batch],
+    parameters: dict[str, Tensor],
+    n_products: int,
+    seed: int,
 ) -> Tensor:
     """`n_products` samples v . H v of the trace, (n_products,) in float64.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.exact import exact_passes, per_sample_traces
+from fpq_analysis.losses import Loss
 
 # Cost of what comes before the labels (forward pass, patches, their products), in labels: measured on ResNet-20.
 FORWARD_COST = 1.5
@@ -68,15 +69,20 @@ class SampleTraces:
 
 
 def exact_traces(
-    model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor], derivatives: dict[str, Tensor] | None = None
+    model: nn.Module,
+    loss: Loss,
+    batches: list[Batch],
+    parameters: dict[str, Tensor],
+    derivatives: dict[str, Tensor] | None = None,
 ) -> SampleTraces:
-    """Of all samples, by the sum over classes; arguments as for `per_sample_traces`."""
-    parts = per_sample_traces(model, batches, parameters, derivatives=derivatives)
-    return collected(parts, exact_passes(model, batches[0][0]))
+    """Of all samples, without drawing; arguments as for `per_sample_traces`."""
+    parts = per_sample_traces(model, loss, batches, parameters, derivatives=derivatives)
+    return collected(parts, exact_passes(model, loss, batches[0]))
 
 
 def sampled_traces(
     model: nn.Module,
+    loss: Loss,
     batches: list[Batch],
     parameters: dict[str, Tensor],
     derivatives: dict[str, Tensor] | None = None,
@@ -93,15 +99,16 @@ def sampled_traces(
     """
 
     def by_sample(part: list[Batch], labels: int) -> Iterator[dict[str, Tensor]]:
-        return per_sample_traces(model, part, parameters, n_labels=labels, generator=generator, derivatives=derivatives)
+        of = (model, loss, part, parameters)
+        return per_sample_traces(*of, n_labels=labels, generator=generator, derivatives=derivatives)
 
     def draw(part: list[Batch], labels: int, one_label: dict[str, float] | None = None) -> list[_Part]:
         return [_mean_over_labels(traces, one_label) for traces in by_sample(part, labels)]
 
     if tol is None:
         return collected(by_sample(batches, n_labels), n_labels)
-    found = _to_tolerance(draw, batches, generator, tol, exact_passes(model, batches[0][0]))
-    return found or exact_traces(model, batches, parameters, derivatives)
+    found = _to_tolerance(draw, batches, generator, tol, exact_passes(model, loss, batches[0]))
+    return found or exact_traces(model, loss, batches, parameters, derivatives)
 
 
 def collected(parts: Iterable[dict[str, Tensor]], n_passes: int) -> SampleTraces:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -20,6 +19,7 @@ from fpq_analysis.curvature import (
     repeatable,
 )
 from fpq_analysis.curvature.batches import full_precision
+from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.steps import differ, label, watch
 from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
 from fpq_analysis.doctor.patient import (
@@ -33,6 +33,7 @@ from fpq_analysis.doctor.patient import (
     owner,
     short,
 )
+from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses import check_mean
 from fpq_analysis.quantizers import (
     clipped_fraction,
@@ -143,6 +144,8 @@ def _finite(patient: Patient) -> Finding:
         try:
             with torch.no_grad():
                 value = _loss(patient, x, y)
+        except UnfitError:
+            raise
         except Exception as error:  # the user's code: anything can happen
             cure = "Check the shapes, and that targets are class numbers from 0 to C - 1; or give another loss."
             return Finding(FAULT, f"The loss cannot be computed on these data ({short(error)}).", cure)
@@ -160,10 +163,8 @@ def _finite(patient: Patient) -> Finding:
 def _loss(patient: Patient, x: Tensor, y: Tensor) -> float:
     z = patient.model(x)
     # On CUDA, cross-entropy answers a class that is not there with an error that ends the process.
-    if patient.loss is F.cross_entropy and (
-        y.is_floating_point() or y.ndim != z.ndim - 1 or not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]
-    ):
-        raise ValueError(f"targets are not one class number an image, out of {z.shape[1]}")
+    if patient.loss.check is not None:
+        patient.loss.check(z, y)
     return float(patient.loss(z, y))
 
 
@@ -191,7 +192,7 @@ def _samples_apart(patient: Patient) -> Finding:
 
 
 def _mean_loss(patient: Patient) -> Finding:
-    for x, y in patient.data if patient.loss is not F.cross_entropy else []:
+    for x, y in patient.data if patient.loss.check is None else []:
         with torch.no_grad():
             z = patient.model(x)
         check_mean(patient.loss, z, y)
@@ -275,13 +276,10 @@ def _symmetric(patient: Patient) -> Finding:
 
 
 def _exact_trace(patient: Patient) -> Finding:
-    if patient.loss is not F.cross_entropy:
-        return Finding(
-            NOTE, "The exact trace is for cross-entropy only.", "Use method='auto', which takes the deflated estimator."
-        )
     try:
+        exact_passes(patient.model, patient.loss, patient.data[0])
         certify(patient.model, patient.data, patient.variables)
-        return Finding(OK, "The exact trace holds: the logits are piecewise linear in every weight.")
+        return Finding(OK, "The exact trace holds: the outputs are piecewise linear in every weight.")
     except NotExactError as outside:
         # The check differentiates twice itself, though the exact trace does not.
         cure = "Mend that first." if outside.__cause__ else "Use method='auto': the deflated estimator, with its error."

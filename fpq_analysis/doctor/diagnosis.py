@@ -19,7 +19,7 @@ from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, w
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.foreign import ForeignRuns
 
@@ -28,7 +28,7 @@ def diagnose(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -37,7 +37,7 @@ def diagnose(
     Args:
         model: any `nn.Module` whose output the loss takes; quantized ones are checked as `dequantized`.
         batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
-        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         device: where to compute; None for where the model is.
         seed: of the random directions.
 

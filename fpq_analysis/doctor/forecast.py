@@ -6,20 +6,21 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import SHARE, free_memory
 from fpq_analysis.doctor.patient import admit, same_random_state
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 
 FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
 FORECAST_IMAGES = 32
@@ -35,7 +36,7 @@ def forecast_measurements(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -59,10 +60,11 @@ def forecast_measurements(
 
     with same_random_state(where):
         seconds = peak = float("nan")
-        if patient.loss is F.cross_entropy:
-            with suppress(NotExactError):
-                certify(patient.model, [(x, y)], own, seed)
-                seconds, peak = _measure(lambda: list(per_sample_traces(patient.model, [(x, y)], own)), where)
+        with suppress(NotExactError):
+            exact_passes(patient.model, patient.loss, (x, y))
+            certify(patient.model, [(x, y)], own, seed)
+            traces = partial(per_sample_traces, patient.model, patient.loss, [(x, y)], own)
+            seconds, peak = _measure(lambda: list(traces()), where)
         rows = [("trace (exact)", seconds * scale, peak * wider)]
         vector = patient.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))
         seconds, peak = _measure(lambda: operator().matvec(vector), where)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.steps import Step, watch
-from fpq_analysis.losses import Loss, resolve_loss
+from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device
 from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Patient:
-    """A plain copy of a model in eval mode, with data on its device; `loss` is `F.cross_entropy` if it is that."""
+    """A plain copy of a model in eval mode, with data on its device."""
 
     model: nn.Module
     data: list[Batch]
@@ -79,18 +79,21 @@ class Patient:
 
 
 def admit(
-    model: nn.Module, batches: Batch | Iterable[Batch], loss: str | Loss, device: str | torch.device | None, seed: int
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    loss: str | LossFunction,
+    device: str | torch.device | None,
+    seed: int,
 ) -> Patient:
     """Copy the model as `dequantized` to `device` (None: where it is), and the data.
 
     Raises:
         UserError: if there are no data, or the loss has an unknown name.
     """
-    function, _ = resolve_loss(loss)
     where = torch.device(device) if device is not None else model_device(model)
     data = [(x.to(where), y.to(where)) for x, y in as_batches(batches)]
     copied = take_view(model, "dequantized").to(where)
-    return Patient(copied, data, function, where, torch.Generator().manual_seed(seed))
+    return Patient(copied, data, resolve_loss(loss), where, torch.Generator().manual_seed(seed))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import SpectralMeasure, spectral_measure
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import check_operator, prepare
@@ -81,7 +81,7 @@ def spectral_density(
     *,
     n_draws: int = N_DRAWS,
     n_steps: int = N_STEPS,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     definition: str = "dequantized",
     operator: str = "hessian",
     parameters: str | Iterable[str] | None = None,

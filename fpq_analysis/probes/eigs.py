@@ -21,7 +21,7 @@ from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import eigenpairs
 from fpq_analysis.linalg.eigs import check_which
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import MOST, Result
 from fpq_analysis.probes.subject import check_operator, prepare
@@ -96,7 +96,7 @@ def hessian_eigs(
     k: int = 5,
     *,
     which: str = "LA",
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     definition: str = "dequantized",
     operator: str = "hessian",
     parameters: str | Iterable[str] | None = None,

@@ -8,19 +8,16 @@ from dataclasses import dataclass
 import torch
 from scipy.special import bdtrc
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fpq_analysis.curvature import repeatable
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.steps import watch
 from fpq_analysis.errors import UnfitError, UserError
-from fpq_analysis.losses import Loss, check_mean, check_targets
+from fpq_analysis.losses import Loss, check_factor, check_mean
 
-# Of the cross-entropy so many samples are looked at, spread over the data; of other losses all, to see each batch.
+# So many samples are looked at, spread over the data; of a loss that is to be tried out all, to see each batch.
 MOST = 4096
-# Rounding of the largest logit, in absolute numbers, at which curvature is off by about a per cent.
-COARSEST = 1e-2
 # The fewest samples, and the p-value, at which an accuracy is called no better than chance.
 FEWEST, UNSURE = 64, 0.05
 
@@ -49,13 +46,13 @@ class Fit:
         return bool(bdtrc(round(self.accuracy * self.n) - 1, self.n, self.chance) > UNSURE)
 
 
-def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool) -> Fit:
+def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
     """Run the model over the data, twice, and look.
 
     Raises:
         UserError: if the model does not run on them, its outputs are no tensor of one row a sample, not finite, random,
-            or so large that their digits are gone; if targets do not fit the cross-entropy, or another loss is no mean
-            over samples (`check_mean`).
+            or so large that their digits are gone; if targets do not fit the loss (`Loss.check`), or it is no mean over
+            samples (`check_mean`), or has a curvature of its own making (`check_factor`).
     """
     tail: list[Batch] = []
     shapes: set[torch.Size] = set()
@@ -64,12 +61,16 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool)
         x, y = batch
         z = _outputs(view, x)
         shapes.add(z.shape[1:])
-        if cross_entropy:
-            check_targets(z, y)
-            _check_digits(z, x)
-            losses = _wide(F.cross_entropy(_wide(z), y, reduction="none")).reshape(len(z), -1).mean(1)
+        _check_digits(loss, z, x)
+        if loss.check is not None:
+            loss.check(z, y)
+            losses = loss.sample_losses(z, y)
         else:
             losses = check_mean(loss, z, y)
+            if loss.mean is None:
+                losses = loss.sample_losses(z, y)
+            if loss.output_factor is not None:
+                check_factor(loss, z[-8:], y[-8:])
             ends = [(z[-8:], y[-8:])]  # batches are as large as they are: some across their borders
             if tail and tail[0][0].shape[1:] == z.shape[1:] and tail[0][1].shape[1:] == y.shape[1:]:
                 check_mean(loss, torch.cat([tail[0][0], z[:8]]), torch.cat([tail[0][1], y[:8]]))
@@ -79,12 +80,12 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss, cross_entropy: bool)
         hits, classes = _hits(z, y)
         return losses.cpu(), hits.cpu(), classes.cpu()
 
-    every = max(1, math.ceil(sum(len(x) for x, _ in data) / MOST)) if cross_entropy else 1
+    every = max(1, math.ceil(sum(len(x) for x, _ in data) / MOST)) if loss.check is not None else 1
     with torch.no_grad(), full_precision():
         parts = [torch.cat(part) for part in zip(*each(list(data[::every]), look), strict=True)]
-    if cross_entropy and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
+    if loss.check is not None and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
         for x, y in data:
-            check_targets(torch.empty((len(x), *next(iter(shapes))), device="meta"), y)
+            loss.check(torch.empty((len(x), *next(iter(shapes))), device="meta"), y)
     losses, hits, classes = (part.double() for part in parts)
     n = len(losses)
     error = float(losses.std()) / math.sqrt(n) if n > 1 else math.nan
@@ -130,13 +131,13 @@ def _does_not_run(x: Tensor, error: Exception) -> UserError:
     )
 
 
-def _check_digits(z: Tensor, x: Tensor) -> None:
+def _check_digits(loss: Loss, z: Tensor, x: Tensor) -> None:
     largest = float(z.abs().max())
-    if largest * torch.finfo(z.dtype).eps > COARSEST:
+    if loss.resolution and largest * torch.finfo(z.dtype).eps > loss.resolution:
         kind = str(z.dtype).removeprefix("torch.")
         raise UnfitError(
-            f"The logits reach {largest:.1e}, where {kind} has no digits left for the differences that the softmax is "
-            f"made of{_largest(x, None)}.",
+            f"The outputs reach {largest:.1e}, where {kind} has no digits left for differences of {loss.resolution:g}, "
+            f"of which the loss '{loss.name}' is made{_largest(x, None)}.",
             "Check the inputs' normalisation.",
         )
 
@@ -152,8 +153,3 @@ def _hits(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if not classes or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
         return z.new_empty(0), z.new_empty(0)
     return (z.argmax(1) == y).reshape(len(z), -1).float().mean(1), y.reshape(-1)
-
-
-def _wide(t: Tensor) -> Tensor:
-    """Float64, but on Apple's devices, which have none."""
-    return t if t.device.type == "mps" else t.double()

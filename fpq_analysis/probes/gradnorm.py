@@ -25,7 +25,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from fpq_analysis.curvature.batches import Batch, full_precision
@@ -33,7 +32,7 @@ from fpq_analysis.curvature.memory import each
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
@@ -55,7 +54,7 @@ def gradient_norms(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     definition: str = "dequantized",
     n_draws: int = N_DRAWS,
     batch_size: int = BATCH_SIZE,
@@ -72,7 +71,7 @@ def gradient_norms(
     Args:
         model: any `nn.Module`.
         batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
-        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         definition: whose gradient: `dequantized` (the weights the network uses), `latent` (the trained ones: clipped
             weights drop out), `float` (quantizers off; clean only).
         n_draws: of noise in the weights, each the same for all samples; in the features, which get noise anew for every
@@ -352,11 +351,7 @@ class _Gradient:
     def _losses(self, batch: tuple[Tensor, ...]) -> Tensor:
         x, y, samples = batch
         self.noise.see(samples)
-        outputs = self.subject.view(x)
-        if self.subject.cross_entropy:
-            return F.cross_entropy(outputs, y, reduction="none")
-        # The mean over a batch of one is that sample's loss.
-        return torch.stack([self.subject.loss(*pair) for pair in zip(outputs.split(1), y.split(1), strict=True)])
+        return self.subject.loss.per_sample(self.subject.view(x), y)
 
     def _norms(self, gradient: list[Tensor]) -> Tensor:
         squares = torch.stack([g.double().square().sum() for g in gradient]).cpu()

@@ -42,7 +42,7 @@ from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg.estimate import degrees_of_freedom
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
@@ -62,7 +62,7 @@ def noise_response(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     sizes: Iterable[float] = SIZES,
     n_draws: int = N_DRAWS,
     seed: int = 0,
@@ -77,7 +77,7 @@ def noise_response(
     Args:
         model: a network quantized by `quantize`, whose convolutions run once in a forward pass.
         batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
-        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         sizes: widths of the noise, in steps of each convolution's input; 1, FPQ's own, is always added.
         n_draws: pairs of opposite noise for each sample; noise in one layer alone gets the first two of them.
         seed: of the noise.  A sample's noise depends on it and on the sample's place alone: two models of one

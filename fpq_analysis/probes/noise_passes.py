@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fpq_analysis.curvature import NotExactError
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.certificate import certify_features
-from fpq_analysis.curvature.exact import cross_entropy_factor, exact_passes, label_uniforms, sampled_factor
+from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
+from fpq_analysis.losses import draw_uniforms
 from fpq_analysis.probes.subject import Subject
 from fpq_analysis.probes.trace import N_LABELS, exact_or_sampled
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
@@ -186,7 +187,7 @@ class _Measurement:
         self.n_draws = n_draws
         generator = torch.Generator().manual_seed(seed)
         self.seeds = torch.randint(2**31, (subject.n_data, n_draws + N_PROBES), generator=generator)
-        self.labels = label_uniforms(torch.empty(subject.n_data), N_LABELS, generator)
+        self.labels = draw_uniforms(subject.n_data, N_LABELS, generator)
 
     def run(self) -> dict[str, Tensor]:
         """Fields of `Found`, samples last."""
@@ -252,10 +253,12 @@ class _Measurement:
         if self.method == "hutchinson":
             return {"traces": self._hutchinson(clean, outputs, y, places, deltas)}
         z = outputs.detach()
+        loss = self.subject.loss
+        assert loss.output_factor is not None
         if self.method == "exact":
-            factor = cross_entropy_factor(z)
+            factor = loss.output_factor(z, y)
         else:
-            factor = sampled_factor(z, self.labels[places].to(z.device), balanced=True)
+            factor = loss.drawn_factor(z, y, self.labels[places].to(z.device))
         traces = torch.stack(
             [torch.stack([_squared(g) for g in self._backward(outputs, deltas, column)]) for column in factor]
         )
@@ -286,8 +289,9 @@ class _Measurement:
         joint = moves.sum(1)
         moves = torch.cat([moves, joint[:, None]], 1)
         z = outputs.detach().cpu().double()
-        p = z.softmax(1)
-        seconds = ((p * moves.square()).sum(-1) - (p * moves).sum(-1).square()) / 2
+        assert self.subject.loss.output_factor is not None
+        factor = self.subject.loss.output_factor(z, y.cpu())
+        seconds = torch.einsum("nbc,klbc->nklb", factor, moves).square().sum(0) / 2
         losses = self.subject.sample_losses
         linear = [
             torch.stack([(losses(z + size * move, y) + losses(z - size * move, y)) / 2 for move in joint])
@@ -325,13 +329,11 @@ def _dot(g: Tensor, move: Tensor) -> Tensor:
 def _choose(subject: Subject, sites: Sites) -> tuple[str, int]:
     """Method of the traces, and its backward passes or products."""
     try:
-        if not subject.cross_entropy:
-            raise NotExactError("the loss is not the cross-entropy")
+        method, _ = exact_or_sampled(subject, None)
         layers = {name: layer for name, (layer, _) in sites.items()}
         certify_features(subject.view, subject.data, layers)
-        method, _ = exact_or_sampled(subject, None)
     except NotExactError:
         return "hutchinson", N_PROBES
     if method == "sampled":
         return method, N_LABELS
-    return method, exact_passes(subject.view, subject.data[0][0])
+    return method, exact_passes(subject.view, subject.loss, subject.data[0])

@@ -44,7 +44,7 @@ from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.sampling import ALL, collected, layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
@@ -68,7 +68,7 @@ def sharpness(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     definition: str = "dequantized",
     rho: float = RHO,
     rho_adaptive: float = RHO_ADAPTIVE,
@@ -87,7 +87,7 @@ def sharpness(
     Args:
         model: any `nn.Module`; the quantities in steps are for those quantized by `quantize`.
         batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
-        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         definition: `dequantized` moves the weights the network uses; `float` the trained ones, quantizers off.
         rho: length of SAM's step.
         rho_adaptive: length of ASAM's, relative to each weight.
@@ -252,8 +252,6 @@ def _scaled_traces(subject: Subject, seed: int) -> tuple[Rows, dict[str, Any]]:
     """`scaled_trace` of every layer, and of the model."""
     norms = {name: float(p.detach().cpu().double().norm()) for name, p in subject.parameters.items()}
     try:
-        if not subject.cross_entropy:
-            raise NotExactError("the loss is not the cross-entropy")
         rows, total = _by_sample(subject, norms, seed)
     except NotExactError:
         rows, total = _by_product(subject, norms, seed)
@@ -266,8 +264,9 @@ def _by_sample(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Ro
     n_labels = N_LABELS if method == "sampled" else None
     certify(subject.view, subject.data, subject.parameters)
     generator = torch.Generator().manual_seed(seed)
-    passes = n_labels or exact_passes(subject.view, subject.data[0][0])
-    parts = per_sample_traces(subject.view, subject.data, subject.parameters, n_labels=n_labels, generator=generator)
+    passes = n_labels or exact_passes(subject.view, subject.loss, subject.data[0])
+    of = (subject.view, subject.loss, subject.data, subject.parameters)
+    parts = per_sample_traces(*of, n_labels=n_labels, generator=generator)
     scaled = ({name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts)
     found = collected(scaled, passes)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fpq_analysis.curvature import (
     CurvatureOperator,
@@ -22,7 +21,7 @@ from fpq_analysis.curvature import (
 from fpq_analysis.curvature.batches import Batch, full_precision, merged
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.losses import Loss, resolve_loss
+from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.fit import Fit, examine
 from fpq_analysis.quantizers import check_definition_applies, check_plain, quantizers, rounds_weights, variables
@@ -38,7 +37,6 @@ class Subject:
     Attributes:
         view: a copy of the model in eval mode, see `quantizers/views.py`.
         data: micro-batches on its device.
-        loss: (outputs, targets) to the mean; cross_entropy: whether it is that.
         parameters: the variables, by name.
         fit: loss and accuracy on these data.
         micro_batch: the most samples at once, if that was asked for.
@@ -48,7 +46,6 @@ class Subject:
     view: nn.Module
     data: list[Batch]
     loss: Loss
-    cross_entropy: bool
     parameters: dict[str, Tensor]
     fit: Fit
     micro_batch: int | None = None
@@ -61,17 +58,13 @@ class Subject:
 
     def sample_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Each sample's loss: (B,) float64 on the CPU."""
-        if self.cross_entropy:
-            return F.cross_entropy(outputs.cpu().double(), y.cpu(), reduction="none")
-        # The mean over a batch of one is that sample's loss.
-        pairs = zip(outputs.split(1), y.split(1), strict=True)
-        return torch.stack([self.loss(*pair) for pair in pairs]).cpu().double()
+        return self.loss.sample_losses(outputs, y).cpu()
 
     def operator(self, kind: str = "hessian", seed: int = 0) -> CurvatureOperator:
         """`hessian`, `gauss-newton`, or `fisher` (with one label a sample, drawn by `seed`).
 
         Raises:
-            UserError: for an unknown kind, or a Fisher matrix of another loss than the cross-entropy.
+            UserError: for an unknown kind, or a Fisher matrix of a loss that draws no labels.
         """
         check_operator(kind)
         data = merged(self.data) if self.micro_batch is None else self.data
@@ -83,16 +76,14 @@ class Subject:
             return HessianOperator(self.view, self.loss, data, self.parameters)
         if kind == "gauss-newton":
             return GaussNewtonOperator(self.view, self.loss, data, self.parameters)
-        if not self.cross_entropy:
-            raise UserError("The Fisher matrix here is that of the cross-entropy; use operator='gauss-newton'.")
-        return FisherOperator(self.view, data, self.parameters, seed=seed)
+        return FisherOperator(self.view, self.loss, data, self.parameters, seed=seed)
 
 
 def prepare(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     definition: str = "dequantized",
     parameters: str | Iterable[str] | None = None,
     device: str | torch.device | None = None,
@@ -116,10 +107,8 @@ def prepare(
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
     dtype = _precision(view)
     data = [(_to(x, where, dtype), y.to(where)) for x, y in as_batches(batches, micro_batch)]
-    function, cross_entropy = resolve_loss(loss)
-    if cross_entropy:
-        data = [(x, y if y.is_floating_point() else y.long()) for x, y in data]
-    fit = examine(view, data, function, cross_entropy)
+    resolved = resolve_loss(loss)
+    fit = examine(view, data, resolved)
     check_samples_apart(view, data)
     few, foreign = data[0][0][:1], False
     with full_precision():
@@ -132,7 +121,7 @@ def prepare(
     # A layer's parameters side by side, so that each layer is one block of the matrix.
     layers = list(dict.fromkeys(map(layer_of, named)))
     named = dict(sorted(named.items(), key=lambda item: layers.index(layer_of(item[0]))))
-    return Subject(view, data, function, cross_entropy, named, fit, micro_batch, foreign)
+    return Subject(view, data, resolved, named, fit, micro_batch, foreign)
 
 
 def _check_weights(model: nn.Module) -> None:

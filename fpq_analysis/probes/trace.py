@@ -24,6 +24,7 @@ from fpq_analysis.curvature import (
     sampled_traces,
 )
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
@@ -31,7 +32,7 @@ from fpq_analysis.curvature.sampling import ALL, layer_of
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
@@ -41,7 +42,7 @@ BY_SAMPLE = ("exact", "sampled")
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
 METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT)
 # Above this many classes `auto` draws labels: the exact sum then costs more than the error over the data is worth.
-MAX_EXACT_CLASSES = 20
+MAX_EXACT_PASSES = 19  # of the cross-entropy of 20 classes
 N_LABELS = 4
 N_PRODUCTS = 100
 MAX_PRODUCTS = 100_000
@@ -140,7 +141,7 @@ def hessian_trace(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     method: str = "auto",
     definition: str = "dequantized",
     operator: str = "hessian",
@@ -152,14 +153,14 @@ def hessian_trace(
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
 ) -> TraceEstimate:
-    """Trace of the Hessian of the mean loss of a classifier with respect to its parameters.
+    """Trace of the Hessian of the mean loss with respect to its parameters.
 
     The model is measured as a copy in eval mode; the one handed over, its buffers, gradients and mode, and the global
     random state are untouched.  For a model quantized by `quantize`, step sizes are not variables.
 
-    Methods that see samples one by one, for piecewise linear networks under the cross-entropy:
+    Methods that see samples one by one, for piecewise linear networks and a loss with an `output_factor`:
 
-    - `exact`: the sum over classes, no random number (`curvature/exact.py`);
+    - `exact`: no random number (`curvature/exact.py`);
     - `sampled`: drawn labels; with `tol`, drawn samples too (`curvature/sampling.py`).
 
     Methods of matrix-vector products, for any network and loss:
@@ -172,9 +173,9 @@ def hessian_trace(
     classes), and `deflated` elsewhere.
 
     Args:
-        model: any `nn.Module`; for methods by sample one that gives (N, C) logits.
+        model: any `nn.Module`; for methods by sample one that gives (N, C) outputs.
         batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
-        loss: `cross_entropy`, or a function (outputs, targets) to the *mean* over the batch.
+        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (`quantizers/views.py`).
         operator: `hessian`, `gauss-newton`, or `fisher` (one label a sample, drawn by `seed`).
         parameters: name patterns of the variables, as `layer3.*`; None for all.
@@ -194,8 +195,6 @@ def hessian_trace(
     estimate, reason = None, "asked for"
     if method == "auto" or method in BY_SAMPLE:
         try:
-            if not subject.cross_entropy:
-                raise NotExactError("the loss is not the cross-entropy")
             if operator == "fisher":
                 raise NotExactError("the Fisher matrix has labels of its own")
             if subject.foreign:
@@ -247,19 +246,20 @@ def _check_settings(
         raise UserError("An error needs at least 2 products (n_products) and 2 labels a sample (n_labels).")
 
 
-@torch.no_grad()
 def exact_or_sampled(subject: Subject, tol: float | None) -> tuple[str, str]:
     """Which method by sample `auto` takes where the certificate holds, and why: `exact`, or `sampled`.
 
     Args:
         tol: wanted relative error, or None.
+
+    Raises:
+        NotExactError: see `exact_passes`.
     """
-    logits = subject.view(subject.data[0][0][:1])
-    n_classes = logits.shape[1] if logits.ndim == 2 else 0
+    passes = exact_passes(subject.view, subject.loss, subject.data[0])
     if tol is not None:
         return "sampled", f"the certificate holds: as few samples and labels as a relative error of {tol:g} needs"
-    if n_classes > MAX_EXACT_CLASSES:
-        return "sampled", f"{n_classes} classes: drawn labels are cheaper than the exact sum"
+    if passes > MAX_EXACT_PASSES:
+        return "sampled", f"the exact sum would take {passes} backward passes: a few by drawn labels are cheaper"
     return "exact", "the certificate holds: proven piecewise linear in every parameter"
 
 
@@ -275,10 +275,10 @@ def _by_sample(
     named = subject.parameters
     certify(subject.view, subject.data, named)
     if method == "exact":
-        return exact_traces(subject.view, subject.data, named, derivatives)
+        return exact_traces(subject.view, subject.loss, subject.data, named, derivatives)
     generator = torch.Generator().manual_seed(seed)
     return sampled_traces(
-        subject.view, subject.data, named, derivatives, generator=generator, n_labels=n_labels, tol=tol
+        subject.view, subject.loss, subject.data, named, derivatives, generator=generator, n_labels=n_labels, tol=tol
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.landscape.choices import LandscapeChoices, quantity
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.grid import LossGrid
@@ -106,7 +106,7 @@ def landscape(
     span: float | None = None,
     others: Sequence[nn.Module] = (),
     batchnorm: str = "interpolate",
-    loss: str | Loss = "cross_entropy",
+    loss: str | LossFunction = "cross_entropy",
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
@@ -128,7 +128,7 @@ def landscape(
             checkpoints.
         others: the networks before `model` in a trajectory, in their order; or those to draw the plane through.
         batchnorm: for planes of checkpoints, `interpolate` or `re-estimate` its statistics.
-        loss: `cross_entropy`, or a function (outputs, targets) to the mean over the batch.
+        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the mean over the batch.
         seed: of random directions, and of the start of the eigenvectors.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.

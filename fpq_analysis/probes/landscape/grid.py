@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
-from fpq_analysis.losses import Loss
+from fpq_analysis.losses import LossFunction
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.eigs import hessian_eigs
 from fpq_analysis.probes.landscape import directions as geometry
@@ -74,7 +74,7 @@ class LossGrid:
         *,
         others: Sequence[nn.Module] = (),
         seed: int = 0,
-        loss: str | Loss = "cross_entropy",
+        loss: str | LossFunction = "cross_entropy",
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class LossGrid:
         self.centre = self.surface.losses([0.0] * choices.dim)
         check_finite(float(self.centre.mean()), "loss at the centre")
 
-    def _eigenvectors(self, model: nn.Module, data: list[Batch], loss: str | Loss, seed: int) -> list[Move]:
+    def _eigenvectors(self, model: nn.Module, data: list[Batch], loss: str | LossFunction, seed: int) -> list[Move]:
         definition = DEFINITION[self.choices.weights]
         found = hessian_eigs(
             model,

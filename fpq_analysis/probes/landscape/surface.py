@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.curvature.batches import full_precision
@@ -58,7 +57,7 @@ class Surface:
 
     @torch.no_grad()
     def losses(self, coordinates: Sequence[float]) -> Tensor:
-        """(N,) losses at a point of the surface, on the device; float64 where the device has it."""
+        """(N,) float64 losses at a point of the surface."""
         self.variables.move(coordinates)
         if self.carried is not None:
             self.carried.move(coordinates)
@@ -83,16 +82,8 @@ class Surface:
         with full_precision():
             if self.norms:
                 self._re_estimate()
-            return torch.cat(list(each(self.batches, lambda batch: self._samples(view(batch[0]), batch[1]))))
-
-    def _samples(self, outputs: Tensor, y: Tensor) -> Tensor:
-        if self.subject.cross_entropy:
-            # Apple's devices know no float64.
-            wide = outputs if outputs.device.type == "mps" else outputs.double()
-            return F.cross_entropy(wide, y, reduction="none")
-        # The mean over a batch of one is that sample's loss.
-        pairs = zip(outputs.split(1), y.split(1), strict=True)
-        return torch.stack([self.subject.loss(*pair) for pair in pairs])
+            losses = self.subject.loss.sample_losses
+            return torch.cat(list(each(self.batches, lambda batch: losses(view(batch[0]), batch[1]))))
 
     def _re_estimate(self) -> None:
         """One pass in which the statistics are replaced by those of the data."""

@@ -1,16 +1,13 @@
-"""Which loss it is, and whether it is what every method assumes: a mean over samples."""
+"""Is a loss what every method assumes, a mean over samples?  Tried out on outputs and targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from fpq_analysis.errors import UnfitError, UserError
+from fpq_analysis.errors import UnfitError
+from fpq_analysis.losses.loss import Loss, LossFunction
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 # Relative disagreement of a batch's loss with the mean of its samples' that is no rounding, in float64 and below it.
 FINE, COARSE = 1e-6, 1e-4
 PLAIN_MEAN = (
@@ -19,39 +16,7 @@ PLAIN_MEAN = (
 )
 
 
-def resolve_loss(loss: str | Loss) -> tuple[Loss, bool]:
-    """The loss as a function (outputs, targets) to the mean, and whether it is the cross-entropy.
-
-    It is for `cross_entropy`, `F.cross_entropy`, and `nn.CrossEntropyLoss` itself with its default settings.  Any other
-    function is taken for what it computes.
-
-    Raises:
-        UserError: for a name that is not known.
-    """
-    if isinstance(loss, str):
-        if loss != "cross_entropy":
-            raise UserError(
-                f"Unknown loss '{loss}'. Give 'cross_entropy', or a function (outputs, targets) to the mean."
-            )
-        return F.cross_entropy, True
-    plain = type(loss) is nn.CrossEntropyLoss and repr(vars(loss)) == repr(vars(nn.CrossEntropyLoss()))
-    return (F.cross_entropy, True) if plain or loss is F.cross_entropy else (loss, False)
-
-
-def check_targets(outputs: Tensor, y: Tensor) -> None:
-    """Raise `UnfitError` unless the cross-entropy takes `y`, whole numbers from 0 to C - 1, for (N, C, ...) outputs."""
-    n_classes = outputs.shape[1] if outputs.ndim > 1 else 0
-    whole = not (y.is_floating_point() or y.is_complex())
-    if whole and y.shape == outputs.shape[:1] + outputs.shape[2:] and 0 <= int(y.min()) <= int(y.max()) < n_classes:
-        return
-    raise UnfitError(
-        f"Cross-entropy here wants whole-number targets from 0 to C - 1 (C = {n_classes} outputs), one a sample.",
-        "For soft or ignored targets give the loss as a function, loss=lambda outputs, targets: ..., that is a mean "
-        "over the samples.",
-    )
-
-
-def check_mean(loss: Loss, outputs: Tensor, y: Tensor) -> Tensor:
+def check_mean(loss: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:
     """Each sample's loss, (B,), if `loss` of the batch is their mean, its slope in the outputs included.
 
     A batch of one is tried twice over, so that a sum shows.
@@ -94,7 +59,40 @@ def check_mean(loss: Loss, outputs: Tensor, y: Tensor) -> Tensor:
     )
 
 
-def _precise(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def check_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    """Raise `UnfitError` unless `output_factor` has the shape it must, and is a factor of the Hessian in the outputs.
+
+    In float64, by one product of the Hessian with a random vector for each sample.
+    """
+    assert loss.output_factor is not None
+    with torch.enable_grad():
+        z, y = _precise(loss, outputs.detach(), targets)
+        z.requires_grad_()
+        v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
+        columns = loss.output_factor(z.detach(), y)
+        if columns.ndim != z.ndim + 1 or columns.shape[1:] != z.shape:
+            raise UnfitError(
+                f"The output_factor of the loss '{loss.name}' is of shape {tuple(columns.shape)} for outputs of shape "
+                f"{tuple(z.shape)}.",
+                "Give (K, *outputs.shape): K vectors for each sample.",
+            )
+        (slope,) = torch.autograd.grad(loss.per_sample(z, y).sum(), z, create_graph=True, materialize_grads=True)
+        curved = torch.zeros_like(z)
+        if slope.requires_grad:
+            (curved,) = torch.autograd.grad(slope, z, v, materialize_grads=True)
+    along = (columns * v).flatten(2).sum(2)  # (K, B)
+    claimed = (columns * along.reshape(*along.shape, *[1] * (z.ndim - 1))).sum(0)
+    allowed = FINE if z.dtype == torch.float64 else COARSE
+    size = torch.maximum(curved.norm(), claimed.norm()) + allowed  # what is smaller is rounding
+    if not bool((curved - claimed).norm() <= allowed * size):
+        raise UnfitError(
+            f"The output_factor L of the loss '{loss.name}' is not one of its Hessian in the outputs: L L^T v and "
+            f"autograd's H v differ by {float((curved - claimed).norm() / size):.0e}.",
+            "Mend it, or leave it out (None): estimators then take the place of the exact trace.",
+        )
+
+
+def _precise(loss: LossFunction, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The same in float64, if the loss and the device know it."""
     try:
         wide = z.double(), y.double() if y.is_floating_point() else y
@@ -104,7 +102,7 @@ def _precise(loss: Loss, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return wide
 
 
-def _scalar(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
+def _scalar(loss: LossFunction, z: Tensor, y: Tensor) -> Tensor:
     try:
         value = loss(z, y)
     except Exception as error:  # the user's code: anything can happen
