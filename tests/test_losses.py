@@ -120,9 +120,9 @@ def test_what_asks_for_the_curvature_of_the_loss(loss):
     x = torch.rand(6, 1, 8, 8, dtype=torch.float64)
     calibrate(model, x, "mse")
     y = targets_for(loss, model(x))
-    frame = sharpness(model, (x, y), loss=loss, n_draws=2, n_flips=2)
+    frame = sharpness(model, (x, y), loss=loss, n_draws=2, n_flips=2).frame()
     assert set(frame.loc[frame["quantity"] == "scaled_trace", "estimator"]) == {"exact"}
-    frame = noise_response(model, (x, y), loss=loss, n_draws=2)
+    frame = noise_response(model, (x, y), loss=loss, n_draws=2).frame()
     traces = frame[frame["quantity"] == "trace"]
     assert set(traces["estimator"]) == {"exact"}
     assert "linear_1" in set(frame["quantity"])
