@@ -9,6 +9,7 @@ from fpq_analysis.quantizers.apply import (
     quantizer_parameters,
     quantizers,
     step_sizes,
+    stored_quantizers,
     weight_codes,
     weight_quantizers,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "rounded_weight",
     "rounds_weights",
     "step_sizes",
+    "stored_quantizers",
     "variables",
     "view",
     "weight_codes",

@@ -7,6 +7,7 @@ Weights go through `torch.nn.utils.parametrize`, inputs through a forward pre-ho
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,27 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer, bool]]:
         quantizer = getattr(layer, INPUT_QUANTIZER, None)
         if isinstance(quantizer, Quantizer):
             yield name, quantizer, False
+
+
+def stored_quantizers(state: dict[str, Tensor], spec: QuantSpec) -> Iterator[tuple[str, Quantizer, bool]]:
+    """What `quantizers` gives, from the state dict of a network quantized by `spec`.
+
+    Raises:
+        KeyError, RuntimeError: if the state is not of such a network.
+    """
+    of_weight, of_input = load_class(SCHEMES[spec.scheme].weight), load_class(SCHEMES[spec.scheme].activation)
+    found: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    for name, value in state.items():
+        if match := re.fullmatch(rf"(.*)\.(parametrizations\.weight\.0|{INPUT_QUANTIZER})\.(\w+)", name):
+            found.setdefault((match[1], match[2] != INPUT_QUANTIZER), {})[match[3]] = value
+    layers = [layer for layer, _ in found]
+    for (layer, is_weight), own in found.items():
+        bits = spec.weight_bits if is_weight else spec.act_bits
+        bits = spec.edge_bits if layer in (layers[0], layers[-1]) else bits
+        weight = state[f"{layer}.parametrizations.weight.original"] if is_weight else None
+        quantizer = of_input(bits) if weight is None else of_weight(bits, weight.shape[0], weight.ndim)
+        quantizer.load_state_dict(own)
+        yield layer, quantizer, is_weight
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -23,6 +23,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import has_checksums, sha256
+from fpq_analysis.quantizers import QuantSpec, stored_quantizers
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.foreign import find_state, foreign_epochs
 from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run, read_training
@@ -92,7 +93,10 @@ def inspect_quantizers(path: str | Path) -> pd.DataFrame:
         UserError: see `inspect_checkpoint`.
     """
     content = _load(Path(path))
-    rows = list(_quantizers(content)) if ckpt.is_ours(content) and content["quant"] else []
+    try:
+        rows = list(_quantizers(content)) if ckpt.is_ours(content) and content["quant"] else []
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"'{path}' holds other quantizers than it says: {str(error).splitlines()[0]}") from error
     return pd.DataFrame(rows, columns=QUANTIZER_COLUMNS)
 
 
@@ -281,26 +285,10 @@ def _tensors(state: dict[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def _quantizers(content: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    state, spec = content["state_dict"], content["quant"]
-    # Names as `quantizers/apply.py` gives them; the order of the state dict is that of the layers.
-    ends = {
-        ".parametrizations.weight.0.step_size": "weight",
-        ".input_quantizer.step_size": "input",
-        ".input_quantizer.alpha": "input",  # PACT's clipping level
-    }
-    found = [
-        (name.removesuffix(end), of, steps.float().reshape(-1), state.get(name.removesuffix("alpha") + "signed"))
-        for name, steps in state.items()
-        for end, of in ends.items()
-        if name.endswith(end)
-    ]
-    edges = {layer for layer, *_ in (found[0], found[-1])} if found else set()
-    for layer, of, steps, signed in found:
-        bits = spec["edge_bits"] if layer in edges else spec["weight_bits" if of == "weight" else "act_bits"]
-        if signed is not None:
-            steps = steps / (2**bits - 1 - signed * 2 ** (bits - 1))
+    for layer, quantizer, is_weight in stored_quantizers(content["state_dict"], QuantSpec(**content["quant"])):
+        steps = quantizer.step_size.detach().float().reshape(-1)
         smallest, median, largest = (float(f()) for f in (steps.min, steps.median, steps.max))
-        yield layer, of, bits, steps.numel(), smallest, median, largest
+        yield layer, "weight" if is_weight else "input", quantizer.bits, steps.numel(), smallest, median, largest
 
 
 def _frame(rows: list[tuple[str, str]]) -> pd.DataFrame:
