@@ -12,15 +12,13 @@ from torch.nn import functional as F
 
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
 from fpq_analysis.probes import Point
+from fpq_analysis.probes.grid_codes import Grid, likely_worst_flips, random_flips
 from fpq_analysis.probes.sharpness import (
     CANDIDATES,
     Sharpness,
     _average_case,
-    _Grid,
     _Losses,
     _weight_quantizers,
-    likely_worst_flips,
-    random_flips,
     sharpness,
 )
 from fpq_analysis.probes.subject import prepare
@@ -200,7 +198,7 @@ def test_the_worst_of_steps_and_flips_by_direct_evaluation():
     names = [f"{name}.weight" for name, _, is_weight in quantizers(model) if is_weight]
     weights = dict(plain.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(loss, [weights[n] for n in names]), strict=True))
-    grids = {n: _Grid.of(weights[n].detach(), q) for n, q in _weight_quantizers(model).items()}
+    grids = {n: Grid.of(weights[n].detach(), q) for n, q in _weight_quantizers(model).items()}
 
     def change(values):
         net = copy.deepcopy(plain)
@@ -227,7 +225,7 @@ def test_flips_against_all_flips():
     model = quantize(nn.Linear(3, 2, bias=False), QuantSpec.parse("W2A32", edge_bits=2)).double()
     x, y = torch.randn(30, 3, dtype=torch.float64), torch.randint(2, (30,))
     plain = view(model, "dequantized")
-    grid = _Grid.of(plain.weight.detach(), _weight_quantizers(model)["weight"])
+    grid = Grid.of(plain.weight.detach(), _weight_quantizers(model)["weight"])
     here = F.cross_entropy(plain(x), y)
     every = [F.cross_entropy(x @ grid.flipped(i, bit).T, y) - here for i in range(6) for bit in range(2)]
     every = torch.stack(every).detach()
@@ -240,7 +238,7 @@ def test_flips_against_all_flips():
 def test_weights_of_flips_undo_the_sampling():
     model = quantize(tiny(), QuantSpec.parse("W2A32"))
     plain = dict(view(model, "dequantized").named_parameters())
-    grids = {n: _Grid.of(plain[n].detach(), q) for n, q in _weight_quantizers(model).items()}
+    grids = {n: Grid.of(plain[n].detach(), q) for n, q in _weight_quantizers(model).items()}
     flips, weights = random_flips(grids, 4000, seed=0)
     total = sum(g.codes.numel() for g in grids.values())
     for name, grid in grids.items():
@@ -257,7 +255,7 @@ def test_flips_stay_on_the_grid(bits):
     model = quantize(nn.Conv2d(2, 3, 2), QuantSpec.parse(f"W{bits}A32", edge_bits=bits))
     quantizer = _weight_quantizers(model)["weight"]
     weight = view(model, "dequantized").weight.detach()
-    grid = _Grid.of(weight.contiguous(memory_format=torch.channels_last), quantizer)
+    grid = Grid.of(weight.contiguous(memory_format=torch.channels_last), quantizer)
     levels = (torch.arange(2**bits).view(1, 1, 1, -1) - grid.zero) * grid.step  # (rows, 1, 1, levels)
     assert torch.equal((grid.codes.float() - grid.zero) * grid.step, weight)
     for place in range(weight.numel()):
@@ -269,7 +267,7 @@ def test_flips_stay_on_the_grid(bits):
             assert (flipped != weight).flatten().nonzero().flatten().tolist() == [place]
             move = float(grid.flip_moves(bit).flatten()[place])
             assert float(value - weight.flatten()[place]) == pytest.approx(move, rel=1e-4)
-            back = _Grid.of(flipped, quantizer)
+            back = Grid.of(flipped, quantizer)
             assert torch.equal(back.flipped(place, bit), weight)
             # In two's complement of k - 2^(bits-1) the same bit tells the two codes apart.
             codes = [int(g.codes.flatten()[place]) - 2 ** (bits - 1) for g in (grid, back)]

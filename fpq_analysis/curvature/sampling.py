@@ -170,6 +170,14 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
+def layer_blocks(slices: dict[str, slice]) -> dict[str, slice]:
+    """By layer, its place in a flat vector, from those of its parameters, which stand side by side."""
+    blocks: dict[str, slice] = {}
+    for name, place in slices.items():
+        blocks[layer_of(name)] = slice(blocks.get(layer_of(name), place).start, place.stop)
+    return blocks
+
+
 def _mean_over_labels(part: dict[str, Tensor], one_label: dict[str, float] | None) -> _Part:
     """By layer, from (draws, B) by parameter: means over the draws, and the variances of these means.
 

@@ -21,11 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
@@ -33,12 +32,12 @@ from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.probes.noise_arms import ArmNoise, NoNoise, noise_arms
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
-from fpq_analysis.quantizers import FeatureNoise, Quantizer, WeightNoise, check_definition
-from fpq_analysis.quantizers.noise import uniform_rows
+from fpq_analysis.quantizers import check_definition
 
 N_DRAWS = 8
 BATCH_SIZE = 256  # of the paper's training
@@ -128,7 +127,10 @@ class GradNorm:
 def _measure(model: nn.Module, subject: Subject, settings: GradNorm, seed: int) -> Rows:
     minibatches = _minibatches(subject.data, settings.batch_size)
     rows: Rows = []
-    for arm, noise in _arms(model, subject, settings, seed):
+    arms: list[tuple[str, ArmNoise]] = [("clean", NoNoise())]
+    if settings.definition != "float":
+        arms += noise_arms(model, subject, settings.n_draws, seed)
+    for arm, noise in arms:
         rows = [*_of_arm(arm, noise, subject, minibatches, settings), *rows]  # the clean ones end up last
     common = {"definition": settings.definition, "n_data": subject.n_data}
     return [{**row, **common} for row in sorted(rows, key=lambda row: row["layer"] == "all")]
@@ -147,115 +149,6 @@ def _minibatches(data: list[Batch], size: int) -> list[Minibatch]:
             found[-1].append((x[:n], y[:n], torch.arange(start, start + n)))
             x, y, room, start = x[n:], y[n:], room - n, start + n
     return found
-
-
-# --- Noise that depends on the seed, the draw and the sample alone: not on micro-batches, memory or device ---
-
-
-class _Noise(Protocol):
-    """What an arm does to the forward pass; a context manager."""
-
-    n_draws: int
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def draw(self, index: int) -> None:
-        """From now on the noise is this draw's."""
-
-    def see(self, samples: Tensor) -> None:
-        """The next forward pass is over these samples."""
-
-
-class _None:
-    n_draws = 1
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def draw(self, index: int) -> None: ...
-
-    def see(self, samples: Tensor) -> None: ...
-
-
-class _InFeatures(FeatureNoise):
-    """FPQ Eq. 9 at every convolution, from a generator for each draw and sample."""
-
-    def __init__(self, view: nn.Module, n_draws: int, n_data: int, seed: int) -> None:
-        super().__init__(view, torch.Generator())
-        self.n_draws = n_draws
-        self.seeds = torch.randint(2**31, (n_draws, n_data), generator=torch.Generator().manual_seed(seed))
-        self.draw(0)
-
-    def draw(self, index: int) -> None:
-        self.index = index
-
-    def see(self, samples: Tensor) -> None:
-        self.generators = [torch.Generator().manual_seed(s) for s in self.seeds[self.index, samples].tolist()]
-
-    def add(self, x: Tensor, quantizer: Quantizer) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        size = x.numel() // len(self.generators)
-        noise = torch.empty_like(x).copy_(uniform_rows(self.generators, size).view(x.shape).sub_(0.5))
-        return x + noise.mul_(self.size * quantizer.step_size.detach())
-
-
-class _Offset(nn.Module):
-    """A parametrization: the weight with noise on it."""
-
-    noise: Tensor | None = None
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight if self.noise is None else weight + self.noise
-
-
-class _InWeights:
-    """The same on the weights.
-
-    `WeightNoise` sits on the quantizers, which the dequantized view no longer has, so here the noise is a
-    parametrization of the view's own: on plain weights Q(w), or behind the quantizer of latent ones.
-    """
-
-    def __init__(self, model: nn.Module, view: nn.Module, n_draws: int, seed: int) -> None:
-        self.n_draws = n_draws
-        self.seeds = torch.randint(2**31, (n_draws,), generator=torch.Generator().manual_seed(seed)).tolist()
-        noise = WeightNoise(model, torch.Generator())
-        names = {id(layer): name for name, layer in model.named_modules()}
-        layers = dict(view.named_modules())
-        self.sites = [(layers[names[id(layer)]], quantizer) for layer, quantizer in noise.sites]
-        self.size = noise.size
-        self.offsets = [_Offset() for _ in self.sites]
-
-    def __enter__(self) -> None:
-        for (layer, _), offset in zip(self.sites, self.offsets, strict=True):
-            parametrize.register_parametrization(layer, "weight", offset, unsafe=True)
-
-    def __exit__(self, *_: object) -> None:
-        for offset in self.offsets:
-            offset.noise = None
-
-    def draw(self, index: int) -> None:
-        generator = torch.Generator().manual_seed(self.seeds[index])
-        for (layer, quantizer), offset in zip(self.sites, self.offsets, strict=True):
-            weight = layer.weight.detach()
-            uniform = (torch.rand(weight.shape, generator=generator) - 0.5).to(weight)
-            offset.noise = uniform * (self.size * quantizer.step_size.detach().to(weight))
-
-    def see(self, samples: Tensor) -> None: ...
-
-
-def _arms(model: nn.Module, subject: Subject, settings: GradNorm, seed: int) -> Iterator[tuple[str, _Noise]]:
-    yield "clean", _None()
-    if settings.definition == "float":
-        return
-    features = _InFeatures(subject.view, max(2, settings.n_draws // 4), subject.n_data, seed)
-    if features.sites:
-        yield "features", features
-    weights = _InWeights(model, subject.view, settings.n_draws, seed)
-    if weights.sites:
-        yield "weights", weights
 
 
 # --- Gradients ---
@@ -281,7 +174,7 @@ class _Gradients:
 class _Gradient:
     """Gradients of a subject, in the noise of one arm."""
 
-    def __init__(self, subject: Subject, noise: _Noise, minibatches: list[Minibatch], batch_size: int) -> None:
+    def __init__(self, subject: Subject, noise: ArmNoise, minibatches: list[Minibatch], batch_size: int) -> None:
         self.subject, self.noise, self.minibatches, self.batch_size = subject, noise, minibatches, batch_size
         self.parameters = list(subject.parameters.values())
         of_layer = list(map(layer_of, subject.parameters))
@@ -363,7 +256,7 @@ class _Gradient:
 
 
 def _of_arm(
-    arm: str, noise: _Noise, subject: Subject, minibatches: list[Minibatch], settings: GradNorm
+    arm: str, noise: ArmNoise, subject: Subject, minibatches: list[Minibatch], settings: GradNorm
 ) -> Iterator[dict[str, Any]]:
     gradient = _Gradient(subject, noise, minibatches, settings.batch_size)
     draws: list[_Gradients] = []

@@ -26,7 +26,6 @@ otherwise the measure would not be invariant.  See docs/sharpness.md.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,10 +40,11 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import each, freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
-from fpq_analysis.curvature.sampling import ALL, collected, layer_of
+from fpq_analysis.curvature.sampling import ALL, collected, layer_blocks, layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.probes.grid_codes import Flip, Grid, likely_worst_flips, random_flips
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
@@ -60,8 +60,6 @@ CANDIDATES = 16  # flips measured for the worst one
 
 # By parameter name, new values or moves of the parameter's shape.
 Weights = dict[str, Tensor]
-# Of one bit of one code: the weight's name, the place in it when it is flattened, the bit.
-Flip = tuple[str, int, int]
 
 
 def sharpness(
@@ -158,7 +156,7 @@ def _measure(model: nn.Module, subject: Subject, settings: Sharpness, seed: int)
     layers, total = _scaled_traces(subject, seed)
     rows = [*_one_step(losses, gradient, settings), _average_case(losses, settings, seed)]
     grids = {
-        name: _Grid.of(losses.weights[name], quantizer)
+        name: Grid.of(losses.weights[name], quantizer)
         for name, quantizer in _weight_quantizers(model).items()
         if name in losses.weights and settings.definition == "dequantized"
     }
@@ -280,9 +278,7 @@ def _by_sample(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Ro
 
 def _by_product(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Rows, dict[str, Any]]:
     matrix = _Scaled(subject.operator(), norms)
-    blocks: dict[str, slice] = {}
-    for name, place in matrix.slices.items():  # a layer's parameters stand side by side
-        blocks[layer_of(name)] = slice(blocks.get(layer_of(name), place).start, place.stop)
+    blocks = layer_blocks(matrix.slices)
     generator = torch.Generator().manual_seed(seed)
     krylov = Lanczos(matrix, generator=generator)
     found = deflated_hutchinson(matrix, list(blocks.values()), krylov, generator=generator, n_products=N_PRODUCTS)
@@ -361,46 +357,12 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 # --- Moves in units of the quantization step ---
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """A quantized weight by its codes k: its values are (k - z) s.
-
-    Attributes:
-        codes: whole numbers 0 .. 2^bits - 1, of the weight's shape, contiguous.
-        step, zero: s and z, broadcastable to it.
-    """
-
-    codes: Tensor
-    step: Tensor
-    zero: Tensor
-    bits: int
-
-    @classmethod
-    def of(cls, weight: Tensor, quantizer: Quantizer) -> _Grid:
-        """The codes of a weight that is on the quantizer's grid."""
-        step, zero = quantizer.step_size.detach().to(weight), quantizer.zero_point.to(weight)
-        return cls((weight / step + zero).round().long().contiguous(), step, zero, quantizer.bits)
-
-    def flipped(self, place: int, bit: int) -> Tensor:
-        """The weight with one bit of one code flipped.
-
-        The same as in storage by two's complement, k - 2^(bits-1): the two differ in the top bit only, for every k.
-        """
-        codes = self.codes.clone()
-        codes.view(-1)[place] ^= 1 << bit
-        return (codes.to(self.step.dtype) - self.zero) * self.step
-
-    def flip_moves(self, bit: int) -> Tensor:
-        """How far flipping this bit moves each weight, signed."""
-        return (1 - 2 * (self.codes >> bit & 1)) * 2**bit * self.step
-
-
 def _weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """By the weight's plain name."""
     return {f"{layer}.weight".lstrip("."): q for layer, q, is_weight in quantizers(model) if is_weight}
 
 
-def _half_steps(losses: _Losses, gradient: Weights, grids: dict[str, _Grid], settings: Sharpness, seed: int) -> Rows:
+def _half_steps(losses: _Losses, gradient: Weights, grids: dict[str, Grid], settings: Sharpness, seed: int) -> Rows:
     worst = {name: grid.step / 2 * gradient[name].sign() for name, grid in grids.items()}
     generator = torch.Generator().manual_seed(seed)
 
@@ -423,7 +385,7 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.rand(like.shape, generator=generator, dtype=like.dtype) - 0.5).to(like.device)
 
 
-def _bit_flips(losses: _Losses, gradient: Weights, grids: dict[str, _Grid], settings: Sharpness, seed: int) -> Rows:
+def _bit_flips(losses: _Losses, gradient: Weights, grids: dict[str, Grid], settings: Sharpness, seed: int) -> Rows:
     def changes(flips: list[Flip]) -> Tensor:
         return torch.stack([losses.change({name: grids[name].flipped(place, bit)}) for name, place, bit in flips])
 
@@ -433,38 +395,3 @@ def _bit_flips(losses: _Losses, gradient: Weights, grids: dict[str, _Grid], sett
         _mean("bit_flip_mean", "weighted flips", changes(flips) * weights.unsqueeze(1)),
         _single("all", "bit_flip_worst", f"top {len(worst)} by gradient", worst[worst.mean(1).argmax()]),
     ]
-
-
-def random_flips(grids: dict[str, _Grid], n: int, seed: int) -> tuple[list[Flip], Tensor]:
-    """Flips by importance sampling: what counts are top bits and small first and last layers, and both are rare.
-
-    A layer, all with equal chance; a weight of it, likewise; a bit, with a chance half equal and half as 2^bit.
-
-    Returns:
-        The flips; and (n,) weights, with which a mean is that over all weights alike and then over the weight's bits.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(grid.codes.numel() for grid in grids.values())
-    flips, weights = [], []
-    for layer in torch.randint(len(grids), (n,), generator=generator).tolist():
-        name, grid = list(grids.items())[layer]
-        size = grid.codes.numel()
-        powers = 2.0 ** torch.arange(grid.bits)
-        chances = (1 / grid.bits + powers / powers.sum()) / 2
-        place = int(torch.randint(size, (), generator=generator))
-        bit = int(torch.multinomial(chances, 1, generator=generator))
-        flips.append((name, place, bit))
-        weights.append(len(grids) * size / total / (grid.bits * float(chances[bit])))
-    return flips, torch.tensor(weights, dtype=torch.float64)
-
-
-def likely_worst_flips(grids: dict[str, _Grid], gradient: Weights, most: int) -> list[Flip]:
-    """The flips of the largest |g times move|, whose sign does not matter: for a large move curvature decides it."""
-    found: list[tuple[float, Flip]] = []
-    for name, grid in grids.items():
-        for bit in range(grid.bits):
-            scores = (gradient[name] * grid.flip_moves(bit)).abs().flatten()
-            top = scores.topk(min(most, len(scores)))
-            best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            found += [(score, (name, place, bit)) for score, place in best]
-    return [flip for _, flip in heapq.nlargest(most, found)]

@@ -28,7 +28,7 @@ from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
-from fpq_analysis.curvature.sampling import ALL, layer_of
+from fpq_analysis.curvature.sampling import ALL, layer_blocks
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
@@ -306,8 +306,7 @@ def _from_products(
         found = _pyhessian(subject, n_products, tol, seed)
     else:
         matrix = subject.operator(operator, seed)
-        for name, place in matrix.slices.items():  # a layer's parameters stand side by side
-            blocks[layer_of(name)] = slice(blocks.get(layer_of(name), place).start, place.stop)
+        blocks = layer_blocks(matrix.slices)
         with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
             found = _estimate(matrix, method, list(blocks.values()), n_products, tol, seed)
     return {
