@@ -42,7 +42,7 @@ def check_settings(settings: Any) -> None:
     for one in fields(settings):
         value, choices, within = getattr(settings, one.name), one.metadata["choices"], one.metadata["within"]
         if choices and value not in choices and not (value is None and one.default is None):
-            near = did_you_mean(value, choices)
+            near = did_you_mean(str(value), choices)
             raise UserError(f"Unknown {one.name} '{value}'{near}. Known: {', '.join(choices)}.")
         if within and not RANGES[within][0](value):
             raise UserError(f"{one.name} is {value}, and {RANGES[within][1]}.")

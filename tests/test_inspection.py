@@ -191,3 +191,12 @@ def test_nan_weights(run):
     found = fields(path)
     assert found["non-finite"] == "4.weight, 4.bias"
     assert found["manifest"] == "not recorded"
+
+
+@pytest.mark.parametrize("lost", ["input_quantizer.zero_point", "parametrizations.weight.original"])
+def test_quantizers_that_are_not_what_the_checkpoint_says(tiny_runs, tmp_path, lost):
+    content = torch.load(tiny_runs / "lsq-w4a4" / "epoch_0002.pt", weights_only=True)
+    del content["state_dict"][next(name for name in content["state_dict"] if name.endswith(lost))]
+    torch.save(content, tmp_path / "epoch_0002.pt")
+    with pytest.raises(UserError, match="other quantizers than it says"):
+        inspect_quantizers(tmp_path / "epoch_0002.pt")

@@ -128,9 +128,9 @@ def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[...
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**options: Any) -> None:
-            said = {name: options.pop(name) for name in HOW_TO_READ}
+            reading = {name: options.pop(name) for name in HOW_TO_READ}
             for folder in folders:
-                options[folder] = _source(options[folder], options["model"], options["data_root"], **said)
+                options[folder] = _source(options[folder], options["model"], options["data_root"], **reading)
             command(**options)
 
         return with_options(run, [option(name, *rest, FOREIGN) for name, rest in HOW_TO_READ.items()])

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from fpq_analysis.quantizers.apply import CONVOLUTIONS, quantizers
 from fpq_analysis.quantizers.base import Quantizer
 
-SITES = ("after", "before")
-
 
 def uniform_rows(generators: list[torch.Generator], n: int) -> Tensor:
     """(B, n) float32 in [0, 1), each row from its own generator, on the CPU: a sample's noise is its own."""

@@ -189,9 +189,9 @@ def _disagrees(p: Tensor, g: Tensor, value: Any, scale: float, step: float) -> b
     slopes = g.reshape(-1)
     fine = p.dtype == torch.float64
     for place in slopes.abs().topk(min(ENTRIES[not fine], len(slopes))).indices:
-        said = 2 * step * float(slopes[place])
+        promised = 2 * step * float(slopes[place])
         if (
-            abs(said) <= (1e4 if fine else 100) * torch.finfo(p.dtype).eps * scale
+            abs(promised) <= (1e4 if fine else 100) * torch.finfo(p.dtype).eps * scale
         ):  # no more than the value's own rounding
             continue
         where = torch.unravel_index(place, p.shape)
@@ -203,7 +203,7 @@ def _disagrees(p: Tensor, g: Tensor, value: Any, scale: float, step: float) -> b
         p[where] = before
         done = ends[0] - ends[1]
         # Coarse numbers show no more than that nothing moved; a larger step may have gone over the edge of a level.
-        if abs(done - said) > AGREES * abs(said) if fine else done == 0:
+        if abs(done - promised) > AGREES * abs(promised) if fine else done == 0:
             return True
     return False
 

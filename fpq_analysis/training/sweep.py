@@ -318,8 +318,8 @@ def _float_config(settings: dict[str, Any]) -> TrainConfig:
 def _enter(runs: dict[str, TrainConfig], config: TrainConfig, shared: dict[str, Any]) -> str:
     """Put `config` into `runs` under its name, which is given back."""
     plain = asdict(TrainConfig()) | shared
-    said = {"model", "data", "method", "quantizer", "bits", "seed", "init" if "init" not in shared else ""}
-    odd = {key: value for key, value in asdict(config).items() if key not in said and value != plain[key]}
+    in_name = {"model", "data", "method", "quantizer", "bits", "seed", "init" if "init" not in shared else ""}
+    odd = {key: value for key, value in asdict(config).items() if key not in in_name and value != plain[key]}
     # A float run has no use for the fields that `_float_config` leaves out.
     if config.bits is None:
         odd = {key: value for key, value in odd.items() if key in (*SHARED, *OPTIMISER)}
