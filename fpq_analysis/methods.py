@@ -168,7 +168,7 @@ class MethodSettings:
     csd_reduction: str = setting("mean", "FPQ: mean, or the paper's literal sum.", choices=("mean", "sum"))
     kd_weight: float = setting(1.0, "KD: weight of Hinton's distillation.", within="non-negative")
     kd_temperature: float = setting(1.0, "KD: both networks' logits are divided by it.", within="positive")
-    sam_rho: float = setting(0.05, "SAM: how far it climbs.", within="non-negative")
+    sam_rho: float = setting(0.05, "SAM: length of the ascent step.", within="non-negative")
     alpha_decay: float = setting(5e-4, "PACT: weight of the term on clipping levels.", within="non-negative")
 
 

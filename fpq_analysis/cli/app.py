@@ -96,8 +96,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 CkptDir = Annotated[Path, typer.Option(help="A run, or a folder of runs.")]
 NData = Annotated[int, typer.Option(help="Training images to measure on.")]
-Epochs = Annotated[str, typer.Option(help="Of each run: all, last, or numbers with commas.")]
-Seed = Annotated[int, typer.Option(help="Of the images and of all that is random.")]
+Epochs = Annotated[str, typer.Option(help="Epochs of each run: all, last, or 1,5,10.")]
+Seed = Annotated[int, typer.Option(help="Seed of the image sample and of everything random.")]
 Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
 Figures = Annotated[Path, typer.Option(help="Where the figures go.")]
 Records = Annotated[Path | None, typer.Option(help="Where measurements are kept. Default: in the runs.")]
@@ -105,7 +105,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure again what
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time and memory, and stop.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
-ShardOf = Annotated[str | None, typer.Option("--shard", help="i/N, the i-th of N machines' part of the work.")]
+ShardOf = Annotated[str | None, typer.Option("--shard", help="i/N: the share of the i-th of N machines.")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
 
 

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 def hessian(
     settings: Settings,
     definition: Annotated[str, typer.Option(help="dequantized, latent, float, or all three.")] = "dequantized",
-    top_k: Annotated[int, typer.Option(help="Largest eigenvalues, so many.")] = 0,
+    top_k: Annotated[int, typer.Option(help="How many of the largest eigenvalues.")] = 0,
     density: Annotated[bool, typer.Option("--density", help="Spectral density, with its figure.")] = False,
-    sharpness: Annotated[bool, typer.Option("--sharpness", help="Sharpness that survives rescaling.")] = False,
+    sharpness: Annotated[bool, typer.Option("--sharpness", help="Sharpness invariant to rescaling.")] = False,
     method: Annotated[str, typer.Option(help="Of the trace: auto, exact, sampled, deflated, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="builtin, or pyhessian as a cross-check.")] = "builtin",
     n_data: Annotated[int | None, typer.Option(help="Training images. Default: 1024; with --tol, all.")] = None,
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
-    n_products: Annotated[int, typer.Option(help="Products without --tol (not exact, sampled).")] = 100,
-    n_labels: Annotated[int, typer.Option(help="Labels an image without --tol (sampled).")] = 4,
+    n_products: Annotated[int, typer.Option(help="Products of an estimator, without --tol.")] = 100,
+    n_labels: Annotated[int, typer.Option(help="Labels drawn per image, without --tol.")] = 4,
 ) -> None:
     """Hessian of every checkpoint of every run: its trace, as a table and as Figure 5, and what else is asked for.
 
-    What was measured before is not measured again. With --tol, as few of the training images are drawn as the error of
-    the trace over all of them needs.
+    What was measured before is not measured again. With --tol, the trace is that over all training images,
+    estimated from as few of them as this error allows.
 
     [bold]Examples[/bold]
 

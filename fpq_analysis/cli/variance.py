@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def variance(
     settings: Settings,
     sd: Annotated[list[float], typer.Option(help="Of the noise; may be repeated.")] = [0.05, 0.1, 0.2, 0.5],  # noqa: B006
-    n_draws: Annotated[int, typer.Option(help="Draws of the noise an image.")] = 8,
+    n_draws: Annotated[int, typer.Option(help="Draws of the noise per image.")] = 8,
 ) -> None:
     """Variance of every checkpoint's output under Gaussian noise in the image, and Figure 1.
 

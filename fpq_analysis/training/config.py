@@ -25,11 +25,11 @@ class RunSettings:
     )
     method: str = setting("fp", "{choices}.", choices=METHODS)
     bits: str | None = setting(None, "WxAy, for example W4A4 (weights, activations).")
-    init: str | None = setting(None, "Float run that is start and teacher.")
+    init: str | None = setting(None, "Folder of the float run to start from, which is also the teacher.")
     epochs: int = setting(200, "Passes over the training data.", within="positive")
-    batch_size: int = setting(256, "Images a step.", within="positive")
+    batch_size: int = setting(256, "Images per step.", within="positive")
     lr: float = setting(0.01, "Learning rate at the start of the cosine.", within="positive")
-    momentum: float = setting(0.9, "Of SGD.", within="non-negative")
+    momentum: float = setting(0.9, "Momentum of SGD.", within="non-negative")
     weight_decay: float = setting(5e-4, "Of weights, not of step sizes.", within="non-negative")
     augment: bool = setting(True, "Random crop and flip (the paper most likely had none).")
     quantizer: str | None = setting(
@@ -42,11 +42,11 @@ class RunSettings:
 class TrainConfig(MethodSettings, RunSettings):
     """One run of training: SGD, the learning rate annealed by a cosine to zero over all steps."""
 
-    weight_calibration: str = setting("mse", "First scales of weights: {choices}.", choices=("mse", "minmax"))
-    act_calibration: str = setting("mse", "First scales of inputs: {choices}.", choices=("mse", "minmax"))
+    weight_calibration: str = setting("mse", "Initial scales of weights: {choices}.", choices=("mse", "minmax"))
+    act_calibration: str = setting("mse", "Initial scales of inputs: {choices}.", choices=("mse", "minmax"))
     calibration_images: int = setting(100, "Training images for the first scales.", within="positive")
     bf16: bool = setting(False, "Networks under bfloat16 autocast; quantizers and losses stay in float32.")
-    seed: int = setting(0, "Of weights, shuffles, augmentation and noise.")
+    seed: int = setting(0, "Seed of initial weights, shuffles, augmentation and noise.")
 
     def __post_init__(self) -> None:
         check_settings(self)
