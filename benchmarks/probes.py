@@ -23,7 +23,7 @@ from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.probes import PROBES, Point
 from fpq_analysis.probes.subject import prepare
-from fpq_analysis.runs import checkpoints, find_teacher
+from fpq_analysis.runs import Run
 from fpq_analysis.runs.checkpoint import read_checkpoint
 
 
@@ -43,8 +43,8 @@ def main() -> None:
     data = load_dataset(trained["data"], args.data_root or trained["data_root"], image_size=trained["image_size"])
     images = training_sample(data.to(device), args.n_data, 0)
     run = args.ckpt.parent
-    before = [path for path in checkpoints(run).values() if path.name < args.ckpt.name]
-    teacher = find_teacher(run)
+    before = [path for path in Run(run).checkpoints.values() if path.name < args.ckpt.name]
+    teacher = Run(run).teacher
     if teacher is None or not before:
         parser.error(f"{args.ckpt} has no teacher, or no checkpoint before it")
     model, previous, float_model = (

@@ -7,9 +7,8 @@ most seeds is taken, of these that with most epochs, and the others are counted 
 
 from __future__ import annotations
 
-import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.methods import METHODS
-from fpq_analysis.runs import checkpoints, find_runs, read_run, read_training
+from fpq_analysis.runs import Run, find_runs
 
 COLUMNS = {
     "table": "1 to 5",
@@ -143,21 +142,6 @@ PAPER = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training run as the tables see it: its config, and accuracies in % (None until it is finished)."""
-
-    config: dict[str, Any]
-    last: float | None
-    best: float | None
-    kind: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        # What runs of one cell must have in common: everything but the seed and what follows from it.
-        kind = {key: value for key, value in self.config.items() if key not in ("seed", "init", "data_root")}
-        object.__setattr__(self, "kind", json.dumps(kind, sort_keys=True))
-
-
 def paper_tables(ckpt_dir: str | Path, *, data: str | None = None, on_fault: Fault | None = None) -> pd.DataFrame:
     """Every cell of Tables 1-5, with what was measured at or below `ckpt_dir`.
 
@@ -173,7 +157,13 @@ def paper_tables(ckpt_dir: str | Path, *, data: str | None = None, on_fault: Fau
     Raises:
         UserError: if there is no run at or below `ckpt_dir`, or none on `data`.
     """
-    runs = read_runs(ckpt_dir, on_fault)
+    runs = []
+    report = on_fault or raise_fault
+    for folder in find_runs(ckpt_dir):
+        with going_on(lambda fault, folder=folder: report(folder, fault), f"'{folder}'"):  # type: ignore[misc]
+            run = Run(folder)
+            _ = run.about, run.rows  # errors of a file are errors of its run alone
+            runs.append(run)
     if data is not None and data not in (known := sorted({run.config["data"] for run in runs})):
         raise UserError(f"No run on '{data}' at or below '{ckpt_dir}'; there are some on {', '.join(known)}.")
     rows = []
@@ -191,25 +181,6 @@ def paper_tables(ckpt_dir: str | Path, *, data: str | None = None, on_fault: Fau
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"paper": float, "mean": float, "sd": float, "best": float})
 
 
-def read_runs(ckpt_dir: str | Path, on_fault: Fault | None = None) -> list[Run]:
-    """All runs at or below a folder.
-
-    Args:
-        on_fault: see `paper_tables`.
-    """
-    runs = []
-    report = on_fault or raise_fault
-    for folder in find_runs(ckpt_dir):
-        with going_on(lambda fault, folder=folder: report(folder, fault), f"'{folder}'"):  # type: ignore[misc]
-            config = read_run(folder)["config"]
-            rows = [row for row in read_training(folder) if row.get("test_accuracy") is not None]
-            accuracies = {row["epoch"]: 100 * row["test_accuracy"] for row in rows}
-            finished = config["epochs"] in accuracies and config["epochs"] in checkpoints(folder)
-            last = accuracies[config["epochs"]] if finished else None
-            runs.append(Run(config, last, max(accuracies.values()) if finished else None))
-    return runs
-
-
 def _is_in(config: dict[str, Any], row: str, bits: str, model: str) -> bool:
     method, settings = ROWS[row]
     return (
@@ -222,7 +193,9 @@ def _is_in(config: dict[str, Any], row: str, bits: str, model: str) -> bool:
 
 
 def _measured(cell: list[Run]) -> dict[str, Any]:
-    finished = [run for run in cell if run.last is not None]
+    finished = [
+        run for run in cell if run.finished and run.last_accuracy is not None and run.last_epoch in run.checkpoints
+    ]
     kinds: dict[str, list[Run]] = {}
     for run in finished:
         kinds.setdefault(run.kind, []).append(run)
@@ -232,12 +205,12 @@ def _measured(cell: list[Run]) -> dict[str, Any]:
     if not groups:
         return {"n": 0, "left_out": 0, "unfinished": unfinished}
     group = max(groups, key=lambda group: (len(group), group[0].config["epochs"]))
-    last = [run.last for run in group if run.last is not None]
+    last = [100 * run.last_accuracy for run in group if run.last_accuracy is not None]
     return {
         "mean": statistics.mean(last),
         "sd": statistics.stdev(last) if len(last) > 1 else None,
         "n": len(last),
-        "best": statistics.mean(run.best for run in group if run.best is not None),
+        "best": statistics.mean(100 * run.best_accuracy for run in group if run.best_accuracy is not None),
         "epochs": group[0].config["epochs"],
         "left_out": len(finished) - len(kinds[group[0].kind]),
         "unfinished": unfinished,

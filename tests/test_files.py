@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fpq_analysis import UserError, load
 from fpq_analysis.files import append_jsonl, atomic_write, read_jsonl
 from fpq_analysis.models import MODELS, build_model
-from fpq_analysis.runs import checkpoints, find_runs
+from fpq_analysis.runs import Run, find_runs
 from fpq_analysis.runs.checkpoint import load_tensors, read_checkpoint, save_checkpoint
 from fpq_analysis.runs.inspection import inspect_checkpoint
 
@@ -213,7 +213,7 @@ def test_manifest_follows_the_files(tiny_runs, tmp_path):
     content = torch.load(tiny_runs / "fp" / "epoch_0002.pt", weights_only=True)
     del content["format"]
     save_checkpoint(tmp_path, content)
-    (path,) = checkpoints(tmp_path).values()
+    (path,) = Run(tmp_path).checkpoints.values()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     stat = path.stat()
     about = {"sha256": read_checkpoint(path).sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -30,7 +30,7 @@ from fpq_analysis.quantizers import (
     weight_codes,
 )
 from fpq_analysis.quantizers.calibration import least_squares, minmax, mse
-from fpq_analysis.runs import checkpoints
+from fpq_analysis.runs import Run
 from fpq_analysis.runs.checkpoint import read_checkpoint
 from fpq_analysis.runs.inspection import inspect_quantizers
 from fpq_analysis.training import loop
@@ -591,7 +591,7 @@ def test_killed_and_resumed_is_bit_identical(runs, tiny_runs, tmp_path, monkeypa
         patch.setattr(loop, "make_optimizer", dying)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run", device="cpu", log=quiet)
-    assert list(checkpoints(tmp_path / "run")) == [0, 1]
+    assert list(Run(tmp_path / "run").checkpoints) == [0, 1]
     train(config, tmp_path / "run", device="cpu", resume=True, log=quiet)
     for epoch in range(3):
         a, b = (read_checkpoint(run / f"epoch_000{epoch}.pt") for run in (runs / method, tmp_path / "run"))

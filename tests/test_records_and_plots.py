@@ -21,7 +21,7 @@ from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
 from fpq_analysis.plots.style import powers_of_ten
 from fpq_analysis.records.comparison import against_baseline, by_epoch
-from fpq_analysis.records.queries import totals
+from fpq_analysis.records.queries import AT_CHANCE, marked, totals
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
@@ -326,3 +326,8 @@ def test_a_fault_is_not_nothing_to_draw(frame, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(FIGURES, "5", replace(FIGURES["5"], draw=figure5))
     assert draw("hessian_trace", frame.iloc[:0], tmp_path) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_at_chance_before_training_is_no_caution():
+    frame = pd.DataFrame({"status": ["ok", AT_CHANCE, AT_CHANCE, "aliased"], "epoch": [3, 0, 3, 0]})
+    assert list(marked(frame).index) == [2, 3]

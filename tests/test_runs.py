@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from fpq_analysis import ForeignRuns, UserError, files, measure, records
 from fpq_analysis.pipeline.plan import plan
 from fpq_analysis.pipeline.task import Sampling
-from fpq_analysis.runs import checkpoint, checkpoints, file_hash, read_header, read_manifest
-from fpq_analysis.runs import run as run_module
+from fpq_analysis.runs import OwnRuns, Run, file_hash, stamps
 from fpq_analysis.training import TrainConfig
 from tests.nets import DIGITS, tiny
 
@@ -47,7 +46,7 @@ def no_reading(monkeypatch):
         def refuse(*args, **kwargs):
             raise AssertionError("a file was read")
 
-        monkeypatch.setattr(run_module, "sha256", refuse)
+        monkeypatch.setattr(stamps, "sha256", refuse)
         monkeypatch.setattr(torch, "load", refuse)
 
     return forbid
@@ -73,14 +72,14 @@ def test_planning_reads_no_weights(tiny_runs, tmp_path, no_reading):
 def test_two_hundred_large_checkpoints(tmp_path, no_reading):
     """Files of 45 MB that take no room: nothing that grows with them is done."""
     about = {"config": asdict(TrainConfig(model="resnet18")), "data": DIGITS}
-    stamps = {}
+    known = {}
     for epoch in range(200):
         path = tmp_path / f"epoch_{epoch:04d}.pt"
         with path.open("wb") as file:
             file.truncate(45_000_000)
-        stamps[path.name] = run_module.Stamp(f"{epoch:064x}", 45_000_000, path.stat().st_mtime_ns)
+        known[path.name] = stamps.Stamp(f"{epoch:064x}", 45_000_000, path.stat().st_mtime_ns)
     (tmp_path / "run.json").write_text(json.dumps(about))
-    run_module.write_stamps(tmp_path / "manifest.json", stamps)
+    stamps.write_stamps(tmp_path / "manifest.json", known)
     no_reading()
     assert len(plan(tmp_path, Norm(), Sampling(16)).measurements) == 200
 
@@ -90,7 +89,9 @@ def test_a_copy_without_its_times_is_hashed_once(tiny_runs, tmp_path, no_reading
     before = keys(run)
     settle(run)
     assert keys(run) == before
-    assert set(json.loads((run / "records" / "files.json").read_text())) == {p.name for p in checkpoints(run).values()}
+    assert set(json.loads((run / "records" / "files.json").read_text())) == {
+        p.name for p in Run(run).checkpoints.values()
+    }
     no_reading()
     assert keys(run) == before
 
@@ -98,7 +99,7 @@ def test_a_copy_without_its_times_is_hashed_once(tiny_runs, tmp_path, no_reading
 def test_manifests_of_before_sizes_and_times(tiny_runs, tmp_path, no_reading):
     run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
     before = keys(run)
-    (run / "manifest.json").write_text(json.dumps(read_manifest(run)))
+    (run / "manifest.json").write_text(json.dumps(Run(run).manifest))
     settle(run)
     assert keys(run) == before
     no_reading()
@@ -109,7 +110,7 @@ def test_young_files_are_not_remembered(tiny_runs, tmp_path):
     """On a disk that keeps times in steps of two seconds, they may change once more without one."""
     run = shutil.copytree(tiny_runs / "fp", tmp_path / "fp")
     (run / "manifest.json").unlink()
-    for path in checkpoints(run).values():
+    for path in Run(run).checkpoints.values():
         path.touch()
     keys(run)
     assert not (run / "records" / "files.json").exists()
@@ -123,7 +124,7 @@ def test_a_folder_that_cannot_be_written_to(tiny_runs, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("read-only")
 
-    monkeypatch.setattr(run_module, "write_stamps", full)
+    monkeypatch.setattr(stamps, "write_stamps", full)
     assert keys(run) == before
 
 
@@ -157,10 +158,10 @@ def test_a_copy_under_another_epoch_is_named(tiny_runs, tmp_path, vouched):
 def test_without_run_json_the_files_speak(tiny_runs, tmp_path):
     run = shutil.copytree(tiny_runs / "lsq-w4a4", tmp_path / "lsq")
     before = keys(run)
-    said = read_header(run / "epoch_0002.pt")
+    said = OwnRuns().header(run / "epoch_0002.pt")
     (run / "run.json").unlink()
     assert keys(run) == before
-    assert checkpoint.header(run / "epoch_0002.pt") == said
+    assert OwnRuns().header(run / "epoch_0002.pt") == said
     (run / "run.json").write_text('{"config": null}')
     ((path, fault), *_) = plan(run, Norm(), Sampling(16)).faults
     assert path.name == "epoch_0000.pt"
@@ -223,3 +224,21 @@ def test_keys_are_those_of_epoch_and_content(tiny_runs, tmp_path_factory, data):
     sums = {name: files.sha256(run / name) for name in found}
     assert {name: file_hash(run / name) for name in found} == sums
     assert not records.done(run, "norm")
+
+
+def test_a_run_reads_when_it_is_asked(tiny_runs, tmp_path):
+    run = Run(tiny_runs / "lsq-w4a4", "study/lsq")
+    assert (run.method, run.bits, run.seed, run.group[0]) == ("lsq", "W4A4", 0, "study")
+    assert run.finished
+    assert not run.stopped
+    assert run.last_epoch == max(run.checkpoints)
+    assert run.teacher is not None
+    assert file_hash(run.teacher) == run.teacher_sha256
+    assert run.newest_sha256 == file_hash(run.checkpoints[run.last_epoch])
+    nothing = Run(tmp_path / "nowhere")
+    assert (nothing.checkpoints, nothing.rows, nothing.manifest) == ({}, [], {})
+    with pytest.raises(UserError, match="is not a run"):
+        _ = nothing.config
+    foreign = Run(tmp_path, described={"config": {"method": "qat", "bits": None, "seed": "unknown"}, "data": {}})
+    assert (foreign.method, foreign.bits, foreign.seed, foreign.teacher, foreign.finished) == (
+        "qat", "FP", None, None, False)  # fmt: skip

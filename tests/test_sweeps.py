@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fpq_analysis import TrainConfig, UserError, train
-from fpq_analysis.runs import checkpoints
+from fpq_analysis.runs import Run
 from fpq_analysis.runs.checkpoint import read_checkpoint
 from fpq_analysis.training import read_sweep, run_sweep, sweep_status
 from fpq_analysis.training.sweep import DONE, FAILED, WAITS, parse_shard, parse_sweep, summary
@@ -257,7 +257,7 @@ def test_a_run_that_changed_is_not_taken_for_done(study, tmp_path):
     train(elsewhere.runs[RUNS[0]], teacher, device="cpu", log=quiet)
     assert list(sweep_status(elsewhere)["status"]).count(DONE) == 3  # the same bits
     manifest = teacher / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(read_checkpoint(checkpoints(teacher)[2]).sha256, "0" * 64))
+    manifest.write_text(manifest.read_text().replace(read_checkpoint(Run(teacher).checkpoints[2]).sha256, "0" * 64))
     with pytest.raises(UserError, match="another teacher"):
         sweep_status(elsewhere)
 

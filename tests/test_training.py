@@ -20,7 +20,7 @@ from fpq_analysis import QuantSpec, TrainConfig, UserError, calibrate, load, qua
 from fpq_analysis.data import Dataset, load_dataset
 from fpq_analysis.files import read_jsonl
 from fpq_analysis.quantizers import clipped_fraction, quantizer_parameters, quantizers
-from fpq_analysis.runs import checkpoints, read_manifest
+from fpq_analysis.runs import Run
 from fpq_analysis.runs.checkpoint import read_checkpoint
 from fpq_analysis.training.csd import EPS, Features, StandardizedDistance, check_pair, csd_loss, standardize
 from fpq_analysis.training.loop import cosine
@@ -34,8 +34,8 @@ def quiet(line: str) -> None:
 
 def test_what_a_run_leaves(tiny_runs):
     run = tiny_runs / "fpq-w4a4"
-    assert list(checkpoints(run)) == [0, 1, 2]
-    assert set(read_manifest(run)) == {f"epoch_{i:04d}.pt" for i in range(3)}
+    assert list(Run(run).checkpoints) == [0, 1, 2]
+    assert set(Run(run).manifest) == {f"epoch_{i:04d}.pt" for i in range(3)}
     assert not (run / "resume.pt").exists()  # only an unfinished run needs it
     rows = read_jsonl(run / "train.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2]
@@ -136,7 +136,7 @@ def test_killed_and_resumed_is_bit_identical(tiny_runs, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        for path in checkpoints(broken).values() if broken.exists() else []:
+        for path in Run(broken).checkpoints.values() if broken.exists() else []:
             read_checkpoint(path)
     subprocess.run([*command, str(broken)], check=True, stdout=subprocess.DEVNULL)
     for epoch in range(5):
@@ -160,7 +160,7 @@ def test_a_kill_between_any_two_writes_is_made_good(tiny_runs, tmp_path, monkeyp
         model="tests.nets:tiny", method="lsq", bits="W4A4", init=str(tiny_runs / "fp"), epochs=2, batch_size=256
     )
     train(config, tmp_path / "whole", device="cpu", log=quiet)
-    truth = [read_checkpoint(p).sha256 for p in checkpoints(tmp_path / "whole").values()]
+    truth = [read_checkpoint(p).sha256 for p in Run(tmp_path / "whole").checkpoints.values()]
     places = [
         (resume.ckpt, "save_checkpoint"),
         (resume, "append_jsonl"),
@@ -187,7 +187,7 @@ def test_a_kill_between_any_two_writes_is_made_good(tiny_runs, tmp_path, monkeyp
                 else:
                     assert name == "write_json"  # called once only
             train(config, run, device="cpu", resume=True, log=quiet)
-            assert [read_checkpoint(p).sha256 for p in checkpoints(run).values()] == truth
+            assert [read_checkpoint(p).sha256 for p in Run(run).checkpoints.values()] == truth
             assert [row["epoch"] for row in read_jsonl(run / "train.jsonl")] == [0, 1, 2]
 
 
@@ -206,7 +206,7 @@ def test_resume_never_throws_a_run_away(tiny_runs, tmp_path):
     config = TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32, lr=0.1)
     with pytest.raises(UserError, match="cannot go on"):
         train(config, run, device="cpu", resume=True, log=quiet)
-    assert list(checkpoints(run)) == [0, 1]
+    assert list(Run(run).checkpoints) == [0, 1]
 
 
 def test_overwrite_checks_before_it_destroys(tiny_runs, tmp_path):
@@ -216,9 +216,9 @@ def test_overwrite_checks_before_it_destroys(tiny_runs, tmp_path):
     common = {"model": "tests.nets:tiny", "method": "lsq", "bits": "W4A4", "epochs": 1}
     with pytest.raises(UserError, match="No run"):
         train(TrainConfig(init="typo", **common), run, device="cpu", overwrite=True)
-    assert list(checkpoints(run)) == [0, 1, 2]
+    assert list(Run(run).checkpoints) == [0, 1, 2]
     train(TrainConfig(init=str(tiny_runs / "fp"), **common), run, device="cpu", overwrite=True, log=quiet)
-    assert list(checkpoints(run)) == [0, 1]
+    assert list(Run(run).checkpoints) == [0, 1]
     assert not (run / "records").exists()
 
 
@@ -272,7 +272,7 @@ def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path, monkeypat
     monkeypatch.setattr(loop, "make_optimizer", poisoned)
     with pytest.raises(UserError, match="weights became"):
         train(TrainConfig(model="tests.nets:tiny", epochs=2), tmp_path / "run", device="cpu", log=quiet)
-    assert list(checkpoints(tmp_path / "run")) == [0]
+    assert list(Run(tmp_path / "run").checkpoints) == [0]
 
 
 def test_a_layer_that_does_not_run_cannot_be_calibrated():

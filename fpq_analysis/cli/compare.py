@@ -29,7 +29,7 @@ from fpq_analysis.cli.app import (
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
-    from fpq_analysis.pipeline.source import Source
+    from fpq_analysis.runs import Source
 
 
 @app.command()
@@ -59,10 +59,10 @@ def compare(
     import pandas as pd
 
     from fpq_analysis.pipeline.run import measure
-    from fpq_analysis.pipeline.source import source_of
     from fpq_analysis.probes import HessianTrace
     from fpq_analysis.records.comparison import by_epoch, told_apart
     from fpq_analysis.records.queries import totals
+    from fpq_analysis.runs import source_of
     from fpq_analysis.text import number
 
     pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]

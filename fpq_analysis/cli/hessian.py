@@ -115,9 +115,10 @@ def print_traces(frame: pd.DataFrame) -> None:
 
 def _warn_of_chance(frame: pd.DataFrame) -> None:
     """A sentence where trained networks, epoch 0 aside, do no better than guessing: then the data may be other data."""
-    from fpq_analysis.probes.trace import AT_CHANCE
+    from fpq_analysis.records.queries import AT_CHANCE, marked
 
-    rows = frame[(frame["quantity"] == "accuracy") & (frame["status"] == AT_CHANCE) & (frame["epoch"] > 0)]
+    rows = marked(frame)
+    rows = rows[rows["status"] == AT_CHANCE]
     if rows.empty:
         return
     places = list(dict.fromkeys(f"{row['run']} (epoch {row['epoch']})" for _, row in rows.iterrows()))

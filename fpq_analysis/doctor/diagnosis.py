@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -20,8 +19,7 @@ from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.losses import LossFunction
-from fpq_analysis.runs import checkpoint as ckpt
-from fpq_analysis.runs.foreign import ForeignRuns
+from fpq_analysis.runs import Source, source_of
 
 
 def diagnose(
@@ -93,21 +91,21 @@ def diagnose_checkpoint(
     Raises:
         UserError: if the file or the data are not there, or the file does not fit the model.
     """
-    files = path if isinstance(path, ForeignRuns) else ckpt
-    path, where = Path(path), pick_device(device)
-    if path.is_dir():
-        existing = files.checkpoints(path)
+    source = source_of(path)
+    file, where = Path(path), pick_device(device)
+    if file.is_dir():
+        existing = source.checkpoints(file)
         if not existing:
-            raise UserError(f"'{path}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
-        path = existing[max(existing)]
-    with naming(f"'{path}'"):
-        return _diagnose_file(files, path, where, n_data=n_data, seed=seed, data_root=data_root, model=model)
+            raise UserError(f"'{file}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
+        file = existing[max(existing)]
+    with naming(f"'{file}'"):
+        return _diagnose_file(source, file, where, n_data=n_data, seed=seed, data_root=data_root, model=model)
 
 
 def _diagnose_file(
-    files: Any, path: Path, where: torch.device, *, n_data: int, seed: int, data_root: str | None, model: str | None
+    source: Source, path: Path, where: torch.device, *, n_data: int, seed: int, data_root: str | None, model: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    content = files.read_checkpoint(path)
+    content = source.read_checkpoint(path)
     no_forecast = pd.DataFrame(columns=FORECAST_COLUMNS)
     finite = weights(content.state_dict)
     if finite.status == FAULT:  # which no model can be built from

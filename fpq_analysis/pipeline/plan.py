@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fpq_analysis import records as rec
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.pipeline import store
-from fpq_analysis.pipeline.source import Source, source_of
 from fpq_analysis.pipeline.task import WHOLE, Measurement, Sampling, Shard, Task
-from fpq_analysis.runs import Header, file_hash, find_teacher
+from fpq_analysis.runs import Header, Run, Source, file_hash, source_of
 from fpq_analysis.runs.factories import factory_name, source_hash
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def _needed(
         if need == "quantizers" and not header.quantized:
             return None
         if need == "teacher":
-            networks[need] = find_teacher(run) if header.init else None
+            networks[need] = Run(run).teacher if header.init else None
         elif need == "previous":
             networks[need] = before[-1] if before else None
         elif need == "trajectory":

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.pipeline.source import Source
-from fpq_analysis.runs import Header
+from fpq_analysis.runs import Header, Source
 
 if TYPE_CHECKING:
     from fpq_analysis.probes import Probe

@@ -37,6 +37,7 @@ from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives
+from fpq_analysis.records.queries import AT_CHANCE
 
 BY_SAMPLE = ("exact", "sampled")
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
@@ -46,7 +47,6 @@ MAX_EXACT_PASSES = 19  # of the cross-entropy of 20 classes
 N_LABELS = 4
 N_PRODUCTS = 100
 MAX_PRODUCTS = 100_000
-AT_CHANCE = "at chance"  # status of an accuracy
 ROOT = "(model)"  # the layer's name when the model is a single layer
 
 

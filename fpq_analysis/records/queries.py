@@ -6,6 +6,8 @@ import math
 
 import pandas as pd
 
+AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
+
 
 def totals(records: pd.DataFrame) -> pd.DataFrame:
     """The rows that hold a whole network's trace and are finite."""
@@ -42,6 +44,11 @@ def responses(records: pd.DataFrame) -> pd.DataFrame:
     rows = records[(records["layer"] == "all") & records["value"].notna()]
     found = rows["quantity"].astype(str).str.extract(r"^(real|surrogate|linear|predicted)_([\d.]+(?:e[+-]?\d+)?)$")
     return last_epochs(rows.assign(kind=found[0], size=found[1].astype(float)).dropna(subset=["kind"]))
+
+
+def marked(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose status is not `ok`; that a network is at chance before training is as it should be."""
+    return records[(records["status"] != "ok") & ((records["status"] != AT_CHANCE) | (records["epoch"] > 0))]
 
 
 def last_epochs(rows: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,9 @@ from fpq_analysis import records
 from fpq_analysis.intervals import newcombe, over_seeds
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.records.comparison import Difference, against_baseline, difference
-from fpq_analysis.report.study import DEFINITIONS, PLACES, Run, Study, number_of
+from fpq_analysis.records.queries import marked
+from fpq_analysis.report.study import DEFINITIONS, Study, reading_order
+from fpq_analysis.runs import PLACES, Run, number_of
 from fpq_analysis.text import listed, number
 
 
@@ -81,7 +83,7 @@ def against_method(study: Study) -> list[Comparison]:
             ours, theirs = study.run(gap.run), study.run(gap.baseline)
             if ours is not None and theirs is not None:
                 found.append(Comparison(ours, theirs, str(definition), gap, gap.epoch))
-    return sorted(found, key=lambda c: c.ours.order)
+    return sorted(found, key=lambda c: reading_order(c.ours))
 
 
 def against_float(study: Study) -> list[Comparison]:
@@ -91,11 +93,11 @@ def against_float(study: Study) -> list[Comparison]:
         rows = rows[rows["samples"].notna()]
         for run in study.runs:
             ours = rows[rows["run"] == run.name].sort_values("epoch", kind="stable")
-            if run.bits == "FP" or run.teacher is None or ours.empty:
+            if run.bits == "FP" or run.teacher_sha256 is None or ours.empty:
                 continue
             last = ours.iloc[-1]
             same = ["data", "n_data", "seed", "estimator"]
-            theirs = rows[(rows["checkpoint"] == run.teacher) & (rows[same] == last[same]).all(axis=1)]
+            theirs = rows[(rows["checkpoint"] == run.teacher_sha256) & (rows[same] == last[same]).all(axis=1)]
             start = study.run(str(theirs["run"].iloc[0])) if len(theirs) else None
             if start is not None:
                 gap = difference(last, theirs.iloc[0])
@@ -271,8 +273,7 @@ def cautions(study: Study) -> list[str]:
     folders = {run.name: run for run in study.runs}
     for probe in study.probes:
         frame = study.records(probe)
-        odd = frame[frame["status"] != "ok"]
-        for status, rows in odd.groupby("status"):
+        for status, rows in marked(frame).groupby("status"):
             notes.append(f"{probe}: {len(rows)} numbers are marked '{status}'.")
         gone = sum(_is_gone(row, folders) for _, row in frame.drop_duplicates(["run", "checkpoint"]).iterrows())
         if gone:

@@ -19,7 +19,8 @@ from fpq_analysis.report.citations import bibtex
 from fpq_analysis.report.findings import cautions, findings
 from fpq_analysis.report.pictures import pictures, training_picture
 from fpq_analysis.report.prose import DEFINITIONS, methods
-from fpq_analysis.report.study import Run, Study, read_study
+from fpq_analysis.report.study import Study, read_study
+from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
 
 HERE = Path(__file__).parent

@@ -18,7 +18,8 @@ from fpq_analysis.errors import NothingToDraw, going_on
 from fpq_analysis.plots import FIGURES, Drawing, training_caption, training_figure
 from fpq_analysis.plots.style import rendered
 from fpq_analysis.report.findings import variant
-from fpq_analysis.report.study import Study, number_of
+from fpq_analysis.report.study import Study
+from fpq_analysis.runs import number_of
 
 MAX_SVG = 300_000  # bytes
 SVG = "http://www.w3.org/2000/svg"
@@ -80,7 +81,7 @@ def training_picture(study: Study) -> Picture | None:
         [
             (run.name, variant(study, run), run.method, run.model, run.dataset, run.bits, row["epoch"], accuracy)
             for run in study.runs
-            for row in run.epochs
+            for row in run.rows
             if (accuracy := number_of(row, "test_accuracy")) is not None
         ],
         columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "test_accuracy"],

@@ -9,7 +9,8 @@ import pandas as pd
 
 from fpq_analysis.methods import METHODS, method_label
 from fpq_analysis.records.queries import eigenvalues, totals
-from fpq_analysis.report.study import Run, Study
+from fpq_analysis.report.study import Study
+from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
 
 # What each definition of the Hessian means; DESIGN and README say the same.

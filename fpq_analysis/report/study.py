@@ -5,8 +5,6 @@ Checkpoints of other programs leave records alone; what these say of the run sta
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,121 +17,10 @@ from fpq_analysis import records
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.methods import method_rank
 from fpq_analysis.records.queries import totals
-from fpq_analysis.runs import read_manifest, read_run, read_training
+from fpq_analysis.runs import Run
 
 # Which Hessian is spoken of where only one can be.
 DEFINITIONS = ("dequantized", "float", "latent")
-# Not settings of a run: where things lay on one machine.
-PLACES = ("init", "data_root")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run.
-
-    Attributes:
-        name: its folder, as seen from the folder asked for.
-        config, data, versions, started, teacher: from `run.json`; `teacher` is the SHA-256 it started from.  Of a run
-            of another program only what its records hold.
-        epochs: the rows of `train.jsonl`, by epoch.
-        manifest: file name to SHA-256.
-    """
-
-    name: str
-    config: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, str]
-    started: str
-    teacher: str | None
-    epochs: list[dict[str, Any]]
-    manifest: dict[str, str]
-
-    @property
-    def method(self) -> str:
-        """Key of the training method."""
-        return str(self.config.get("method", ""))
-
-    @property
-    def model(self) -> str:
-        """Name of the network."""
-        return str(self.config.get("model", ""))
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data."""
-        return str(self.data.get("name", self.config.get("data", "")))
-
-    @property
-    def bits(self) -> str:
-        """`WxAy`, or `FP`."""
-        return str(self.config.get("bits") or "FP").upper()  # None for a float run of ours
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of the training."""
-        seed = self.config.get("seed")
-        return seed if isinstance(seed, int) else None
-
-    @property
-    def group(self) -> tuple[str, str, str]:
-        """What runs must share to be compared: folder, network, data."""
-        return self.name.rpartition("/")[0], self.model, str(self.data.get("fingerprint", self.dataset))
-
-    @property
-    def kind(self) -> str:
-        """Equal for runs that differ in nothing but the seed."""
-        settings = {key: value for key, value in self.config.items() if key not in ("seed", *PLACES)}
-        return json.dumps(settings, sort_keys=True)
-
-    @property
-    def last_epoch(self) -> int | None:
-        """Number of finished epochs."""
-        return int(self.epochs[-1]["epoch"]) if self.epochs else None
-
-    @property
-    def finished(self) -> bool:
-        """Whether it was trained to the end."""
-        return self.last_epoch is not None and self.last_epoch == self.config.get("epochs")
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was begun here and not trained to the end."""
-        return "epochs" in self.config and not self.finished
-
-    @property
-    def last_accuracy(self) -> float | None:
-        """Test accuracy after the last epoch, from 0 to 1."""
-        return number_of(self.epochs[-1], "test_accuracy") if self.epochs else None
-
-    @property
-    def best_accuracy(self) -> float | None:
-        """Of any epoch: chosen on the test images, so too high."""
-        found = [value for row in self.epochs if (value := number_of(row, "test_accuracy")) is not None]
-        return max(found, default=None)
-
-    @property
-    def clipped(self) -> float | None:
-        """Share of the weights outside their grid after the last epoch; None for a float network."""
-        return number_of(self.epochs[-1], "clipped_fraction") if self.epochs and self.bits != "FP" else None
-
-    @property
-    def seconds(self) -> float | None:
-        """Time of all epochs' training steps."""
-        found = [value for row in self.epochs if (value := number_of(row, "seconds")) is not None]
-        return sum(found) if found else None
-
-    @property
-    def checkpoint(self) -> str | None:
-        """SHA-256 of the newest checkpoint."""
-        names = sorted(self.manifest, key=lambda name: (len(name), name))  # epoch_10000.pt is after epoch_9999.pt
-        return self.manifest[names[-1]] if names else None
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """Sorts runs for a reader: by data and network, float first, more bits first."""
-        bits = [-int(digits) for digits in re.findall(r"\d+", self.bits)]
-        place = method_rank(self.method)
-        return (self.dataset, self.model, bits, place, self.method, self.kind, self.seed or 0, self.name)
 
 
 @dataclass(frozen=True)
@@ -207,34 +94,26 @@ def read_study(root: str | Path, kept: str | Path | None = None) -> Study:
     runs, faults = [], []
     for name, folder in sorted(named.items()):
         with going_on(lambda fault, name=name: faults.append(f"{name} is left out: {fault}"), name):  # type: ignore[misc]
-            about = read_run(folder) if (folder / "run.json").exists() else _from_records(folder)
-            if about is None:
-                continue
-            runs.append(
-                Run(
-                    name,
-                    about["config"],
-                    about["data"],
-                    about.get("versions", {}),
-                    about.get("started", ""),
-                    about.get("teacher"),
-                    read_training(folder),
-                    read_manifest(folder),
-                )
-            )
+            run = Run(folder, name)
+            if not (folder / "run.json").exists():
+                if (described := _from_records(folder)) is None:
+                    continue
+                run = Run(folder, name, described)
+            _ = run.about, run.rows, run.manifest  # what cannot be read is left out here
+            runs.append(run)
     if not runs:
         raise UserError(
             f"'{root}' holds no run (a folder with a run.json), nor does any folder below it. "
             + (faults[0] if faults else "'fpq-analyze train' or 'fpq-analyze demo' makes some.")
         )
-    return Study(root, sorted(runs, key=lambda run: run.order), faults, kept)
+    return Study(root, sorted(runs, key=reading_order), faults, kept)
 
 
-def number_of(row: dict[str, Any], key: str) -> float | None:
-    """The finite number under `key`, or None."""
-    value = row.get(key)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None  # type: ignore[arg-type]
+def reading_order(run: Run) -> tuple[Any, ...]:
+    """Sorts runs for a reader: by data and network, float first, more bits first."""
+    bits = [-int(digits) for digits in re.findall(r"\d+", run.bits)]
+    place = method_rank(run.method)
+    return (run.dataset, run.model, bits, place, run.method, run.kind, run.seed or 0, run.name)
 
 
 def _from_records(folder: Path) -> dict[str, Any] | None:

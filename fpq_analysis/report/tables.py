@@ -16,7 +16,8 @@ from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.plots import Drawing
 from fpq_analysis.plots.style import colour
 from fpq_analysis.report.findings import Comparison, against_float, against_method, variant, varying
-from fpq_analysis.report.study import Run, Study, number_of
+from fpq_analysis.report.study import Study
+from fpq_analysis.runs import PLACES, Run, number_of
 from fpq_analysis.text import duration, number
 
 NONE = "–"
@@ -136,7 +137,7 @@ def runs_table(study: Study) -> Table:
                 row += [num(None), num(None)]
             else:
                 row += [num(last["value"], digits_beside(last["value"], last["ci95"])), num(last["ci95"], 2)]
-        row += [Cell((run.checkpoint or NONE)[:SHORT_HASH], code=run.checkpoint is not None)]
+        row += [Cell((run.newest_sha256 or NONE)[:SHORT_HASH], code=run.newest_sha256 is not None)]
         row += [num(run.seconds, text=None if run.seconds is None else duration(run.seconds))]
         rows.append(row)
     notes = [
@@ -316,7 +317,7 @@ def settings_table(study: Study) -> tuple[Table | None, list[tuple[str, str]]]:
 
 
 def _is_setting(key: str) -> bool:
-    return key not in ("init", "data_root")
+    return key not in PLACES
 
 
 def _setting(value: Any) -> Cell:
@@ -335,13 +336,13 @@ def plain(value: Any) -> str:
 
 def _start(study: Study, run: Run) -> str:
     """Which checkpoint a run started from."""
-    if run.teacher is None:
+    if run.teacher_sha256 is None:
         return NONE
     for other in study.runs:
         for name, digest in other.manifest.items():
-            if digest == run.teacher:
+            if digest == run.teacher_sha256:
                 return f"{other.name}, {name.removesuffix('.pt')}"
-    return f"{str(run.teacher)[:SHORT_HASH]}… (not here)"
+    return f"{str(run.teacher_sha256)[:SHORT_HASH]}… (not here)"
 
 
 def provenance_tables(study: Study) -> list[Table]:
@@ -355,7 +356,7 @@ def provenance_tables(study: Study) -> list[Table]:
         [
             run_cell(study, run),
             Cell(run.started.replace("T", " ")[:16] or NONE),
-            Cell(run.checkpoint or NONE, code=True),
+            Cell(run.newest_sha256 or NONE, code=True),
         ]
         for run in study.runs
     ]

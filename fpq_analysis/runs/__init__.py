@@ -4,34 +4,22 @@ What is imported here needs no torch.  The modules that read weights do: `checkp
 `inspection`.
 """
 
-from fpq_analysis.runs.run import (
-    CHECKPOINT_NAME,
-    FOREIGN_OPTIONS,
-    Header,
-    Stamp,
-    checkpoints,
-    file_hash,
-    find_runs,
-    find_teacher,
-    read_header,
-    read_manifest,
-    read_run,
-    read_training,
-    versions,
-)
+from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, PLACES, Header, Run, find_runs, number_of, versions
+from fpq_analysis.runs.source import OwnRuns, Source, source_of
+from fpq_analysis.runs.stamps import Stamp, file_hash
 
 __all__ = [
     "CHECKPOINT_NAME",
     "FOREIGN_OPTIONS",
+    "PLACES",
     "Header",
+    "OwnRuns",
+    "Run",
+    "Source",
     "Stamp",
-    "checkpoints",
     "file_hash",
     "find_runs",
-    "find_teacher",
-    "read_header",
-    "read_manifest",
-    "read_run",
-    "read_training",
+    "number_of",
+    "source_of",
     "versions",
 ]

@@ -20,19 +20,8 @@ from fpq_analysis.errors import UserError, naming
 from fpq_analysis.files import atomic_write, bad_member, reading
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import QuantSpec, quantize
-from fpq_analysis.runs.run import (
-    CHECKPOINT_NAME,
-    FOREIGN_OPTIONS,
-    Header,
-    Stamp,
-    check_manifest,
-    check_same,
-    read_header,
-    read_stamps,
-    write_stamps,
-)
-from fpq_analysis.runs.run import checkpoints as checkpoints
-from fpq_analysis.runs.run import find_runs as find_runs
+from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, Header
+from fpq_analysis.runs.stamps import Stamp, check_manifest, check_same, read_stamps, write_stamps
 from fpq_analysis.schema import CheckpointFile, check
 
 FORMAT = 1
@@ -311,15 +300,6 @@ def _unusual(value: Any) -> str | None:
     if value.device.type != "cpu":
         return f"a tensor without values (on the device '{value.device.type}')"
     return None
-
-
-def header(path: Path) -> Header:
-    """What can be known of a checkpoint without its weights; these are read only if `run.json` does not say enough.
-
-    Raises:
-        UserError: if the file is missing, is not the one that the manifest names, or see `read_checkpoint`.
-    """
-    return read_header(path) or read_checkpoint(path).header
 
 
 def is_ours(content: Any) -> bool:

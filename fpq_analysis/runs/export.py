@@ -29,7 +29,7 @@ from fpq_analysis.files import atomic_write
 from fpq_analysis.quantizers import quantizers, view
 from fpq_analysis.quantizers.apply import latent_weight
 from fpq_analysis.runs.checkpoint import Checkpoint, read_checkpoint
-from fpq_analysis.runs.run import checkpoints
+from fpq_analysis.runs.run import Run
 
 OPSET = 21
 # The smallest type of ONNX that holds so many bits.
@@ -77,7 +77,7 @@ def export(checkpoint: str | Path, to: str, *, out: str | Path | None = None, mo
         raise UserError(f"Unknown format '{to}'{did_you_mean(to, FORMATS)}. Known: {', '.join(FORMATS)}.")
     path = Path(checkpoint)
     if path.is_dir():
-        epochs = checkpoints(path)
+        epochs = Run(path).checkpoints
         if not epochs:
             raise UserError(f"'{path}' holds no checkpoint (epoch_0000.pt, ...). Give a checkpoint file, or a run.")
         path = epochs[max(epochs)]

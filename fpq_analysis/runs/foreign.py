@@ -25,7 +25,9 @@ from fpq_analysis.quantizers import QuantSpec, quantize
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.checkpoint import COUNTER, Checkpoint
 from fpq_analysis.runs.factories import factory_name
-from fpq_analysis.runs.run import Header, Stamp, check_same, known_stamp, remember
+from fpq_analysis.runs.run import Header, Run, find_runs
+from fpq_analysis.runs.source import OwnRuns
+from fpq_analysis.runs.stamps import Stamp, check_same, known_stamp, remember
 
 SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".ckpt", ".safetensors")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # under which a state dict is kept
@@ -87,7 +89,7 @@ class ForeignRuns(os.PathLike[str]):
         """
         runs = foreign_runs(folder)
         if not runs:
-            return ckpt.find_runs(folder)
+            return find_runs(folder)
         _ = self._images  # missing data are one error, not one a file
         return runs
 
@@ -102,7 +104,7 @@ class ForeignRuns(os.PathLike[str]):
             UserError: see `read_checkpoint`.
         """
         if _is_our_run(path.parent):
-            return ckpt.header(path)
+            return OwnRuns().header(path)
         stamp = known_stamp(path) if path.is_file() else None
         if stamp is None or stamp.channels is None:
             return self.read_checkpoint(path).header
@@ -270,7 +272,7 @@ def foreign_epochs(run: Path) -> dict[int, Path]:
     """
     files = foreign_files(run)
     if _is_our_run(run):
-        ours = ckpt.checkpoints(run)
+        ours = Run(run).checkpoints
         # Beside its checkpoints a run of ours has `resume.pt`, and what `fpq-analyze export` made of them.
         others = [p for p in files if p not in ours.values() and p.name != "resume.pt" and p.suffix != ".safetensors"]
         if others:

@@ -26,7 +26,7 @@ from fpq_analysis.files import has_checksums, sha256
 from fpq_analysis.quantizers import QuantSpec, stored_quantizers
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.foreign import find_state, foreign_epochs
-from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, checkpoints, read_manifest, read_run, read_training
+from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, Run
 from fpq_analysis.schema import CheckpointFile, check
 
 COLUMNS = ["field", "value"]
@@ -109,12 +109,13 @@ def inspect_run(run: str | Path) -> pd.DataFrame:
     Raises:
         UserError: if the folder holds no checkpoint.
     """
-    run = Path(run)
-    manifest = read_manifest(run)
-    files = (checkpoints(run) or foreign_epochs(run)) if run.is_dir() else {}
+    folder = Path(run)
+    ours = Run(folder)
+    manifest = ours.manifest
+    files = (ours.checkpoints or foreign_epochs(folder)) if folder.is_dir() else {}
     if not files:
-        raise UserError(f"'{run}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
-    known = {row["epoch"]: row.get("test_accuracy") for row in read_training(run)}
+        raise UserError(f"'{folder}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
+    known = {row["epoch"]: row.get("test_accuracy") for row in ours.rows}
     accuracy = {epoch: float("nan") if value is None else value for epoch, value in known.items()}
     rows: list[tuple[Any, ...]] = []
     for epoch, path in files.items():
@@ -152,7 +153,7 @@ def _about(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"No checkpoint '{path}'.")
     digest = sha256(path)
-    status = _agreement(read_manifest(path.parent).get(path.name), digest)
+    status = _agreement(Run(path.parent).manifest.get(path.name), digest)
     if status == "differs":
         raise UserError(
             f"'{path}' is damaged, or not the file it was: its SHA-256 is {digest[:12]}..., and manifest.json beside "
@@ -260,8 +261,8 @@ def _ours(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _versions(run: Path) -> list[tuple[str, str]]:
     """From `run.json`, where there is one."""
     try:
-        return [("versions", ", ".join(f"{k} {v}" for k, v in read_run(run)["versions"].items()))]
-    except (UserError, KeyError):
+        return [("versions", ", ".join(f"{k} {v}" for k, v in Run(run).versions.items()))]
+    except UserError:
         return []
 
 

@@ -35,8 +35,8 @@ from fpq_analysis.quantizers import (
     step_sizes,
     weight_codes,
 )
+from fpq_analysis.runs import Run
 from fpq_analysis.runs import checkpoint as ckpt
-from fpq_analysis.runs import checkpoints, read_run, read_training
 from fpq_analysis.text import duration
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.projection import ScaleProjection
@@ -90,7 +90,7 @@ def train(
     done = last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
     if done == config.epochs:
         log(f"{run}: all {config.epochs} epochs are done")
-        rows = read_training(run)
+        rows = Run(run).rows
         if not rows:
             raise UserError(
                 f"'{run / 'train.jsonl'}' is not there, or empty. Restore it from a copy, or train anew with "
@@ -136,7 +136,7 @@ def train(
             f"test {100 * row['test_accuracy']:.2f} %  {row['seconds']:.1f} s, {duration(left)} left"
         )
     (run / "resume.pt").unlink(missing_ok=True)
-    return pd.DataFrame(read_training(run))
+    return pd.DataFrame(Run(run).rows)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, run: Path) -> None:
@@ -283,13 +283,13 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return build_model(config.model, data.num_classes, data.channels), None, None
-    teacher_run = Path(config.init)
-    if not teacher_run.is_dir():
+    teacher_run = Run(Path(config.init))
+    if not teacher_run.path.is_dir():
         raise UserError(f"No run '{config.init}' to start from. Train one first: fpq-analyze train --method fp")
-    epochs = checkpoints(teacher_run)
+    epochs = teacher_run.checkpoints
     if not epochs:
         raise UserError(f"'{config.init}' holds no checkpoint to start from. --init wants the folder of one float run.")
-    wanted = read_run(teacher_run)["config"]["epochs"]
+    wanted = teacher_run.config["epochs"]
     if max(epochs) < wanted:
         raise UserError(
             f"The teacher '{config.init}' is not finished: epoch {max(epochs)} of {wanted}. Finish it first, with the "

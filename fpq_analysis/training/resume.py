@@ -15,8 +15,8 @@ from torch import nn
 from fpq_analysis.data import Dataset
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import append_jsonl, atomic_write, write_json
+from fpq_analysis.runs import Run, versions
 from fpq_analysis.runs import checkpoint as ckpt
-from fpq_analysis.runs import checkpoints, read_run, read_training, versions
 from fpq_analysis.schema import ResumeFile, check
 from fpq_analysis.training.config import TrainConfig
 
@@ -31,13 +31,13 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
     """
     if run.exists() and not (run.is_dir() and ((run / "run.json").exists() or not any(run.iterdir()))):
         raise UserError(f"'{run}' exists and is not a run. Choose another --out.")
-    existing = checkpoints(run) if run.is_dir() else {}
+    existing = Run(run).checkpoints
     if overwrite or not existing:
         return NOTHING
     if not resume:
         raise UserError(f"'{run}' holds a run already. Go on with --resume, or start anew with --overwrite.")
     # A run of an older version knows nothing of newer settings, and was what their defaults are.
-    before, now = {**asdict(TrainConfig()), **read_run(run)["config"]}, asdict(config)
+    before, now = {**asdict(TrainConfig()), **Run(run).config}, asdict(config)
     changed = [key for key in now if now[key] != before[key]]
     if changed:
         key = changed[0]
@@ -71,7 +71,7 @@ def read_resume(run: Path) -> dict[str, Any]:
 
 def clear_after(run: Path, done: int) -> None:
     """Remove what a kill, or a run to be overwritten, left after epoch `done`."""
-    for epoch, path in checkpoints(run).items():
+    for epoch, path in Run(run).checkpoints.items():
         if epoch > done:
             path.unlink()
     if done == NOTHING:
@@ -79,7 +79,7 @@ def clear_after(run: Path, done: int) -> None:
             (run / name).unlink(missing_ok=True)
         shutil.rmtree(run / "records", ignore_errors=True)
     else:
-        kept = [row for row in read_training(run) if row["epoch"] <= done]
+        kept = [row for row in Run(run).rows if row["epoch"] <= done]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         atomic_write(run / "train.jsonl", lambda file: file.write(text.encode()))
 
@@ -99,7 +99,7 @@ def begin(run: Path, config: TrainConfig, data: Dataset, teacher: str | None) ->
 
 def check_teacher(run: Path, teacher: str | None) -> None:
     """Raise `UserError` if the run was started from another teacher than `teacher`."""
-    before = read_run(run).get("teacher", teacher)
+    before = Run(run).about.get("teacher", teacher)
     if before != teacher:
         raise UserError(
             f"'{run}' was started from another teacher: the run that --init names has changed since (SHA-256 "

@@ -38,7 +38,7 @@ from fpq_analysis.data import DATASETS, Dataset, load_dataset
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.methods import METHODS
 from fpq_analysis.models import check_model_name
-from fpq_analysis.runs import read_manifest, read_run, read_training
+from fpq_analysis.runs import Run
 from fpq_analysis.text import duration
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.loop import train
@@ -337,7 +337,7 @@ def _finished_epoch(sweep: Sweep, name: str) -> int:
     """The last epoch of a run that counts as done, `resume.NOTHING` before the first."""
     config, run = sweep.runs[name], sweep.out / name
     if (run / "run.json").exists():
-        before = read_run(run)["config"]
+        before = Run(run).config
         config = replace(config, **{key: before[key] for key in LOCATIONS if before.get(key) is not None})
     return last_finished_epoch(config, run, resume=True, overwrite=False)
 
@@ -352,9 +352,9 @@ def _finished_rows(sweep: Sweep, name: str) -> list[dict[str, Any]]:
     """The rows of `train.jsonl` up to the last epoch that counts as done."""
     epoch, run = _finished_epoch(sweep, name), sweep.out / name
     if epoch == sweep.runs[name].epochs and name in sweep.teachers and _teacher_is_there(sweep, name):
-        teacher = read_manifest(sweep.out / sweep.teachers[name])
+        teacher = Run(sweep.out / sweep.teachers[name]).manifest
         check_teacher(run, teacher[max(teacher)])
-    return [row for row in read_training(run) if row["epoch"] <= epoch]
+    return [row for row in Run(run).rows if row["epoch"] <= epoch]
 
 
 def _pace(sweep: Sweep, logs: dict[str, list[dict[str, Any]]], config: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""Who knows the form on disk: runs of this package, or a `ForeignRuns`."""
+"""How a folder of checkpoints is read: as runs of this package, or of another program as a `ForeignRuns` says."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from fpq_analysis import runs
-from fpq_analysis.runs import Header
+from fpq_analysis.runs.run import Header, Run, find_runs
 
 if TYPE_CHECKING:
     from fpq_analysis.runs.checkpoint import Checkpoint
@@ -40,16 +39,16 @@ class OwnRuns:
     """Runs that `fpq-analyze train` wrote; torch is loaded only where weights are read."""
 
     def find_runs(self, folder: str | Path) -> list[Path]:
-        """See `runs.find_runs`."""
-        return runs.find_runs(folder)
+        """See `run.find_runs`."""
+        return find_runs(folder)
 
     def checkpoints(self, run: Path) -> dict[int, Path]:
-        """See `runs.checkpoints`."""
-        return runs.checkpoints(run)
+        """See `Run.checkpoints`."""
+        return Run(run).checkpoints
 
     def header(self, path: Path) -> Header:
         """From `run.json`; the file itself is read only if that does not say enough."""
-        return runs.read_header(path) or self.read_checkpoint(path).header
+        return Run(path.parent).header(path) or self.read_checkpoint(path).header
 
     def read_checkpoint(self, path: Path) -> Checkpoint:
         """See `checkpoint.read_checkpoint`."""
