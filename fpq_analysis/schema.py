@@ -140,6 +140,7 @@ class RecordRow:
     train_seed: int | str | None = None
     checkpoint: str | None = None
     definition: str | None = None
+    loss: str | None = None
     estimator: str | None = None
     value: float | None = None
     sem: float | None = None

@@ -76,6 +76,7 @@ def test_append_read_resume(tmp_path):
     path.write_text(path.read_text()[:-20])  # cut off within its last row
     frame = records.read(tmp_path, [run], "hessian_trace")
     assert list(frame.columns) == list(records.COLUMNS)
+    assert set(frame["loss"]) == {"cross_entropy"}  # rows of before do not say
     assert list(frame["layer"]) == ["0", "all"]
     assert records.done(run, "hessian_trace") == {"lsq-w4a40"}
     records.append(run, "hessian_trace", [row(layer="0", value=3.0), row(layer="all", value=3.0)])

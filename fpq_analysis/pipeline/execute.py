@@ -83,6 +83,7 @@ class _Begun:
         self._common = {
             **describe(content, task.sampling),
             "probe": task.probe.name,
+            "loss": task.sampling.loss,
             "seed": task.sampling.seed,
             "settings": task.settings,
             "key": measurement.key,

@@ -35,6 +35,7 @@ COLUMNS = {
     "checkpoint": "SHA-256 of the file",
     "probe": "which measurement",
     "definition": "which Hessian of a quantized network: dequantized, latent, float",
+    "loss": "name of the loss; in records of before, which do not say, the cross-entropy",
     "estimator": "how it was computed",
     "layer": "layer's name, or all",
     "quantity": "what the value is",
@@ -157,6 +158,7 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in NUMBERS:
         frame[column] = frame[column].astype(float)
+    frame["loss"] = frame["loss"].fillna("cross_entropy")
     frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
 
