@@ -161,9 +161,13 @@ def test_a_regression():
     assert (found.method, found.n_products) == ("exact", 1)
     with pytest.raises(UserError, match="a target for each output"):
         hessian_trace(model, (x, y[:, 0]), loss="squared_error")
+    with pytest.raises(UserError, match="a target for each output"):
+        hessian_trace(model, (x, y > 0), loss="squared_error")
 
 
 WRONG = {
+    "fails": replace(HUBER, output_factor=lambda z, y: 1 / 0),
+    "gives a NoneType": replace(HUBER, output_factor=lambda z, y: None),
     "not one of its Hessian": replace(HUBER, output_factor=lambda z, y: 2 * huber_factor(z, y)),
     "of shape": replace(HUBER, output_factor=lambda z, y: huber_factor(z, y)[0]),
     "mean of its samples": replace(HUBER, per_sample=lambda z, y: huber(z - z.mean(0), y), output_factor=None),

@@ -69,7 +69,13 @@ def check_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         z, y = _precise(loss, outputs.detach(), targets)
         z.requires_grad_()
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype).to(z.device)
-        columns = loss.output_factor(z.detach(), y)
+        try:
+            columns = loss.output_factor(z.detach(), y)
+        except Exception as error:  # the user's code: anything can happen
+            what = f"{type(error).__name__}: {error}"
+            raise UnfitError(f"The output_factor of the loss '{loss.name}' fails ({what}).", "Mend it.") from error
+        if not isinstance(columns, Tensor):
+            raise UnfitError(f"The output_factor of '{loss.name}' gives a {type(columns).__name__}.", "Give a tensor.")
         if columns.ndim != z.ndim + 1 or columns.shape[1:] != z.shape:
             raise UnfitError(
                 f"The output_factor of the loss '{loss.name}' is of shape {tuple(columns.shape)} for outputs of shape "

@@ -24,11 +24,11 @@ def factor(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def check(outputs: Tensor, targets: Tensor) -> None:
     """Raise `UnfitError` unless there is one target an output."""
-    if outputs.shape != targets.shape or targets.is_complex():
+    if outputs.shape != targets.shape or targets.is_complex() or targets.dtype == torch.bool:
         raise UnfitError(
-            f"The squared error wants a target for each output: outputs are {tuple(outputs.shape)}, and targets "
-            f"{tuple(targets.shape)}.",
-            "Bring the targets into the outputs' shape.",
+            f"The squared error wants a target for each output, a real number: outputs are {tuple(outputs.shape)}, and "
+            f"targets {tuple(targets.shape)} of type {targets.dtype}.",
+            "Bring the targets into the outputs' shape and type.",
         )
 
 
