@@ -197,22 +197,43 @@ def _fields(kind: type, value: Any, what: str, place: str) -> None:
             )
 
 
-def _value(hint: Any, value: Any, what: str, place: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A type hint, taken apart."""
+
+    kinds: tuple[Any, ...]  # several of a union
+    optional: bool
+    limits: Within | None
+
+
+@functools.cache
+def _shape(hint: Any) -> _Shape:
     limits: Within | None = None
-    if get_origin(hint) is Annotated:
-        hint, limits = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None and type(None) in get_args(hint):
-            return
-        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-        if len(kinds) == 1:
-            _value(kinds[0], value, what, place)
-        elif not any(_is(kind, value) for kind in kinds):
-            raise _wrong(what, place, value, " or ".join(NAMES[kind] for kind in kinds))
-    elif dataclasses.is_dataclass(hint):
-        _fields(hint, value, what, place)  # type: ignore[arg-type]
-    elif get_origin(hint) in (list, dict):
-        container, inner = get_origin(hint), get_args(hint)[-1]
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    optional = type(None) in kinds
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if len(kinds) == 1 and get_origin(kinds[0]) is Annotated:
+        kind, limits = get_args(kinds[0])
+        kinds = (kind,)
+    return _Shape(kinds, optional, limits)
+
+
+def _value(hint: Any, value: Any, what: str, place: str) -> None:
+    shape = _shape(hint)
+    if value is None and shape.optional:
+        return
+    kind, limits = shape.kinds[0], shape.limits
+    if len(shape.kinds) > 1:
+        if not any(_is(kind, value) for kind in shape.kinds):
+            raise _wrong(what, place, value, " or ".join(NAMES[kind] for kind in shape.kinds))
+    elif kind in NAMES:
+        limits_text = f" from {limits.low:g} to {limits.high:g}" if limits else ""
+        if not _is(kind, value) or (limits and not limits.low <= value <= limits.high):
+            raise _wrong(what, place, value, NAMES[kind] + limits_text)
+    elif dataclasses.is_dataclass(kind):
+        _fields(kind, value, what, place)  # type: ignore[arg-type]
+    else:
+        container, inner = get_origin(kind), get_args(kind)[-1]
         if not isinstance(value, container):
             raise _wrong(what, place, value, NAMES[container])
         if isinstance(value, dict):
@@ -225,10 +246,6 @@ def _value(hint: Any, value: Any, what: str, place: str) -> None:
             for key, one in value.items() if isinstance(value, dict) else enumerate(value):
                 if not _is(inner, one):
                     raise _wrong(what, f"{place}[{key!r}]", one, NAMES[inner])
-    else:
-        limits_text = f" from {limits.low:g} to {limits.high:g}" if limits else ""
-        if not _is(hint, value) or (limits and not limits.low <= value <= limits.high):
-            raise _wrong(what, place, value, NAMES[hint] + limits_text)
 
 
 NAMES = {

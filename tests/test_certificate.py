@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, noise_response, quantize
 from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.certificate import certify_features
+from fpq_analysis.curvature.functions import _bends, fault_of_function
 from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
+from fpq_analysis.quantizers.fake_quantize import FusedFakeQuantize
 from tests.hidden import AT_FIRST, BENT, PIECEWISE, Op, Times, network
 from tests.nets import dense_hessian, tiny
 from tests.results import table_of
@@ -241,3 +243,31 @@ def test_features_as_variables():
             certify_features(bent, data, {"0": bent[0]})
         found = table_of(noise_response, bent, data[0], sizes=[1], n_draws=2)
         assert set(found["estimator"].dropna()) & {"hutchinson", "exact"} == {"hutchinson"}
+
+
+@pytest.mark.parametrize("levels", [3, 15])
+def test_what_the_fake_quantizer_declares_is_so(levels):
+    torch.manual_seed(0)
+    call = (3 * torch.randn(40), torch.tensor(0.3), torch.tensor(float(levels // 2)), levels)
+    assert FusedFakeQuantize.piecewise_linear_in == (0,)
+    assert not _bends(FusedFakeQuantize, call, (0,))
+
+
+def test_a_function_is_taken_at_its_word_along_what_it_names_alone():
+    class Product(torch.autograd.Function):
+        piecewise_linear_in = (0,)
+
+        @staticmethod
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx, g):
+            x, y = ctx.saved_tensors
+            return g * y, g * x
+
+    call = (torch.randn(3), torch.randn(3))
+    assert fault_of_function(Product, call, [1, 0]) is None
+    assert fault_of_function(Product, call, [1, 2]) is None  # linear in each alone
+    assert fault_of_function(Product, call, [1, 1]) is not None  # but not in one variable that is in both

@@ -23,7 +23,12 @@ FLAT = 1e-10  # relative to the slope
 
 
 def fault_of_function(function: Any, call: tuple[Any, ...] | None, inputs: list[int]) -> Fault | None:
-    """As `_fault`: along the inputs that share a variable together, with the others held."""
+    """As `_fault`: along the inputs that share a variable together, with the others held.
+
+    A Function may name the arguments in which it is piecewise linear, `piecewise_linear_in = (0, 2)`, and is then not
+    tried along these: its word is taken.
+    """
+    declared = getattr(function, "piecewise_linear_in", ())
     every = reduce(or_, inputs)
     label = f"the Function '{function.__name__}'"
     if call is None:
@@ -37,6 +42,8 @@ def fault_of_function(function: Any, call: tuple[Any, ...] | None, inputs: list[
         together = tuple(i for i, depends in zip(tensors, inputs, strict=True) if depends & bit)
         groups[together] = groups.get(together, 0) | bit
     for together, which in groups.items():
+        if set(together) <= set(declared):
+            continue
         try:
             bent = _bends(function, call, together)
         except Exception as error:  # the user's code: anything can happen

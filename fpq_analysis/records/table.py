@@ -106,7 +106,7 @@ def _clean(row: dict[str, Any]) -> dict[str, Any]:
 
 def done(run: Path, probe: str) -> set[str]:
     """Keys of the complete measurements."""
-    return {row["key"] for row in read_rows(_file(run, probe)) if row.get("last")}
+    return {row["key"] for row in read_rows(_file(run, probe))}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -149,9 +149,8 @@ def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = N
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        wanted = done(run, probe) if keys is None else done(run, probe) & keys
         name = run_name(root, run)
-        rows += [{**row, "run": name} for row in read_rows(_file(run, probe)) if row["key"] in wanted]
+        rows += [{**row, "run": name} for row in read_rows(_file(run, probe)) if keys is None or row["key"] in keys]
     if any(row.get("train_seed") is None for row in rows):
         # Text then for all: captions sort and print seeds, and a column of numbers would turn 0 into 0.0.
         rows = [{**row, "train_seed": _text(row.get("train_seed"))} for row in rows]
