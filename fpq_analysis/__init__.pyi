@@ -37,14 +37,14 @@ from .probes.landscape import landscape as landscape
 from .quantizers import QuantSpec as QuantSpec
 from .quantizers import calibrate as calibrate
 from .quantizers import quantize as quantize
-from .report import write_report as write_report
+from .report.page import write_report as write_report
+from .report.paper import paper_tables as paper_tables
 from .runs.checkpoint import load as load
 from .runs.export import export_onnx as export_onnx
 from .runs.export import export_safetensors as export_safetensors
 from .runs.foreign import ForeignRuns as ForeignRuns
 from .runs.inspection import inspect_checkpoint as inspect_checkpoint
 from .runs.inspection import inspect_run as inspect_run
-from .tables import paper_tables as paper_tables
 from .training import TrainConfig as TrainConfig
 from .training import run_sweep as run_sweep
 from .training import train as train

@@ -23,9 +23,9 @@ from fpq_analysis.plots import FIGURES, training_caption, training_figure
 from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, pictures
+from fpq_analysis.report.cells import digits_beside, shown
 from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study
-from fpq_analysis.report.tables import digits_beside, shown
 from tests.nets import DIGITS
 from tests.test_cli import call
 from tests.words import words

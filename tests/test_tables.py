@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from fpq_analysis import TrainConfig, UserError, paper_tables
-from fpq_analysis.tables import COLUMNS, PAPER
+from fpq_analysis.report.paper import COLUMNS, PAPER
 from tests.nets import DIGITS
 from tests.test_cli import call
 from tests.words import words

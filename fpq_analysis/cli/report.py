@@ -27,7 +27,7 @@ def report(
 
       fpq-analyze report --ckpt-dir checkpoints/ -o report.html
     """
-    from fpq_analysis.report import write_report
+    from fpq_analysis.report.page import write_report
 
     written = write_report(ckpt_dir, output, records=records)
     for caution in written.cautions:

@@ -39,7 +39,7 @@ def tables(
 
       fpq-analyze tables --ckpt-dir checkpoints/small --data digits --table 2
     """
-    from fpq_analysis.tables import PAPER, paper_tables
+    from fpq_analysis.report.paper import PAPER, paper_tables
 
     if table is not None and table not in PAPER:
         raise UserError(f"There is no Table {table}; the paper has Tables {min(PAPER)} to {max(PAPER)}.")
@@ -50,7 +50,7 @@ def tables(
 
 
 def _print(frame: pd.DataFrame, table: int | None, json: bool) -> None:
-    from fpq_analysis.tables import PAPER
+    from fpq_analysis.report.paper import PAPER
 
     measured = set(frame.loc[frame["n"] > 0, "table"])
     numbers = [table] if table is not None else [number for number in PAPER if number in measured] or list(PAPER)

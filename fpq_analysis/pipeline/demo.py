@@ -11,7 +11,7 @@ from fpq_analysis.pipeline.figures import draw_figures
 from fpq_analysis.pipeline.run import measure, measure_landscapes
 from fpq_analysis.probes import Features, GradNorm, HessianTrace, OutputVariance
 from fpq_analysis.probes.landscape import LandscapeSettings
-from fpq_analysis.report import write_report
+from fpq_analysis.report.page import write_report
 from fpq_analysis.training import TrainConfig, train
 
 BITS = ("W4A4", "W2A4")

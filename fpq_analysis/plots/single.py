@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.figures import FIGURES
 from fpq_analysis.plots.style import colour, style
+from fpq_analysis.records.queries import half_widths
 
 NETWORK = "this network"
 
@@ -44,7 +45,7 @@ def layer_figure(records: pd.DataFrame) -> Figure:
     rows = rows[rows["value"].notna()]
     if rows.empty:
         raise NothingToDraw(f"no finite {last} among the records")
-    half = rows["ci95"].fillna(1.96 * rows["sem_data"]).fillna(1.96 * rows["sem"]).fillna(0.0)
+    half = half_widths(rows)
     places = np.arange(len(rows))
     with style():
         figure = Figure(figsize=(4.5, 0.6 + 0.16 * max(6, len(rows))), layout="constrained")

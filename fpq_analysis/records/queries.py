@@ -6,6 +6,8 @@ import math
 
 import pandas as pd
 
+from fpq_analysis.intervals import Z95
+
 AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
 
 
@@ -49,6 +51,11 @@ def responses(records: pd.DataFrame) -> pd.DataFrame:
 def marked(records: pd.DataFrame) -> pd.DataFrame:
     """The rows whose status is not `ok`; that a network is at chance before training is as it should be."""
     return records[(records["status"] != "ok") & ((records["status"] != AT_CHANCE) | (records["epoch"] > 0))]
+
+
+def half_widths(rows: pd.DataFrame) -> pd.Series:
+    """Half of the 95 % interval that each row states, or else 1.96 times its standard error; 0 where it has none."""
+    return rows["ci95"].fillna(Z95 * rows["sem_data"]).fillna(Z95 * rows["sem"]).fillna(0.0)
 
 
 def last_epochs(rows: pd.DataFrame) -> pd.DataFrame:

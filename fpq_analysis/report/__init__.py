@@ -1,13 +1,11 @@
 """A page about a set of runs, from their files alone: `run.json`, `train.jsonl` and records.  No torch in this room.
 
-study.py      what lies on disk
-findings.py   comparisons, and what they say in sentences
-tables.py     rows of cells
-prose.py      the methods paragraphs; citations.py BibTeX
-pictures.py   figures as inline SVG
-page.py       all of it through page.html.jinja and page.css
+study.py        what lies on disk
+comparisons.py  which runs stand against each other; findings.py what that says in sentences
+cautions.py     what a reader should know before trusting it
+cells.py        rows of cells; tables.py those of results, provenance.py those of where they come from
+prose.py        the methods paragraphs; citations.py BibTeX
+pictures.py     figures as inline SVG
+page.py         all of it through page.html.jinja and page.css
+paper.py        Tables 1-5 of the paper beside what was measured; no part of the page
 """
-
-from fpq_analysis.report.page import write_report
-
-__all__ = ["write_report"]

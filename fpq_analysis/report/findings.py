@@ -1,52 +1,16 @@
-"""What the records say, as comparisons and in plain sentences, each with its interval."""
+"""What the comparisons say, in plain sentences, each with its interval."""
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import pandas as pd
-
-from fpq_analysis import records
 from fpq_analysis.intervals import newcombe, over_seeds
-from fpq_analysis.methods import BASELINE, method_label
-from fpq_analysis.records.comparison import Difference, against_baseline, difference
-from fpq_analysis.records.queries import marked
-from fpq_analysis.report.study import DEFINITIONS, Study, reading_order
-from fpq_analysis.runs import PLACES, Run, number_of
+from fpq_analysis.report.comparisons import Comparison, accuracy_pairs, against_float, against_method, variant
+from fpq_analysis.report.study import DEFINITIONS, Study
+from fpq_analysis.runs import Run, number_of
 from fpq_analysis.text import listed, number
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The traces of two runs on the same images.
-
-    Attributes:
-        ours, theirs: the runs; the difference is ours minus theirs.
-        definition: of the Hessian.
-        difference: at `difference.epoch` of ours.
-        theirs_epoch: the epoch of theirs.
-    """
-
-    ours: Run
-    theirs: Run
-    definition: str
-    difference: Difference
-    theirs_epoch: int
-
-    @property
-    def sign(self) -> int:
-        """-1, 1, or 0 where the 95 % interval holds zero."""
-        value, half = self.difference.value, self.difference.ci95
-        return 0 if abs(value) <= half else int(math.copysign(1, value))
-
-    @property
-    def verdict(self) -> str:
-        """The sign in words."""
-        return {-1: "lower", 0: "not measurably different", 1: "higher"}[self.sign]
 
 
 @dataclass(frozen=True)
@@ -55,66 +19,6 @@ class Finding:
 
     subject: str
     sentences: list[str]
-
-
-def variant(study: Study, run: Run) -> str:
-    """The method's name, with the settings that tell it from the study's other runs of the method."""
-    alike = [r for r in study.runs if (r.method, r.model, r.dataset) == (run.method, run.model, run.dataset)]
-    keys = [key for key in varying(alike) if key not in ("seed", "bits")]
-    extra = ", ".join(f"{key} {run.config.get(key)}" for key in keys)
-    return method_label(run.method) + (f" ({extra})" if extra else "")
-
-
-def varying(runs: Sequence[Run]) -> list[str]:
-    """Settings that are not the same in all of the runs, but for places on disk."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [
-        key
-        for key in keys
-        if key not in PLACES and len({json.dumps(run.config.get(key), sort_keys=True) for run in runs}) > 1
-    ]
-
-
-def against_method(study: Study) -> list[Comparison]:
-    """Every quantized run against the LSQ run beside it, see `comparison.against_baseline`; under every definition."""
-    found = []
-    for definition, rows in study.traces.groupby("definition", sort=False):
-        for gap in against_baseline(rows, BASELINE):
-            ours, theirs = study.run(gap.run), study.run(gap.baseline)
-            if ours is not None and theirs is not None:
-                found.append(Comparison(ours, theirs, str(definition), gap, gap.epoch))
-    return sorted(found, key=lambda c: reading_order(c.ours))
-
-
-def against_float(study: Study) -> list[Comparison]:
-    """Every quantized run's last trace against that of the float checkpoint it started from, on the same images."""
-    found = []
-    for definition, rows in study.traces.groupby("definition", sort=False):
-        rows = rows[rows["samples"].notna()]
-        for run in study.runs:
-            ours = rows[rows["run"] == run.name].sort_values("epoch", kind="stable")
-            if run.bits == "FP" or run.teacher_sha256 is None or ours.empty:
-                continue
-            last = ours.iloc[-1]
-            same = ["data", "n_data", "seed", "estimator"]
-            theirs = rows[(rows["checkpoint"] == run.teacher_sha256) & (rows[same] == last[same]).all(axis=1)]
-            start = study.run(str(theirs["run"].iloc[0])) if len(theirs) else None
-            if start is not None:
-                gap = difference(last, theirs.iloc[0])
-                found.append(Comparison(run, start, str(definition), gap, int(theirs["epoch"].iloc[0])))
-    return found
-
-
-def accuracy_pairs(study: Study) -> list[tuple[Run, Run]]:
-    """Every finished quantized run with the finished LSQ run of its folder, network, data, bits and seed."""
-    found = []
-    done = [run for run in study.runs if run.finished and run.bits != "FP" and run.last_accuracy is not None]
-    for run in done:
-        alike = [r for r in done if (r.group, r.bits, r.seed) == (run.group, run.bits, run.seed)]
-        theirs = [r for r in alike if r.method == BASELINE]
-        if run.method != BASELINE and len(theirs) == 1:
-            found.append((run, theirs[0]))
-    return found
 
 
 def findings(study: Study) -> list[Finding]:
@@ -256,41 +160,3 @@ def _seed_groups(study: Study) -> list[set[int | None]]:
         if run.finished:
             groups.setdefault((run.group, run.kind), set()).add(run.seed)
     return list(groups.values())
-
-
-def cautions(study: Study) -> list[str]:
-    """What a reader should know before trusting the page: damage, unfinished runs, stale or odd records."""
-    notes = list(study.faults)
-    for run in study.runs:
-        if run.stopped:
-            notes.append(f"{run.name} is not finished: {run.last_epoch or 0} of {run.config.get('epochs')} epochs.")
-    for run in study.runs:
-        last = study.last_trace(run)
-        if last is not None and run.last_epoch is not None and last["epoch"] < run.last_epoch:
-            notes.append(
-                f"{run.name}: the trace was measured up to epoch {last['epoch']}, training went to {run.last_epoch}."
-            )
-    folders = {run.name: run for run in study.runs}
-    for probe in study.probes:
-        frame = study.records(probe)
-        for status, rows in marked(frame).groupby("status"):
-            notes.append(f"{probe}: {len(rows)} numbers are marked '{status}'.")
-        gone = sum(_is_gone(row, folders) for _, row in frame.drop_duplicates(["run", "checkpoint"]).iterrows())
-        if gone:
-            notes.append(
-                f"{probe}: {gone} measurements are of checkpoints that are no longer there (by their SHA-256). Were "
-                "the runs trained anew? Then measure them again."
-            )
-        every = records.read(study.kept, [study.kept / name for name in folders], probe)
-        hidden = every["settings"].nunique() - frame["settings"].nunique()
-        if hidden > 0:
-            notes.append(
-                f"{probe}: the records also hold measurements with other settings (images, seed or method), which are "
-                "not shown here."
-            )
-    return notes
-
-
-def _is_gone(row: pd.Series, runs: dict[str, Run]) -> bool:
-    run = runs.get(str(row["run"]))
-    return run is not None and bool(run.manifest) and row["checkpoint"] not in run.manifest.values()

@@ -14,9 +14,10 @@ from fpq_analysis import __version__
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import write_text
 from fpq_analysis.methods import method_label
-from fpq_analysis.report import tables
+from fpq_analysis.report import provenance, tables
+from fpq_analysis.report.cautions import cautions
 from fpq_analysis.report.citations import bibtex
-from fpq_analysis.report.findings import cautions, findings
+from fpq_analysis.report.findings import findings
 from fpq_analysis.report.pictures import pictures, training_picture
 from fpq_analysis.report.prose import DEFINITIONS, methods
 from fpq_analysis.report.study import Study, read_study
@@ -71,7 +72,7 @@ def write_report(
     training = training_picture(study)
     missing = tables.not_measured(study, undrawn)
     notes = cautions(study)
-    differing, shared = tables.settings_table(study)
+    differing, shared = provenance.settings_table(study)
     page = (
         _environment()
         .get_template("page.html.jinja")
@@ -91,8 +92,8 @@ def write_report(
             methods=methods(study),
             differing=differing,
             shared=shared,
-            versions=tables.versions_table(study),
-            provenance=tables.provenance_tables(study),
+            versions=provenance.versions_table(study),
+            provenance=provenance.provenance_tables(study),
             bibtex=bibtex(run.method for run in study.runs),
             version=__version__,
         )

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from fpq_analysis.errors import NothingToDraw, going_on
 from fpq_analysis.plots import FIGURES, Drawing, training_caption, training_figure
 from fpq_analysis.plots.style import rendered
-from fpq_analysis.report.findings import variant
+from fpq_analysis.report.comparisons import variant
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import number_of
 

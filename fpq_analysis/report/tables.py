@@ -1,27 +1,34 @@
-"""The tables of the page: rows of cells, each with its text and, where it is a number, the number itself."""
+"""The tables of results: runs, accuracies, differences, and what every other probe measured."""
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.intervals import Z95
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.plots import Drawing
-from fpq_analysis.plots.style import colour
-from fpq_analysis.report.findings import Comparison, against_float, against_method, variant, varying
+from fpq_analysis.records.queries import half_widths
+from fpq_analysis.report.cells import (
+    NONE,
+    SHORT_HASH,
+    Cell,
+    Interval,
+    Table,
+    digits_beside,
+    num,
+    percent,
+    run_cell,
+    shown,
+)
+from fpq_analysis.report.comparisons import Comparison, against_float, against_method, variant
 from fpq_analysis.report.study import Study
-from fpq_analysis.runs import PLACES, Run, number_of
-from fpq_analysis.text import duration, number
+from fpq_analysis.runs import Run
+from fpq_analysis.text import duration
 
-NONE = "–"
-SHORT_HASH = 12
 MOST_QUANTITIES = 16  # of a probe with more, a table would be no help
 # Quantities that are not results of their own.
 NOT_RESULTS = r"(nodes|weights|residual)_\d+|clipped_fraction"
@@ -31,90 +38,6 @@ TITLES = {
     "gradnorm": "Gradient norm",
 }
 HEADS = {"squares": "sum of squares"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell.
-
-    Attributes:
-        text: what is shown.
-        value: the number behind it, in full; None for words.
-        number: whether it stands in a column of numbers.
-        colour: of the method, as in the figures.
-        code: whether it is a hash.
-        interval: a picture in place of text.
-    """
-
-    text: str
-    value: float | None = None
-    number: bool = False
-    colour: str = ""
-    code: bool = False
-    interval: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference and its interval as a small picture, 0 to 100 wide, 0 in the middle."""
-
-    low: float
-    value: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        name: what it is, for those who cannot see it.
-        heads: column headings; those of numbers are right aligned, see the first row's cells.
-        rows: of cells, as many as heads; the first is the row's heading.
-        notes: sentences below it.
-    """
-
-    name: str
-    heads: list[str]
-    rows: list[list[Cell]]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [any(row[i].number for row in self.rows) for i in range(len(self.heads))]
-
-
-def shown(value: float, digits: int) -> str:
-    """`value` to so many significant digits, with thousands apart and a true minus."""
-    text = number(value, digits)
-    if "e" not in text and abs(value) >= 1000:
-        text = f"{float(text):,.12g}"
-    return text.replace("-", "−")
-
-
-def digits_beside(value: float, half: float) -> int:
-    """Digits of a value that reach as far as two of its error's, and at least 3."""
-    if not (half > 0 and value):
-        return 4
-    return min(9, max(3, math.floor(math.log10(abs(value))) - math.floor(math.log10(half)) + 2))
-
-
-def num(value: float | None, digits: int = 4, text: str | None = None) -> Cell:
-    """A number; a dash for None and NaN."""
-    if value is None or math.isnan(value):
-        return Cell(NONE, number=True)
-    return Cell(text if text is not None else shown(value, digits), float(value), number=True)
-
-
-def percent(share: float | None, places: int = 2) -> Cell:
-    """A share from 0 to 1 in per cent."""
-    return num(share, text=None if share is None else f"{100 * share:.{places}f}")
-
-
-def run_cell(study: Study, run: Run) -> Cell:
-    """A run's name with the colour its method has in the figures."""
-    return Cell(run.name, colour=colour(run.method, sorted({r.method for r in study.runs})))
 
 
 def runs_table(study: Study) -> Table:
@@ -276,13 +199,14 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
         for definition, own in rows[rows["run"] == run.name].groupby("definition", dropna=False, sort=False):
             last = own[own["epoch"] == own["epoch"].max()].drop_duplicates("quantity", keep="last")
             by_name = last.set_index("quantity")
+            halves = half_widths(by_name)
             epoch = int(last["epoch"].iloc[0])
             row = [run_cell(study, run), *([Cell(str(definition))] if several else []), num(epoch, text=str(epoch))]
             for quantity in quantities:
                 if quantity not in by_name.index:
                     row.append(num(None))
                     continue
-                value, half = float(by_name.loc[quantity, "value"]), _half(by_name.loc[quantity])
+                value, half = float(by_name.loc[quantity, "value"]), float(halves[quantity])
                 errors = errors or half > 0
                 text = shown(value, digits_beside(value, half)) + (f" ± {shown(half, 2)}" if half > 0 else "")
                 row.append(num(value, text=text))
@@ -292,128 +216,6 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
     return Table(TITLES.get(probe, probe.replace("_", " ").capitalize()), heads, cells, notes)
-
-
-def _half(row: pd.Series) -> float:
-    for column, factor in (("ci95", 1.0), ("sem_data", Z95), ("sem", Z95)):
-        if pd.notna(row[column]):
-            return factor * float(row[column])
-    return 0.0
-
-
-def settings_table(study: Study) -> tuple[Table | None, list[tuple[str, str]]]:
-    """The settings in which the runs differ, a row a run; and those that all share."""
-    keys = varying(study.runs)
-    shared = [
-        (key, plain(value)) for key, value in study.runs[0].config.items() if key not in keys and _is_setting(key)
-    ]
-    if not keys:
-        return None, shared
-    rows = [
-        [run_cell(study, run), *(_setting(run.config.get(key)) for key in keys), Cell(_start(study, run))]
-        for run in study.runs
-    ]
-    return Table("Settings that differ", ["Run", *keys, "started from"], rows), shared
-
-
-def _is_setting(key: str) -> bool:
-    return key not in PLACES
-
-
-def _setting(value: Any) -> Cell:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return Cell(plain(value), float(value) if is_number else None, number=is_number)
-
-
-def plain(value: Any) -> str:
-    """A setting as text."""
-    if value is None:
-        return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _start(study: Study, run: Run) -> str:
-    """Which checkpoint a run started from."""
-    if run.teacher_sha256 is None:
-        return NONE
-    for other in study.runs:
-        for name, digest in other.manifest.items():
-            if digest == run.teacher_sha256:
-                return f"{other.name}, {name.removesuffix('.pt')}"
-    return f"{str(run.teacher_sha256)[:SHORT_HASH]}… (not here)"
-
-
-def provenance_tables(study: Study) -> list[Table]:
-    """Data, files and records, by their hashes."""
-    data = {(run.dataset, str(run.data.get("fingerprint", NONE))): run.data for run in study.runs}
-    sets = [
-        [Cell(name), _count(about, "n_train"), _count(about, "n_test"), Cell(fingerprint, code=True)]
-        for (name, fingerprint), about in data.items()
-    ]
-    runs = [
-        [
-            run_cell(study, run),
-            Cell(run.started.replace("T", " ")[:16] or NONE),
-            Cell(run.newest_sha256 or NONE, code=True),
-        ]
-        for run in study.runs
-    ]
-    measured = []
-    for probe in study.probes:
-        for (definition, digest), rows in study.records(probe).groupby(["definition", "settings"], dropna=False):
-            once = rows.drop_duplicates(["run", "key"])
-            measured.append(
-                [
-                    Cell(probe),
-                    Cell(_or_none(definition)),
-                    Cell(", ".join(sorted(rows["estimator"].dropna().unique())) or NONE),
-                    num(len(once), text=str(len(once))),
-                    Cell(", ".join(f"{int(n):,}" for n in sorted(rows["n_data"].dropna().unique())), number=True),
-                    Cell(", ".join(map(str, sorted(rows["seed"].dropna().unique()))), number=True),
-                    Cell(str(digest), code=True),
-                    num(once["seconds"].sum(), text=duration(float(once["seconds"].sum()))),
-                ]
-            )
-    tables = [
-        Table(
-            "Data",
-            ["Data", "Training", "Test", "Fingerprint"],
-            sets,
-            ["The fingerprint is the same only if every image and label is."],
-        ),
-        Table("Checkpoints", ["Run", "Started (UTC)", "SHA-256 of the last checkpoint"], runs),
-    ]
-    if measured:
-        heads = ["Measurement", "Definition", "Estimator", "Checkpoints", "Images", "Seed", "Settings", "Time"]
-        note = (
-            "Settings: hash of the measurement, its version and options, images and seed; equal hashes are comparable."
-        )
-        tables.append(Table("Records", heads, measured, [note]))
-    return tables
-
-
-def _or_none(value: Any) -> str:
-    return NONE if value is None or value != value else str(value)
-
-
-def _count(about: dict[str, Any], key: str) -> Cell:
-    value = number_of(about, key)
-    return num(value, text=None if value is None else f"{int(value):,}")
-
-
-def versions_table(study: Study) -> Table | None:
-    """Software by version, of the training runs."""
-    names = list(dict.fromkeys(name for run in study.runs for name in run.versions))
-    if not names:
-        return None
-    rows = [
-        [Cell(name), Cell(", ".join(sorted({run.versions[name] for run in study.runs if name in run.versions})))]
-        for name in names
-    ]
-    note = "As written when the runs were trained; records do not hold the versions they were measured with."
-    return Table("Versions", ["Software", "Version"], rows, [note])
 
 
 def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, str]]:

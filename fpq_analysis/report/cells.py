@@ -1,0 +1,98 @@
+"""Tables as rows of cells, each with its text and, where it is a number, the number itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fpq_analysis.plots.style import colour
+from fpq_analysis.report.study import Study
+from fpq_analysis.runs import Run
+from fpq_analysis.text import number
+
+NONE = "–"
+SHORT_HASH = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: what is shown.
+        value: the number behind it, in full; None for words.
+        number: whether it stands in a column of numbers.
+        colour: of the method, as in the figures.
+        code: whether it is a hash.
+        interval: a picture in place of text.
+    """
+
+    text: str
+    value: float | None = None
+    number: bool = False
+    colour: str = ""
+    code: bool = False
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its interval as a small picture, 0 to 100 wide, 0 in the middle."""
+
+    low: float
+    value: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: what it is, for those who cannot see it.
+        heads: column headings; those of numbers are right aligned, see the first row's cells.
+        rows: of cells, as many as heads; the first is the row's heading.
+        notes: sentences below it.
+    """
+
+    name: str
+    heads: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [any(row[i].number for row in self.rows) for i in range(len(self.heads))]
+
+
+def shown(value: float, digits: int) -> str:
+    """`value` to so many significant digits, with thousands apart and a true minus."""
+    text = number(value, digits)
+    if "e" not in text and abs(value) >= 1000:
+        text = f"{float(text):,.12g}"
+    return text.replace("-", "−")
+
+
+def digits_beside(value: float, half: float) -> int:
+    """Digits of a value that reach as far as two of its error's, and at least 3."""
+    if not (half > 0 and value):
+        return 4
+    return min(9, max(3, math.floor(math.log10(abs(value))) - math.floor(math.log10(half)) + 2))
+
+
+def num(value: float | None, digits: int = 4, text: str | None = None) -> Cell:
+    """A number; a dash for None and NaN."""
+    if value is None or math.isnan(value):
+        return Cell(NONE, number=True)
+    return Cell(text if text is not None else shown(value, digits), float(value), number=True)
+
+
+def percent(share: float | None, places: int = 2) -> Cell:
+    """A share from 0 to 1 in per cent."""
+    return num(share, text=None if share is None else f"{100 * share:.{places}f}")
+
+
+def run_cell(study: Study, run: Run) -> Cell:
+    """A run's name with the colour its method has in the figures."""
+    return Cell(run.name, colour=colour(run.method, sorted({r.method for r in study.runs})))
