@@ -178,9 +178,10 @@ def load_class(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def method_label(method: str) -> str:
-    """What a reader calls a method; one that is not in the catalogue has the name it came with."""
-    return METHODS[method].label if method in METHODS else method
+def method_label(method: str, bits: str = "FP") -> str:
+    """What a reader calls a method, at so many bits; one that is not in the catalogue has the name it came with."""
+    name = METHODS[method].label if method in METHODS else method
+    return name if bits == "FP" else f"{name} {bits}"
 
 
 def method_rank(method: str) -> int:

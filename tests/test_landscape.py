@@ -38,12 +38,13 @@ from fpq_analysis.pipeline.execute import images
 from fpq_analysis.pipeline.plan import plan
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.plots import landscape_caption, landscape_figure, surface_figure
-from fpq_analysis.plots.landscape import levels, terrains
+from fpq_analysis.plots.landscape import levels
 from fpq_analysis.plots.landscape_html import surface_html
 from fpq_analysis.probes.landscape import directions
 from fpq_analysis.probes.landscape.grid import LossGrid
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import latent_derivatives, view
+from fpq_analysis.records.terrain import terrains
 from fpq_analysis.runs.checkpoint import read_checkpoint
 from tests.nets import tiny
 from tests.words import words

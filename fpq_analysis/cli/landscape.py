@@ -16,7 +16,7 @@ from fpq_analysis.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fpq_analysis.plots.landscape import Terrain
+    from fpq_analysis.records.terrain import Terrain
 
 
 # Of each run one epoch, by an option of its own.
@@ -74,7 +74,8 @@ def landscape(
         check_plotly()
 
     def show(frame: pd.DataFrame) -> None:
-        from fpq_analysis.plots.landscape import landscape_caption, terrains
+        from fpq_analysis.plots.landscape import landscape_caption
+        from fpq_analysis.records.terrain import terrains
 
         found = terrains(frame)
         if found:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.methods import method_rank
-from fpq_analysis.plots.style import colour, label, legend_by_ends, look, style
+from fpq_analysis.methods import method_label, method_rank
+from fpq_analysis.plots.style import colour, legend_by_ends, look, style
 from fpq_analysis.records.queries import distinct, nearest, variances
 
 SD = 0.1  # of the bars, where it was measured
@@ -86,7 +86,7 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame, sd: float) -> None:
         if len(rows) > 1:
             spots = place + 0.22 * np.linspace(-1, 1, len(rows))
             axes.plot(spots, rows["value"], "o", color="0.15", markersize=2.5, markerfacecolor="white")
-        names.append(label(method, bits).replace(" ", "\n"))
+        names.append(method_label(method, bits).replace(" ", "\n"))
     axes.xaxis.set_major_locator(FixedLocator(list(range(len(names)))))
     axes.set_xticklabels(names)
     axes.grid(False, axis="x")
@@ -106,7 +106,7 @@ def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
             **look(method, bits, methods),
             capsize=2,
             elinewidth=1.0,
-            label=label(method, bits),
+            label=method_label(method, bits),
         )
         starts.append(table["value"].iloc[0])
         ends.append((table["value"].iloc[-1], drawn))

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import at_epoch, colour, label, style
+from fpq_analysis.methods import method_label
+from fpq_analysis.plots.style import at_epoch, colour, style
 from fpq_analysis.records.queries import last_epochs
 
 MOST = 32  # channels, as in the paper
@@ -135,7 +136,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, tint: str) -> None:
     axes.grid(axis="x", visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     first = rows.iloc[0]
-    axes.set_title(at_epoch(label(first["method"], first["bits"]), first["epoch"]), loc="left")
+    axes.set_title(at_epoch(method_label(first["method"], first["bits"]), first["epoch"]), loc="left")
     axes.set_ylabel("Activation")
     overall = rows[rows["quantity"] == "mean"].iloc[0]
     text = f"mean (of all channels: {overall['value']:#.3g} ± {overall['ci95']:.1g})"
@@ -148,7 +149,7 @@ def caption3(records: pd.DataFrame, run: str | None = None) -> str:
     rows = chosen_runs(records, run)
     first = rows.iloc[0]
     runs = ", ".join(
-        f"{one.run} ({label(str(one.method), str(one.bits))}, epoch {one.epoch}, training seed {one.train_seed})"
+        f"{one.run} ({method_label(str(one.method), str(one.bits))}, epoch {one.epoch}, training seed {one.train_seed})"
         for one in rows.drop_duplicates("run").itertuples(index=False)
     )
     n_channels = len(first["samples"])

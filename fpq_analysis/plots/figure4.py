@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.methods import method_rank
+from fpq_analysis.methods import method_label, method_rank
 from fpq_analysis.plots.figure3 import bits_of, layer_rows
-from fpq_analysis.plots.style import colour, label, style
+from fpq_analysis.plots.style import colour, style
 from fpq_analysis.records.queries import distinct
 
 IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
@@ -118,7 +118,7 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods:
         density = _rebinned(_samples(run, "density_edges"), _samples(run, quantity), grid)
         zeros = 1 - float(run.loc[run["quantity"] == quantity, "value"].iloc[0])
         tint = colour(first["method"], methods)
-        text = label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
+        text = method_label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
         axes.stairs(density, grid, color=tint, fill=True, alpha=0.10)
         axes.stairs(density, grid, color=tint, linewidth=1.2, linestyle=LINES.get(first["method"], "-"), label=text)
     axes.set_xlim(grid[0], grid[-1])

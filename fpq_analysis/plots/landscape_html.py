@@ -13,7 +13,8 @@ import pandas as pd
 
 from fpq_analysis.errors import NothingToDraw, UserError
 from fpq_analysis.files import write_text
-from fpq_analysis.plots.landscape import COLOURS, STAR, Terrain, by_dimension, landscape_caption, levels
+from fpq_analysis.plots.landscape import COLOURS, STAR, by_dimension, landscape_caption, levels
+from fpq_analysis.records.terrain import Terrain
 
 # Text around the figure rather than in it, so that lines break where the page ends.
 PAGE = """<!doctype html>

@@ -68,12 +68,6 @@ def colour(method: str, methods: list[str]) -> str:
     return SPARE_COLOURS[spare.index(method) % len(SPARE_COLOURS)]
 
 
-def label(method: str, bits: str) -> str:
-    """What a legend calls a run."""
-    name = method_label(method)
-    return name if bits == "FP" else f"{name} {bits}"
-
-
 def at_epoch(text: str, epoch: Any) -> str:
     """The text with an epoch behind it; a network outside of any run has none, which is the empty text."""
     return ", ".join(filter(None, [text, f"epoch {epoch}" if epoch != "" else ""]))
@@ -85,7 +79,7 @@ def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
     Args:
         rows: of all the runs that it stands among.
     """
-    text = label(first["method"], first["bits"])
+    text = method_label(first["method"], first["bits"])
     alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
     runs = alike["run"].nunique()
     if runs < 2:
