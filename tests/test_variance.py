@@ -210,11 +210,11 @@ class TestFigure1:
                 found += self.rows(f"{method}-{bits}", method, bits, scale)
         return pd.DataFrame(found)
 
-    def test_bars_in_the_paper_s_order_are_the_last_epoch_s_records(self, frame):
+    def test_bars_in_the_catalogue_s_order_are_the_last_epoch_s_records(self, frame):
         bars, sweep = figure1(frame).axes
         labels = [text.get_text().replace("\n", " ") for text in bars.get_xticklabels()]
-        assert labels == ["FP", "LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4", "PACT W4A4", "PACT W2A4"]
-        scales = [4, 2, 4, 1, 2, 3, 6]
+        assert labels == ["FP", "PACT W4A4", "PACT W2A4", "LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4"]
+        scales = [4, 3, 6, 2, 4, 1, 2]
         np.testing.assert_allclose([bar.get_height() for bar in bars.patches], 0.01 * np.array(scales))
         ends = [bars.collections[i].get_segments()[0][:, 1] for i in range(7)]
         np.testing.assert_allclose([high - low for low, high in ends], 2 * 0.1 * 0.01 * np.array(scales))
@@ -238,8 +238,8 @@ class TestFigure1:
         ]
         frame = pd.concat([frame, pd.DataFrame(twin)])
         bars = figure1(frame).axes[0]
-        assert bars.patches[1].get_height() == pytest.approx(0.01 * 4)
-        low, high = bars.collections[1].get_segments()[0][:, 1]
+        assert bars.patches[3].get_height() == pytest.approx(0.01 * 4)
+        low, high = bars.collections[3].get_segments()[0][:, 1]
         assert high - low == pytest.approx(2 * 0.01 * 2)
         (points,) = [line for line in bars.lines if len(line.get_ydata()) == 3]
         np.testing.assert_allclose(sorted(points.get_ydata()), [0.02, 0.04, 0.06])
