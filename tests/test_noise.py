@@ -19,7 +19,7 @@ from fpq_analysis.cli import app
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import SCHEMES
 from fpq_analysis.plots import noise_caption, noise_figure
-from fpq_analysis.probes.noise import SIZES, _mean, _relative, _verdicts, controlled
+from fpq_analysis.probes.noise import NoiseResponse, _mean, _relative, _verdicts, controlled
 from fpq_analysis.probes.noise_passes import _added, _Clean, _sites
 from fpq_analysis.quantizers import FeatureNoise, view
 from fpq_analysis.text import fraction
@@ -386,10 +386,10 @@ def test_a_layer_that_runs_twice_is_named():
 def responses(run, epoch=2, **other):
     """Rows as the probe writes them; the real network's first point is below zero."""
     rows = []
-    for size in SIZES:
+    for size in NoiseResponse.sizes:
         predicted = 0.01 * size**2
         values = {"predicted": predicted, "linear": 1.1 * predicted, "surrogate": 1.2 * predicted, "real": 0.01}
-        if size == SIZES[0]:
+        if size == NoiseResponse.sizes[0]:
             values["real"] = -0.001
         for kind, value in values.items():
             how = "exact" if kind == "predicted" else "antithetic pairs"
@@ -405,11 +405,15 @@ def test_figure_shows_prediction_and_measurements():
     for axes in figure.axes:
         assert axes.get_xscale() == axes.get_yscale() == "log"
         lines = {line.get_label(): line for line in axes.lines}
-        np.testing.assert_allclose(lines["predicted (Eq. 7)"].get_ydata(), [0.01 * size**2 for size in SIZES])
-        np.testing.assert_allclose(lines["linearised logits"].get_ydata(), [0.011 * size**2 for size in SIZES])
+        np.testing.assert_allclose(
+            lines["predicted (Eq. 7)"].get_ydata(), [0.01 * size**2 for size in NoiseResponse.sizes]
+        )
+        np.testing.assert_allclose(
+            lines["linearised logits"].get_ydata(), [0.011 * size**2 for size in NoiseResponse.sizes]
+        )
         points = {bars.get_label(): bars for bars in axes.containers}
         np.testing.assert_allclose(
-            points["straight-through"][0].get_ydata().astype(float), [0.012 * size**2 for size in SIZES]
+            points["straight-through"][0].get_ydata().astype(float), [0.012 * size**2 for size in NoiseResponse.sizes]
         )
         np.testing.assert_allclose(points["real network"][0].get_ydata().astype(float), [0.01] * 5)
         (below,) = [line for line in axes.lines if line.get_marker() == "v"]

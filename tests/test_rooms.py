@@ -17,6 +17,7 @@ ANYWHERE = {"errors", "devices", "intervals", "progress", "text", "files", "sche
 # Room: what it may import of the package, beside itself and what may be imported anywhere.  Only rooms above it.
 ROOMS = {
     "methods": set(),
+    "measures": set(),
     "linalg": set(),
     "losses": set(),
     "curvature": {"linalg", "losses"},
@@ -26,9 +27,9 @@ ROOMS = {
     "runs": {"data", "models", "quantizers"},
     "training": {"data", "methods", "models", "quantizers", "runs"},
     "records": {"methods"},
-    "plots": {"methods", "records"},
-    "probes": {"curvature", "linalg", "losses", "models", "plots", "quantizers", "records"},
-    "report": {"methods", "plots", "records", "runs"},
+    "plots": {"measures", "methods", "records"},
+    "probes": {"curvature", "linalg", "losses", "measures", "methods", "models", "plots", "quantizers", "records"},
+    "report": {"measures", "methods", "plots", "records", "runs"},
     "pipeline": {"data", "models", "plots", "probes", "records", "report", "runs"} | {"training"},
     "compat": {"curvature", "losses", "plots", "probes"},
     "doctor": {"curvature", "data", "losses", "models", "quantizers", "runs"},

@@ -4,17 +4,12 @@ Results go to stdout, everything else to stderr.  Exit codes: 0 all was done, 1 
 says what), 2 the command was misused, 130 stopped by Ctrl-C.
 """
 
-# One file a command; importing it registers the command, in the order of `--help`.
+# One file a command, and one for those of `measures.py`; importing registers them, in the order of `--help`.
 # isort: off
 from fpq_analysis.cli import train
 from fpq_analysis.cli import tables
 from fpq_analysis.cli import hessian
-from fpq_analysis.cli import gradnorm
-from fpq_analysis.cli import variance
-from fpq_analysis.cli import features
-from fpq_analysis.cli import drift
-from fpq_analysis.cli import noise
-from fpq_analysis.cli import oscillation
+from fpq_analysis.cli import probes
 from fpq_analysis.cli import landscape
 from fpq_analysis.cli import compare
 from fpq_analysis.cli import figures
@@ -32,19 +27,14 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
-    "drift",
     "export",
-    "features",
     "figures",
-    "gradnorm",
     "hessian",
     "inspect",
     "landscape",
     "main",
-    "noise",
-    "oscillation",
+    "probes",
     "report",
     "tables",
     "train",
-    "variance",
 ]

@@ -100,8 +100,8 @@ def measuring_command(fixed: Mapping[str, Any] | None = None, **defaults: Any) -
         def run(**options: Any) -> None:
             command(Settings(**{name: options.pop(name) for name in offered}, **fixed), **options)
 
-        _, *own = inspect.signature(command, eval_str=True).parameters.values()
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        _, *own = (one.replace(kind=kind) for one in inspect.signature(command, eval_str=True).parameters.values())
         first, *rest = (
             inspect.Parameter(name, kind, default=defaults.get(name, default), annotation=annotation)
             for name, (annotation, default) in offered.items()
@@ -244,7 +244,7 @@ def some_epochs(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(kept) if kept else frame
 
 
-def print_quantities(frame: pd.DataFrame, headings: dict[str, str]) -> None:
+def print_quantities(frame: pd.DataFrame, headings: Mapping[str, str]) -> None:
     """Whole-network quantities side by side with their 95 % interval, some epochs of every run.
 
     Args:

@@ -1,5 +1,7 @@
-"""Measurements, one a file, all of one shape.  A new one is a new file and a line in `PROBES`."""
+"""Measurements, one a file, all of one shape.  A new one is a file here and a row in `measures.py`."""
 
+from fpq_analysis.measures import MEASURES
+from fpq_analysis.methods import load_class
 from fpq_analysis.probes.density import DensityEstimate, HessianDensity, spectral_density
 from fpq_analysis.probes.drift import Drift, FeatureDrift, feature_drift
 from fpq_analysis.probes.eigs import EigenEstimate, HessianEigs, hessian_eigs
@@ -13,21 +15,7 @@ from fpq_analysis.probes.sharpness import Sharpness, sharpness
 from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
 from fpq_analysis.probes.variance import OutputVariance, output_variance
 
-PROBES = {
-    probe.name: probe
-    for probe in (
-        HessianTrace,
-        HessianEigs,
-        HessianDensity,
-        Sharpness,
-        GradNorm,
-        OutputVariance,
-        Features,
-        Drift,
-        NoiseResponse,
-        Oscillation,
-    )
-}
+PROBES = {name: load_class(f"fpq_analysis.probes.{row.probe}") for name, row in MEASURES.items() if row.probe}
 
 __all__ = [
     "PROBES",

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
+from fpq_analysis.measures import FeatureSettings
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result, with_error
-from fpq_analysis.probes.sites import AUTO, find_site, wide
+from fpq_analysis.probes.sites import find_site, wide
 from fpq_analysis.quantizers import view as take_view
 
 QUANTILES = {"q01": 0.01, "q25": 0.25, "median": 0.5, "q75": 0.75, "q99": 0.99}
@@ -110,7 +111,7 @@ class FeatureStatistics(Result):
 def feature_statistics(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
-    layer: str = AUTO,
+    layer: str = FeatureSettings.layer,
     *,
     n_images: int = N_IMAGES,
     seed: int = 0,
@@ -239,14 +240,12 @@ def _densities(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(FeatureSettings):
     """The probe: `feature_statistics` on a checkpoint.
 
     Attributes:
         layer: `NAME`, `NAME:input` or `auto`; see the top of the file.
     """
-
-    layer: str = AUTO
 
     name = "features"
     version = 1

@@ -32,6 +32,7 @@ from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.measures import GradNormSettings
 from fpq_analysis.probes.noise_arms import ArmNoise, NoNoise, noise_arms
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
@@ -39,8 +40,6 @@ from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.quantizers import check_definition
 
-N_DRAWS = 8
-BATCH_SIZE = 256  # of the paper's training
 SHOWN = tuple(
     f"{name}@{arm}" for name in ("grad_norm", "grad_norm_minibatch") for arm in ("weights", "features", "clean")
 )
@@ -55,8 +54,8 @@ def gradient_norms(
     *,
     loss: str | LossFunction = "cross_entropy",
     definition: str = "dequantized",
-    n_draws: int = N_DRAWS,
-    batch_size: int = BATCH_SIZE,
+    n_draws: int = GradNormSettings.n_draws,
+    batch_size: int = GradNormSettings.batch_size,
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
@@ -94,7 +93,7 @@ def gradient_norms(
 
 
 @dataclass(frozen=True)
-class GradNorm:
+class GradNorm(GradNormSettings):
     """The probe: `gradient_norms` on a checkpoint.
 
     Attributes: see `gradient_norms`.
@@ -102,10 +101,6 @@ class GradNorm:
     Raises:
         UserError: for settings that `gradient_norms` would refuse.
     """
-
-    definition: str = "dequantized"
-    n_draws: int = N_DRAWS
-    batch_size: int = BATCH_SIZE
 
     name = "gradnorm"
     version = 2  # part of a record's key: raise it when the numbers change

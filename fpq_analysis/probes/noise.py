@@ -43,16 +43,13 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.measures import NoiseSettings
 from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
 
-SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-# Most of the increase is that of a few images.  From two draws of each (ResNet-20 on digits, 512 images) the error of
-# the whole came out between half of what it was and twice as much; from eight, within a factor of one and a half.
-N_DRAWS = 8
 WITHIN = 0.1
 SHOWN = ("predicted_1", "ratio_surrogate_1", "ratio_real_1", "holds_real", "within_10_real", "real_1")
 UNIFORM = 1 / 24  # half the variance of U[-1/2, 1/2]
@@ -63,8 +60,8 @@ def noise_response(
     batches: Batch | Iterable[Batch],
     *,
     loss: str | LossFunction = "cross_entropy",
-    sizes: Iterable[float] = SIZES,
-    n_draws: int = N_DRAWS,
+    sizes: Iterable[float] = NoiseSettings.sizes,
+    n_draws: int = NoiseSettings.n_draws,
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
@@ -113,7 +110,7 @@ def noise_response(
 
 
 @dataclass(frozen=True)
-class NoiseResponse:
+class NoiseResponse(NoiseSettings):
     """The probe: `noise_response` on a checkpoint.
 
     Attributes: see `noise_response`.
@@ -121,9 +118,6 @@ class NoiseResponse:
     Raises:
         UserError: for settings that `noise_response` would refuse.
     """
-
-    sizes: tuple[float, ...] = SIZES
-    n_draws: int = N_DRAWS
 
     name = "noise"
     version = 3  # part of a record's key: raise it when the numbers change

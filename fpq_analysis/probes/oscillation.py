@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.measures import OscillationSettings
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.quantizers import Quantizer, weight_codes, weight_quantizers
 
-EPS = 0.1
 
-
-def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = EPS) -> Measurement:
+def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = OscillationSettings.eps) -> Measurement:
     """Shares of the quantized weights near a rounding threshold, and of those whose code is another than in `previous`.
 
     A flip is a change of the code k, whatever caused it: the weight, its step size, or (DoReFa) the layer's maximum.
@@ -52,7 +51,7 @@ def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = EPS) -> M
 
 
 @dataclass(frozen=True)
-class Oscillation:
+class Oscillation(OscillationSettings):
     """The probe: `oscillation` between a checkpoint and the one before.
 
     Attributes: see `oscillation`.
@@ -60,8 +59,6 @@ class Oscillation:
     Raises:
         UserError: for settings that `oscillation` would refuse.
     """
-
-    eps: float = EPS
 
     name = "oscillation"
     version = 2  # part of a record's key: raise it when the numbers change

@@ -27,14 +27,13 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import each
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
+from fpq_analysis.measures import VarianceSettings
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
 from fpq_analysis.quantizers import view
 
-SDS = (0.05, 0.1, 0.2, 0.5)
-N_DRAWS = 8
 QUANTITIES = ("flipped", "probability_variance", "logit_variance")
 
 
@@ -42,8 +41,8 @@ def output_variance(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
-    sds: Sequence[float] = SDS,
-    n_draws: int = N_DRAWS,
+    sds: Sequence[float] = VarianceSettings.sds,
+    n_draws: int = VarianceSettings.n_draws,
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
@@ -74,7 +73,7 @@ def output_variance(
 
 
 @dataclass(frozen=True)
-class OutputVariance:
+class OutputVariance(VarianceSettings):
     """The probe: `output_variance` on a checkpoint.
 
     Attributes: see `output_variance`.
@@ -82,9 +81,6 @@ class OutputVariance:
     Raises:
         UserError: for settings that `output_variance` would refuse.
     """
-
-    sds: tuple[float, ...] = SDS
-    n_draws: int = N_DRAWS
 
     name = "output_variance"
     version = 1  # part of a record's key: raise it when the numbers change

@@ -7,6 +7,7 @@ from string import Formatter
 
 import pandas as pd
 
+from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import METHODS, method_label
 from fpq_analysis.records.queries import eigenvalues, totals
 from fpq_analysis.report.study import Study
@@ -45,16 +46,6 @@ ESTIMATORS = {
     "xtrace": "estimated by XTrace",
     "xnystrace": "estimated by XNysTrace",
     "pyhessian": "estimated by Hutchinson's method as in PyHessian",
-}
-# What other probes measure, after "We measured".
-SUBJECTS = {
-    "gradnorm": "the norm of the gradient of the loss",
-    "output_variance": "the variance of the outputs under Gaussian noise in the images",
-    "features": "the activations of one layer, by channel",
-    "drift": "the drift of the features of all convolutions from those of the float network",
-    "noise": "the increase of the loss under uniform noise in the features",
-    "oscillation": "the shares of the weights that lie near a rounding threshold and that changed their level",
-    "landscape": "the loss on a plane through weight space",
 }
 CALIBRATIONS = {"mse": "a search for the least squared error", "minmax": "the range of the values"}
 
@@ -208,7 +199,7 @@ def _sharpness(frame: pd.DataFrame) -> str:
 
 def _other(frame: pd.DataFrame) -> str:
     probe, n = str(frame["probe"].iloc[0]), frame["checkpoint"].nunique()
-    what = SUBJECTS.get(probe, f"what the probe '{probe}' is about")
+    what = MEASURES[probe].subject if probe in MEASURES else f"what the probe '{probe}' is about"
     whole = frame[frame["n_data"] == frame["n_data"].max()]  # parts may be of fewer images
     where = f", on {_sample(whole)}" if whole["n_data"].any() else ""
     return f"We measured {what} at {n} checkpoint{'s' if n > 1 else ''}{where}."

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.plots import Drawing
 from fpq_analysis.records.queries import half_widths
@@ -32,11 +33,6 @@ from fpq_analysis.text import duration
 MOST_QUANTITIES = 16  # of a probe with more, a table would be no help
 # Quantities that are not results of their own.
 NOT_RESULTS = r"(nodes|weights|residual)_\d+|clipped_fraction"
-TITLES = {
-    "hessian_eigs": "Eigenvalues",
-    "hessian_density": "Moments of the spectral density",
-    "gradnorm": "Gradient norm",
-}
 HEADS = {"squares": "sum of squares"}
 
 
@@ -215,7 +211,7 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
     notes = ["At each run's last measured epoch" + (f", on {n} training images." if n else ".")]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
-    return Table(TITLES.get(probe, probe.replace("_", " ").capitalize()), heads, cells, notes)
+    return Table(MEASURES[probe].title if probe in MEASURES else probe, heads, cells, notes)
 
 
 def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, str]]:
