@@ -211,7 +211,9 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
     notes = ["At each run's last measured epoch" + (f", on {n} training images." if n else ".")]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
-    return Table(MEASURES[probe].title if probe in MEASURES else probe, heads, cells, notes)
+    return Table(
+        MEASURES[probe].title if probe in MEASURES else probe.replace("_", " ").capitalize(), heads, cells, notes
+    )
 
 
 def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, str]]:
