@@ -123,6 +123,15 @@ def test_room_for_rows_is_taken_by_bytes_and_grows():
 # --- Eigenvalues ---
 
 
+@pytest.mark.parametrize(("n", "seed", "which", "k"), [(33, 512, "LA", 2), (20, 444, "LM", 1), (32, 37, "LM", 2)])
+def test_wanted_pairs_that_are_invariant_before_the_others_are_no_asymmetry(n, seed, which, k):
+    """The fresh vector then is coupled to the others, which a symmetric matrix was refused for."""
+    values = torch.randn(n, generator=dice(seed), dtype=torch.float64)
+    found = eigenpairs(DenseMatrix(rotated(values, seed)), k, which=which, tol=1e-9, generator=dice())
+    truth = values[(-values.abs() if which == "LM" else -values).argsort()][:k]
+    torch.testing.assert_close(found.values, truth, rtol=1e-9, atol=0)
+
+
 @given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from(["LA", "SA", "LM"]), st.booleans(), st.data())
 @settings(max_examples=60)
 def test_eigenvalues_equal_the_dense_ones(n, seed, which, low_rank, data):

@@ -38,7 +38,8 @@ class Eigenpairs:
         values: (k,) float64.
         vectors: (k, n), orthonormal.
         residuals: (k,) float64, `|A v - value v|`: an eigenvalue lies within this distance of each value.  Computed
-            from the products that built the basis, and so exact to their rounding.
+            from the products that built the basis: exact to their rounding, or, where a fresh vector was tried, to
+            `CLOSED` of the largest value.
         converged: (k,) bool, whether the residual is within the tolerance, or within rounding.
         n_products: products with single vectors.
         start: (n,), for a warm start at a similar matrix.
@@ -100,13 +101,15 @@ def eigenpairs(
         closed = lanczos.ended or bool((residuals <= max(floor, CLOSED * float(values.abs().max()))).all())
         if (found and (not closed or trial == TRIAL)) or lanczos.n_products >= n_products or len(lanczos) == n:
             break
-        if len(lanczos) >= most:
-            lanczos.restart(coefficients, values)
         # An invariant subspace lacks what its start did not contain, such as further copies of an eigenvalue: a fresh
-        # random vector is tried for some steps.
-        if lanczos.ended or (found and trial == 0):
+        # random vector is tried for some steps, unless a basis of everything is as near.  Ritz vectors that have not
+        # converged are not part of that subspace, and must go: the vector that is replaced is coupled to them.
+        fresh = lanczos.ended or (found and trial == 0 and lanczos.n_products + TRIAL < n)
+        if len(lanczos) >= most or (fresh and not lanczos.ended):
+            lanczos.restart(coefficients, values)
+        if fresh:
             lanczos.append_random(generator)
-        trial = trial + 1 if found else 0
+        trial = trial + 1 if found and (fresh or trial) else 0
     vectors = combined(coefficients[:, :k].T, lanczos.q)
     # The smaller of the wanted ones converge last, and get more weight.
     largest = float(values.abs().max())
