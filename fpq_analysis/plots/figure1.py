@@ -19,8 +19,8 @@ from fpq_analysis.records.queries import distinct, nearest, variances
 
 SD = 0.1  # of the bars, where it was measured
 HATCHES = {"W2A4": "////", "W2A2": "xxxx"}
-# The paper's order; what it does not have comes after.
-METHODS, BITS = ("fp", "lsq", "fpq"), ("FP", "W4A4", "W2A4")
+# The paper's bit widths in its order; others come after.
+BITS = ("FP", "W4A4", "W2A4")
 WHAT = {"logit_variance": "logits", "probability_variance": "class probabilities"}
 
 
@@ -57,19 +57,15 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
 
 
 def groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """(method, bits, rows), in the order of the paper, then of the catalogue."""
+    """(method, bits, rows), in the order of the catalogue and of the paper."""
 
-    def place(key: tuple[str, str]) -> tuple[int, int, int, str, str]:
+    def place(key: tuple[str, str]) -> tuple[int, int, str, str]:
         method, bits = key
-        return _index(METHODS, method), method_rank(method), _index(BITS, bits), method, bits
+        return method_rank(method), BITS.index(bits) if bits in BITS else len(BITS), method, bits
 
     by_key = {(str(m), str(b)): group for (m, b), group in rows.groupby(["method", "bits"])}
     for method, bits in sorted(by_key, key=place):
         yield method, bits, by_key[method, bits]
-
-
-def _index(known: tuple[str, ...], name: str) -> int:
-    return known.index(name) if name in known else len(known)
 
 
 def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
