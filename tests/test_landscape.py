@@ -189,7 +189,7 @@ def test_nothing_is_left_changed(quantized, data):
             dim=1,
             plane="checkpoints",
             weights="requantized",
-            others=[other],
+            auxiliary=[other],
             batchnorm=batchnorm,
         )
     assert all(torch.equal(t, quantized.state_dict()[name]) for name, t in state.items())
@@ -309,7 +309,7 @@ def trajectory(data, n=4):
 @pytest.mark.parametrize("weights", ["dequantized", "requantized", "float"])
 def test_all_checkpoints_lie_on_their_plane(data, weights):
     nets, data = trajectory(data, 3)
-    found = landscape(nets[0], data, plane="checkpoints", weights=weights, others=nets[1:], points=5)
+    found = landscape(nets[0], data, plane="checkpoints", weights=weights, auxiliary=nets[1:], points=5)
     rows = {row["quantity"]: row for row in found.rows() if row["layer"] == "all"}
     kind = "float" if weights == "float" else "dequantized"
     for place, net in enumerate(nets, 1):
@@ -330,12 +330,12 @@ def test_all_checkpoints_lie_on_their_plane(data, weights):
 
 def test_a_line_runs_from_one_checkpoint_to_the_other(data):
     nets, data = trajectory(data, 2)
-    found = landscape(nets[0], data, plane="checkpoints", dim=1, others=[nets[1]], points=7)
+    found = landscape(nets[0], data, plane="checkpoints", dim=1, auxiliary=[nets[1]], points=7)
     place = [found.axes[0].tolist().index(end) for end in (0.0, 1.0)]
     assert found.loss[place[0]] == mean_loss(nets[0], data)
     assert found.loss[place[1]] == pytest.approx(mean_loss(nets[1], data), rel=1e-9)
     re_estimated = landscape(
-        nets[0], data, plane="checkpoints", dim=1, others=[nets[1]], points=7, batchnorm="re-estimate"
+        nets[0], data, plane="checkpoints", dim=1, auxiliary=[nets[1]], points=7, batchnorm="re-estimate"
     )
     net = copy.deepcopy(nets[1])
     for norm in (m for m in net if isinstance(m, nn.BatchNorm2d)):
@@ -347,7 +347,7 @@ def test_a_line_runs_from_one_checkpoint_to_the_other(data):
 
 def test_projections_of_a_trajectory_and_their_gaps(data):
     nets, data = trajectory(data)
-    found = landscape(nets[-1], data, plane="pca", others=nets[:-1], points=5, weights="float")
+    found = landscape(nets[-1], data, plane="pca", auxiliary=nets[:-1], points=5, weights="float")
     rows = {row["quantity"]: row for row in found.rows() if row["layer"] == "all"}
     shadows = [view(net, "float") for net in nets]
     flat = torch.stack(
@@ -394,7 +394,7 @@ def test_a_scale_that_a_line_would_make_negative_stays_positive(data):
                 q.copy_(p * 9)
         for p, q in zip(nets[0].buffers(), nets[1].buffers(), strict=True):
             q.copy_(p)
-    found = landscape(nets[0], data, plane="checkpoints", dim=1, weights="requantized", others=[nets[1]], points=7)
+    found = landscape(nets[0], data, plane="checkpoints", dim=1, weights="requantized", auxiliary=[nets[1]], points=7)
     assert found.axes[0][0] < -0.2
     assert np.isfinite(found.loss).all()
 
@@ -449,7 +449,7 @@ def test_a_loss_that_overflows_is_a_row_with_a_status(data, tmp_path):
         ({"plane": "pca", "weights": "straight-through"}, "rounding residue of the centre"),
         ({"plane": "checkpoints"}, "a line .* goes through two"),
         ({"plane": "pca"}, "needs at least 3"),
-        ({"others": [nn.Linear(1, 1)]}, "about one network"),
+        ({"auxiliary": [nn.Linear(1, 1)]}, "about one network"),
     ],
 )
 def test_what_makes_no_sense_is_refused(data, options, words):
@@ -460,10 +460,10 @@ def test_what_makes_no_sense_is_refused(data, options, words):
 def test_networks_that_are_not_alike_are_refused(quantized, data):
     for other in (settled(data[0], seed=9), quantize(settled(data[0], seed=9), QuantSpec.parse("W4A4"))):
         with pytest.raises(UserError, match="not of one architecture and quantization"):
-            landscape(quantized, data, plane="checkpoints", dim=1, others=[other], points=3)
-        landscape(quantized, data, plane="checkpoints", dim=1, others=[other], points=3, weights="float")
+            landscape(quantized, data, plane="checkpoints", dim=1, auxiliary=[other], points=3)
+        landscape(quantized, data, plane="checkpoints", dim=1, auxiliary=[other], points=3, weights="float")
     with pytest.raises(UserError, match="equal"):
-        landscape(quantized, data, plane="checkpoints", dim=1, others=[quantized], points=3)
+        landscape(quantized, data, plane="checkpoints", dim=1, auxiliary=[quantized], points=3)
     half = copy.deepcopy(quantized)
     with torch.no_grad():
         half[11].bias.add_(1.0)
@@ -472,7 +472,7 @@ def test_networks_that_are_not_alike_are_refused(quantized, data):
         twice[11].bias.add_(1.0)
     for plane in ("checkpoints", "pca"):
         with pytest.raises(UserError, match="one line|on a line"):
-            landscape(quantized, data, plane=plane, others=[half, twice], points=3)
+            landscape(quantized, data, plane=plane, auxiliary=[half, twice], points=3)
     mixing = quantize(settled(data[0]), QuantSpec.parse("W4A4", scheme="pact"))
     calibrate(mixing, data[0], "mse")
     with pytest.raises(UserError, match="mixes weights"):

@@ -22,7 +22,7 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import FEW
 from fpq_analysis.curvature.graph import prove, prove_parameters, wanting
 from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.curvature.samples import spread
 
@@ -106,7 +106,7 @@ def certify_features(model: nn.Module, batches: list[Batch], layers: dict[str, n
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         with full_precision(), torch.enable_grad(), wanting(model):
-            for _ in each(list(batches), work):
+            for _ in map_batches(list(batches), work):
                 pass
     except RuntimeError as error:
         raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.graph import prove_parameters, structure, wanting
 from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.losses import Loss, draw_uniforms
 
@@ -95,7 +95,7 @@ def per_sample_traces(
     if n_labels is not None:
         assert generator is not None
         parts = [(x, y, draw_uniforms(len(x), n_labels, generator).to(x.device)) for x, y in batches]
-    yield from each(parts, measure)
+    yield from map_batches(parts, measure)
 
 
 @torch.no_grad()

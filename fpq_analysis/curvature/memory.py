@@ -19,7 +19,7 @@ T = TypeVar("T")
 SHARE = 0.5  # of the free memory, for graphs that are kept: bases and the work itself need the rest
 
 
-def each(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor, ...]], T]) -> Iterator[T]:
+def map_batches(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor, ...]], T]) -> Iterator[T]:
     """Yield `work(batch)` for every batch.
 
     Where memory runs out, that batch and those after it are halved, in the list itself, and the work goes on: later

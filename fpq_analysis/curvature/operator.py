@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.memory import GraphStore, each
+from fpq_analysis.curvature.memory import GraphStore, map_batches
 from fpq_analysis.curvature.second_derivatives import SecondDerivatives
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.losses import Loss, LossFunction, draw_uniforms
@@ -112,7 +112,7 @@ class CurvatureOperator(ABC):
             begun = True
 
         with full_precision(), torch.enable_grad():
-            for _ in each(self.batches, add):
+            for _ in map_batches(self.batches, add):
                 pass
         self.n_products += len(v)
         return result

@@ -9,6 +9,6 @@ All of it happens on copies: the model, its mode, buffers, gradients and hooks, 
 
 from fpq_analysis.doctor.diagnosis import diagnose, diagnose_checkpoint
 from fpq_analysis.doctor.forecast import forecast_measurements
-from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, OK
+from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, OK
 
 __all__ = ["COLUMNS", "FAULT", "NOTE", "OK", "diagnose", "diagnose_checkpoint", "forecast_measurements"]

@@ -22,12 +22,12 @@ from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.steps import differ, label, watch
 from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
-from fpq_analysis.doctor.patient import (
+from fpq_analysis.doctor.model_under_test import (
     FAULT,
     NOTE,
     OK,
     Finding,
-    Patient,
+    ModelUnderTest,
     first,
     nodes,
     owner,
@@ -127,58 +127,58 @@ def _quantizers(model: nn.Module) -> Finding:
     return Finding(OK, text)
 
 
-def _tf32(patient: Patient) -> Finding:
+def _tf32(tested: ModelUnderTest) -> Finding:
     backends: Any = torch.backends  # typed in part only
     places = {"matrix products": backends.cuda.matmul, "convolutions": backends.cudnn.conv}
     found = [name for name, place in places.items() if place.fp32_precision == "tf32"]
-    if patient.device.type != "cuda" or not found:
-        return Finding(OK, f"TF32 is off, or not for this device ({patient.device.type}).")
+    if tested.device.type != "cuda" or not found:
+        return Finding(OK, f"TF32 is off, or not for this device ({tested.device.type}).")
     text = f"TF32 is on for {' and '.join(found)}, which rounds what is multiplied to three digits."
     return Finding(NOTE, text, "Measurements switch it off; in code of your own, set fp32_precision = 'ieee'.")
 
 
-def _finite(patient: Patient) -> Finding:
-    for x, y in patient.data:
+def _finite(tested: ModelUnderTest) -> Finding:
+    for x, y in tested.data:
         if not bool(x.isfinite().all()):
             return Finding(FAULT, "The inputs hold NaN or infinity.", "Check the images and their normalisation.")
         try:
             with torch.no_grad():
-                value = _loss(patient, x, y)
+                value = _loss(tested, x, y)
         except UnfitError:
             raise
         except Exception as error:  # the user's code: anything can happen
             cure = "Check the shapes, and that targets are class numbers from 0 to C - 1; or give another loss."
             return Finding(FAULT, f"The loss cannot be computed on these data ({short(error)}).", cure)
         if value - value != 0:  # NaN or infinity
-            bad = [step.label for step in patient.steps(x) if not bool(step.value.isfinite().all())]
+            bad = [step.label for step in tested.steps(x) if not bool(step.value.isfinite().all())]
             where = f"; {bad[0]} is the first whose output is not" if bad else ""
             return Finding(FAULT, f"The loss is not finite{where}.", "Check the inputs' scale, or use model.double().")
-    bad = [f"'{name}'" for name, g in patient.gradients().items() if g is not None and not bool(g.isfinite().all())]
+    bad = [f"'{name}'" for name, g in tested.gradients().items() if g is not None and not bool(g.isfinite().all())]
     if bad:
         text = f"The gradient of {first(bad)} is not finite, though the loss is."
         return Finding(FAULT, text, "Look for sqrt, log, norm or a division at zero; add a small constant inside.")
     return Finding(OK, "The loss and its gradient are finite.")
 
 
-def _loss(patient: Patient, x: Tensor, y: Tensor) -> float:
-    z = patient.model(x)
+def _loss(tested: ModelUnderTest, x: Tensor, y: Tensor) -> float:
+    z = tested.model(x)
     # On CUDA, cross-entropy answers a class that is not there with an error that ends the process.
-    if patient.loss.check is not None:
-        patient.loss.check(z, y)
-    return float(patient.loss(z, y))
+    if tested.loss.check is not None:
+        tested.loss.check(z, y)
+    return float(tested.loss(z, y))
 
 
-def _used(patient: Patient) -> Finding:
-    unused = [f"'{name}'" for name, g in patient.gradients().items() if g is None]
+def _used(tested: ModelUnderTest) -> Finding:
+    unused = [f"'{name}'" for name, g in tested.gradients().items() if g is None]
     if not unused:
         return Finding(OK, "The loss uses every weight.")
     text = f"The loss does not use {first(unused)}: rows of zeros in the Hessian."
     return Finding(NOTE, text, "Nothing to do; set requires_grad_(False) on it to leave it out.")
 
 
-def _repeatable(patient: Patient) -> Finding:
-    repeatable(patient.model, patient.data[0][0])
-    pairs = zip(patient.gradients().items(), patient.gradients().values(), strict=True)
+def _repeatable(tested: ModelUnderTest) -> Finding:
+    repeatable(tested.model, tested.data[0][0])
+    pairs = zip(tested.gradients().items(), tested.gradients().values(), strict=True)
     far = [f"'{name}'" for (name, a), b in pairs if a is not None and b is not None and differ(a, b, REPEAT)]
     if far:
         text = f"Two gradients of {first(far)} differ, though the forward passes agree."
@@ -186,28 +186,28 @@ def _repeatable(patient: Patient) -> Finding:
     return Finding(OK, "Two forward passes agree, and so do two gradients.")
 
 
-def _samples_apart(patient: Patient) -> Finding:
-    check_samples_apart(patient.model, patient.data)
+def _samples_apart(tested: ModelUnderTest) -> Finding:
+    check_samples_apart(tested.model, tested.data)
     return Finding(OK, "Each image's output depends on that image alone.")
 
 
-def _mean_loss(patient: Patient) -> Finding:
-    for x, y in patient.data if patient.loss.check is None else []:
+def _mean_loss(tested: ModelUnderTest) -> Finding:
+    for x, y in tested.data if tested.loss.check is None else []:
         with torch.no_grad():
-            z = patient.model(x)
-        check_mean(patient.loss, z, y)
+            z = tested.model(x)
+        check_mean(tested.loss, z, y)
     return Finding(OK, "The loss of a batch is the mean of its samples' losses.")
 
 
-def _rounding(patient: Patient) -> Finding:
-    name = rounded_weight(patient.model, patient.few[0][:2])
+def _rounding(tested: ModelUnderTest) -> Finding:
+    name = rounded_weight(tested.model, tested.few[0][:2])
     if not name:
         return Finding(OK, "No weight is rounded by anything but quantizers of this package.")
     return Finding(NOTE, f"'{name}' {DISAGREES}.", LATENT)
 
 
-def _in_place(patient: Patient) -> Finding:
-    steps = patient.steps(patient.few[0])
+def _in_place(tested: ModelUnderTest) -> Finding:
+    steps = tested.steps(tested.few[0])
     # A layer that works in place gives its input back: what it overwrote is the output of the layer before.
     overwritten = [i for i, step in enumerate(steps) if step.output._version != step.version]
     if not overwritten:
@@ -220,27 +220,27 @@ def _in_place(patient: Patient) -> Finding:
     return Finding(NOTE, text, "Build the activation with inplace=False, or keep output.clone() in the hook.")
 
 
-def _twice(patient: Patient) -> Finding:
-    found = _differentiate_twice(patient)
+def _twice(tested: ModelUnderTest) -> Finding:
+    found = _differentiate_twice(tested)
     if found.status == FAULT:
         with full_precision():
-            if _differentiate_twice(patient).status == OK:
+            if _differentiate_twice(tested).status == OK:
                 return Finding(NOTE, found.finding, f"Measurements here see to it; in code of your own: {found.cure}")
     return found
 
 
-def _differentiate_twice(patient: Patient) -> Finding:
-    loss, steps = watch(patient.model, patient.few_loss)
-    graph, own = nodes(loss), list(patient.variables.values())
+def _differentiate_twice(tested: ModelUnderTest) -> Finding:
+    loss, steps = watch(tested.model, tested.few_loss)
+    graph, own = nodes(loss), list(tested.variables.values())
     try:
         gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
         curved = [g for g in gradients if g is not None and g.requires_grad]
         if curved:
-            torch.autograd.grad(curved, own, [patient.random(g) for g in curved], allow_unused=True)
+            torch.autograd.grad(curved, own, [tested.random(g) for g in curved], allow_unused=True)
         return Finding(OK, "The loss can be differentiated twice.")
     except RuntimeError as error:
         message = short(error)
-    stopped = [verdict for verdict in check_functions(patient.precise) if verdict.status == "raises"]
+    stopped = [verdict for verdict in check_functions(tested.precise) if verdict.status == "raises"]
     if stopped:
         return report(stopped)
     # Autograd names the operation; `aten::_some_op_backward` belongs to the node `SomeOpBackward0`.
@@ -255,10 +255,10 @@ def _differentiate_twice(patient: Patient) -> Finding:
     return Finding(FAULT, f"{first(owners)} uses {what}, which has no second derivative.", cure)
 
 
-def _symmetric(patient: Patient) -> Finding:
-    exact = patient.precise
+def _symmetric(tested: ModelUnderTest) -> Finding:
+    exact = tested.precise
     operator = HessianOperator(exact.model, exact.loss, exact.data, exact.variables)
-    both = patient.random(torch.zeros(2, operator.size, dtype=operator.dtype, device=operator.device))
+    both = tested.random(torch.zeros(2, operator.size, dtype=operator.dtype, device=operator.device))
     try:
         (u, v), (hu, hv) = both, operator.products(both)
     except RuntimeError:
@@ -275,10 +275,10 @@ def _symmetric(patient: Patient) -> Finding:
     return Finding(FAULT, f"{text}.", "Look for a backward hook, or a gradient that is not that of the forward.")
 
 
-def _exact_trace(patient: Patient) -> Finding:
+def _exact_trace(tested: ModelUnderTest) -> Finding:
     try:
-        exact_passes(patient.model, patient.loss, patient.data[0])
-        certify(patient.model, patient.data, patient.variables)
+        exact_passes(tested.model, tested.loss, tested.data[0])
+        certify(tested.model, tested.data, tested.variables)
         return Finding(OK, "The exact trace holds: the outputs are piecewise linear in every weight.")
     except NotExactError as outside:
         # The check differentiates twice itself, though the exact trace does not.
@@ -295,7 +295,7 @@ STANDING: dict[str, Callable[[nn.Module], Finding]] = {
     "quantizers": _quantizers,
 }
 # With the model running.
-RUNNING: dict[str, Callable[[Patient], Finding]] = {
+RUNNING: dict[str, Callable[[ModelUnderTest], Finding]] = {
     "TF32": _tf32,
     "finite": _finite,
     "used": _used,
@@ -304,7 +304,7 @@ RUNNING: dict[str, Callable[[Patient], Finding]] = {
     "mean loss": _mean_loss,
     "rounding": _rounding,
     "in place": _in_place,
-    "Functions": lambda patient: report(check_functions(patient.precise)),
+    "Functions": lambda tested: report(check_functions(tested.precise)),
     "differentiable twice": _twice,
     "symmetric": _symmetric,
     "exact trace": _exact_trace,

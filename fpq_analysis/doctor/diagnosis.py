@@ -16,7 +16,7 @@ from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, weights
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
-from fpq_analysis.doctor.patient import COLUMNS, FAULT, NOTE, Finding, admit, same_random_state, short
+from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, Finding, prepare, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.runs import Source, source_of
@@ -49,12 +49,12 @@ def diagnose(
     found = {name: check(model) for name, check in STANDING.items()}
     if any(finding.status == FAULT for name, finding in found.items() if name != "mode"):
         return _frame(found)
-    patient = admit(model, batches, loss, device, seed)
-    with same_random_state(patient.device):
+    tested = prepare(model, batches, loss, device, seed)
+    with same_random_state(tested.device):
         for name, check in RUNNING.items():
             try:
                 with nullcontext() if name in AS_FOUND else full_precision():
-                    found[name] = check(patient)
+                    found[name] = check(tested)
             except UnfitError as error:
                 found[name] = Finding(FAULT, error.finding, error.cure)
             except Exception as error:  # the user's code: anything can happen

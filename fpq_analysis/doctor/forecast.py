@@ -19,7 +19,7 @@ from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import SHARE, free_memory
-from fpq_analysis.doctor.patient import admit, same_random_state
+from fpq_analysis.doctor.model_under_test import prepare, same_random_state
 from fpq_analysis.losses import LossFunction
 
 FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
@@ -49,24 +49,24 @@ def forecast_measurements(
         measurement, seconds, peak MB: memory for tensors beside the data, weights included.  The exact trace's row is
         NaN where it does not hold.
     """
-    patient = admit(model, batches, loss, device, seed)
-    own, where = patient.variables, patient.device
-    sizes = [len(x) for x, _ in patient.data]  # of the micro-batches
-    x, y = (part[:FORECAST_IMAGES] for part in patient.data[0])
+    tested = prepare(model, batches, loss, device, seed)
+    own, where = tested.variables, tested.device
+    sizes = [len(x) for x, _ in tested.data]  # of the micro-batches
+    x, y = (part[:FORECAST_IMAGES] for part in tested.data[0])
     scale, wider = sum(sizes) / len(x), max(sizes) / len(x)
 
     def operator() -> HessianOperator:
-        return HessianOperator(patient.model, patient.loss, [(x, y)], own)
+        return HessianOperator(tested.model, tested.loss, [(x, y)], own)
 
     with same_random_state(where):
         seconds = peak = float("nan")
         with suppress(NotExactError):
-            exact_passes(patient.model, patient.loss, (x, y))
-            certify(patient.model, [(x, y)], own, seed)
-            traces = partial(per_sample_traces, patient.model, patient.loss, [(x, y)], own)
+            exact_passes(tested.model, tested.loss, (x, y))
+            certify(tested.model, [(x, y)], own, seed)
+            traces = partial(per_sample_traces, tested.model, tested.loss, [(x, y)], own)
             seconds, peak = _measure(lambda: list(traces()), where)
         rows = [("trace (exact)", seconds * scale, peak * wider)]
-        vector = patient.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))
+        vector = tested.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))
         seconds, peak = _measure(lambda: operator().matvec(vector), where)
         kept = operator()  # and its graph
         later = _measure(lambda: kept.matvec(vector), where)[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules._functions import BackwardHookFunction
 
 from fpq_analysis.curvature.steps import watch
-from fpq_analysis.doctor.patient import FAULT, NOTE, OK, Finding, Patient, first, nodes, owner, short
+from fpq_analysis.doctor.model_under_test import FAULT, NOTE, OK, Finding, ModelUnderTest, first, nodes, owner, short
 
 # Relative disagreement beyond rounding: of u.Hv with v.Hu, by dtype; of a derivative with differences over STEP.
 ASYMMETRY = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -60,9 +60,9 @@ def report(verdicts: list[Verdict]) -> Finding:
     return Finding(OK, f"Custom autograd.Functions, checked one by one: {names}.")
 
 
-def check_functions(patient: Patient) -> list[Verdict]:
+def check_functions(tested: ModelUnderTest) -> list[Verdict]:
     """A verdict on each custom Function in the graph of the loss."""
-    loss, steps = watch(patient.model, patient.few_loss)
+    loss, steps = watch(tested.model, tested.few_loss)
     made: dict[Any, Any] = {}
     for node in nodes(loss):
         function = getattr(node, "_forward_cls", None)  # of Python's Functions only
@@ -71,7 +71,7 @@ def check_functions(patient: Patient) -> list[Verdict]:
     verdicts = []
     for function, node in made.items():
         try:
-            status, detail = _check(function, _arguments(function, patient.few_loss), patient.random)
+            status, detail = _check(function, _arguments(function, tested.few_loss), tested.random)
         except Exception as error:  # the user's code: anything can happen
             status, detail = "unknown", short(error)
         verdicts.append(Verdict(status, f"'{function.__name__}' in {owner(steps, node)}", detail))

@@ -77,7 +77,7 @@ class _Begun:
         content = read(task)
         point = point_of(task, content)
         self.pieces = begin(task.probe, point)
-        self._others = point.others
+        self._auxiliary = point.auxiliary
         measurement = task.measurement
         named = "through" in task.probe.needs
         self._common = {
@@ -87,7 +87,7 @@ class _Begun:
             "seed": task.sampling.seed,
             "settings": task.settings,
             "key": measurement.key,
-            "through": "+".join(map(file_hash, measurement.others)) if named else None,
+            "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None,
         }
 
     def complete(self, rows: Rows, **more: Any) -> Rows:
@@ -95,9 +95,9 @@ class _Begun:
         return [{**self._common, **self._about(row.get("network")), **row, **more} for row in rows]
 
     def _about(self, network: int | None) -> dict[str, Any]:
-        if network is None or not isinstance(self._others, Networks):
+        if network is None or not isinstance(self._auxiliary, Networks):
             return {}
-        return self._others.abouts[network]
+        return self._auxiliary.abouts[network]
 
 
 class _Whole:
@@ -145,9 +145,9 @@ def point_of(task: Task, content: Checkpoint) -> Point:
     named = {
         need: build_network(task.source.read_checkpoint(path), sampling) for need, path in measurement.networks.items()
     }
-    others = Networks(task, content)
+    auxiliary = Networks(task, content)
     batch = images(content, sampling)
-    return Point(net, batch, loss=sampling.loss, seed=sampling.seed, others=others, **named)
+    return Point(net, batch, loss=sampling.loss, seed=sampling.seed, auxiliary=auxiliary, **named)
 
 
 def build_network(content: Checkpoint, sampling: Sampling) -> nn.Module:
@@ -176,13 +176,13 @@ class Networks(Sequence[nn.Module]):
         self.abouts: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._task.measurement.others)
+        return len(self._task.measurement.auxiliary)
 
     def __iter__(self) -> Iterator[nn.Module]:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        path, sampling = self._task.measurement.others[index], self._task.sampling
+        path, sampling = self._task.measurement.auxiliary[index], self._task.sampling
         content = self._task.source.read_checkpoint(path)
         if content.data["fingerprint"] != self._fingerprint:
             raise UserError(

@@ -124,15 +124,15 @@ def plan(
                 needed = _needed(probe, run, header, found[run], ends[1:])
                 if needed is None:
                     continue
-                networks, others = needed
-                key = measurement_key(header, probe, settings, networks, others, sampling.model)
+                networks, auxiliary = needed
+                key = measurement_key(header, probe, settings, networks, auxiliary, sampling.model)
                 known = there.get(key, {})
-                mine = [piece for piece in _pieces(probe, others) if next(turns) % shard[1] == shard[0] - 1]
+                mine = [piece for piece in _pieces(probe, auxiliary) if next(turns) % shard[1] == shard[0] - 1]
                 left = tuple(piece for piece in mine if key not in there or (piece and piece not in known))
                 n_done += len(mine) - len(left)
                 if left:
                     signature = {name: known[name] for name in known if name.startswith(store.SIGNATURE)}
-                    about = (run, homes[run], path, header, key, networks, others)
+                    about = (run, homes[run], path, header, key, networks, auxiliary)
                     measurements.append(Measurement(*about, left, signature))
                 elif mine:
                     done.add(key)
@@ -194,7 +194,7 @@ def _needed(
     """Files of the networks that the probe needs, by need and in a row; None if this checkpoint has not all of them."""
     before = [path for epoch, path in found.items() if epoch < header.epoch]
     networks: dict[str, Path | None] = {}
-    others: list[Path] = []
+    auxiliary: list[Path] = []
     for need in probe.needs:
         if need == "quantizers" and not header.quantized:
             return None
@@ -203,16 +203,16 @@ def _needed(
         elif need == "previous":
             networks[need] = before[-1] if before else None
         elif need == "trajectory":
-            others = before
+            auxiliary = before
         elif need == "through":
-            others = ends
+            auxiliary = ends
     there = {need: path for need, path in networks.items() if path is not None}
-    return (there, tuple(others)) if len(there) == len(networks) else None
+    return (there, tuple(auxiliary)) if len(there) == len(networks) else None
 
 
-def _pieces(probe: Probe, others: tuple[Path, ...]) -> Sequence[str]:
+def _pieces(probe: Probe, auxiliary: tuple[Path, ...]) -> Sequence[str]:
     """See `probes.point.Piecewise`, which is not asked for here as it would bring torch."""
-    return probe.pieces(len(others)) if hasattr(probe, "pieces") else [""]
+    return probe.pieces(len(auxiliary)) if hasattr(probe, "pieces") else [""]
 
 
 def measurement_key(
@@ -220,19 +220,19 @@ def measurement_key(
     probe: Probe,
     settings: dict[str, Any],
     networks: dict[str, Path],
-    others: tuple[Path, ...],
+    auxiliary: tuple[Path, ...],
     model: str | None,
 ) -> str:
     """Key of a measurement: it holds whatever decides the numbers.
 
     Args:
         settings: of the probe and the sample.
-        networks, others, model: see `Measurement` and `Sampling`.
+        networks, auxiliary, model: see `Measurement` and `Sampling`.
     """
     name, code = network_code(header, model)
-    about = {"epoch": header.epoch, "data": header.data, "network": name, "factory": code, **header.said}
+    about = {"epoch": header.epoch, "data": header.data, "network": name, "factory": code, **header.stated}
     hashes = {need: file_hash(path) for need, path in networks.items()}
-    beside = list(map(file_hash, others)) if hasattr(probe, "pieces") else hashes
+    beside = list(map(file_hash, auxiliary)) if hasattr(probe, "pieces") else hashes
     return rec.measurement_key(header.sha256, probe.name, {**settings, **about, "others": beside})
 
 
@@ -245,9 +245,9 @@ def network_code(header: Header, model: str | None) -> tuple[str, str | None]:
     Raises:
         UserError: if the factory cannot be imported.
     """
-    factory = header.model if header.said else model or header.model  # what was said of a foreign file holds
+    factory = header.model if header.stated else model or header.model  # what was said of a foreign file holds
     name = factory if isinstance(factory, str) else factory_name(factory)
-    if not (header.said or model is not None):
+    if not (header.stated or model is not None):
         return name, None
     from fpq_analysis.models import MODELS, find_factory
 

@@ -58,7 +58,7 @@ class Measurement:
         header: what was known of it when the measurement was planned.
         key: of its rows.
         networks: files of the further networks that the probe needs one of, by need.
-        others: files of the further networks that the probe needs in a row.
+        auxiliary: files of the further networks that the probe needs in a row.
         pieces: those to do, see `probes.point.Piecewise`; one of no name for a probe that is not made of pieces.
         known: value of each `signature_...` that stands in the records already.
     """
@@ -69,7 +69,7 @@ class Measurement:
     header: Header
     key: str
     networks: dict[str, Path] = field(default_factory=dict)
-    others: tuple[Path, ...] = ()
+    auxiliary: tuple[Path, ...] = ()
     pieces: tuple[str, ...] = ("",)
     known: dict[str, float] = field(default_factory=dict)
 

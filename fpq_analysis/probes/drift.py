@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.models import model_device
@@ -152,7 +152,7 @@ def feature_drift(
             return pair(batch[0]), batch[1]
 
         numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split([len(x) for x in data]), strict=True))
-        for outputs, numbers in each(numbered, work):
+        for outputs, numbers in map_batches(numbered, work):
             for name, (s, t) in outputs.items():
                 layers[name].add(s, t, block[numbers], row_of[numbers])
     blocks_kept = block[order[:n_kept]]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.measures import FeatureSettings
 from fpq_analysis.models import model_device
@@ -152,7 +152,7 @@ def feature_statistics(
     with torch.no_grad(), full_precision():
         n_kept = min(n, max(1, KEPT_VALUES // site.values(view, data[0][:1]).numel()))
         kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:n_kept], True)
-        for values, numbers in each(numbered, work):
+        for values, numbers in map_batches(numbered, work):
             raw.add(values, kept[numbers])
             if rounded is not None and site.quantizer is not None:
                 rounded.add(site.quantizer(values), kept[numbers])

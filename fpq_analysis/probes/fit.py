@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature import repeatable
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.steps import watch
 from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.losses import Loss, check_factor, check_mean
@@ -82,7 +82,7 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
 
     every = max(1, math.ceil(sum(len(x) for x, _ in data) / MOST)) if loss.check is not None else 1
     with torch.no_grad(), full_precision():
-        parts = [torch.cat(part) for part in zip(*each(list(data[::every]), look), strict=True)]
+        parts = [torch.cat(part) for part in zip(*map_batches(list(data[::every]), look), strict=True)]
     if loss.check is not None and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
         for x, y in data:
             loss.check(torch.empty((len(x), *next(iter(shapes))), device="meta"), y)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
@@ -216,7 +216,7 @@ class _Gradient:
             return found.detach().cpu().double()
 
         with full_precision(), torch.enable_grad():
-            return torch.cat([part for minibatch in self.minibatches for part in each(minibatch, project)])
+            return torch.cat([part for minibatch in self.minibatches for part in map_batches(minibatch, project)])
 
     def _sum(self, minibatch: Minibatch) -> list[Tensor]:
         """The sum of the samples' gradients."""
@@ -232,7 +232,7 @@ class _Gradient:
                     total += g
 
         with full_precision(), torch.enable_grad():
-            for _ in each(minibatch, add):
+            for _ in map_batches(minibatch, add):
                 pass
         return sums
 

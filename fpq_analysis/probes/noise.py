@@ -44,7 +44,7 @@ from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.measures import NoiseSettings
-from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Found, respond
+from fpq_analysis.probes.noise_passes import ALONE, KINDS, OWN, Responses, respond
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
@@ -185,7 +185,7 @@ def _relative(y: Tensor, predicted: Tensor) -> Tensor:
     return ratio + (y - ratio * expected) / expected.mean()
 
 
-def _rows(found: Found, sizes: list[float]) -> Rows:
+def _rows(found: Responses, sizes: list[float]) -> Rows:
     method = found.method
     n = found.traces.shape[-1]
     own = sizes.index(OWN)

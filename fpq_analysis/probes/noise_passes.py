@@ -18,7 +18,7 @@ from fpq_analysis.curvature import NotExactError
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.certificate import certify_features
 from fpq_analysis.curvature.exact import exact_passes
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import draw_uniforms
 from fpq_analysis.probes.subject import Subject
@@ -38,7 +38,7 @@ Sites = dict[str, tuple[nn.Module, Quantizer]]
 
 
 @dataclass(frozen=True)
-class Found:
+class Responses:
     """What all samples gave; L layers, S sizes, K draws, N samples, float64 on the CPU.
 
     Attributes:
@@ -63,7 +63,7 @@ class Found:
     alone: dict[str, Tensor]
 
 
-def respond(subject: Subject, sizes: list[float], n_draws: int, seed: int) -> Found:
+def respond(subject: Subject, sizes: list[float], n_draws: int, seed: int) -> Responses:
     """Measure all samples; the subject's view no longer wants gradients of its parameters afterwards.
 
     Args:
@@ -78,7 +78,7 @@ def respond(subject: Subject, sizes: list[float], n_draws: int, seed: int) -> Fo
     subject.view.requires_grad_(False)  # a copy of our own; backward passes then reach features only
     method, n_products = _choose(subject, sites)
     joined = _Measurement(subject, sites, sizes, method, n_draws, seed).run()
-    return Found(
+    return Responses(
         method,
         n_products,
         list(sites),
@@ -190,11 +190,11 @@ class _Measurement:
         self.labels = draw_uniforms(subject.n_data, N_LABELS, generator)
 
     def run(self) -> dict[str, Tensor]:
-        """Fields of `Found`, samples last."""
+        """Fields of `Responses`, samples last."""
         places = torch.arange(self.subject.n_data).split([len(x) for x, _ in self.subject.data])
         batches = [(x, y, place) for (x, y), place in zip(self.subject.data, places, strict=True)]
         with full_precision():
-            parts = list(each(batches, self._batch))  # type: ignore[arg-type]
+            parts = list(map_batches(batches, self._batch))  # type: ignore[arg-type]
         return {key: torch.cat([part[key] for part in parts], -1) for key in parts[0]}
 
     def _batch(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -271,7 +271,7 @@ class _Measurement:
         return torch.autograd.grad(outputs, variables, cotangent, retain_graph=True, materialize_grads=True)
 
     def _to_first_order(self, outputs: Tensor, deltas: Features, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
-        """What the noise does to logits that are linear in it: `seconds` and `linear`, see `Found`."""
+        """What the noise does to logits that are linear in it: `seconds` and `linear`, see `Responses`."""
         slopes = []  # of each logit, (K, L, B): its change by each layer's noise
         for c in range(outputs.shape[1]):
             one = torch.zeros_like(outputs)

@@ -34,7 +34,7 @@ class Point:
         batches: (inputs, targets).
         seed: of everything random in the measurement.
         teacher, previous: networks in eval mode, there if the probe needs them; see `NEEDS`.
-        others: those of the trajectory, in order, or the further ones that were named; on the CPU.
+        auxiliary: those of the trajectory, in order, or the further ones that were named; on the CPU.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Point:
     seed: int = 0
     teacher: nn.Module | None = None
     previous: nn.Module | None = None
-    others: Sequence[nn.Module] = ()
+    auxiliary: Sequence[nn.Module] = ()
 
 
 class Probe(Protocol):
@@ -76,7 +76,7 @@ class Pieces(Protocol):
     def measure(self, piece: str) -> Rows:
         """The rows of a piece; one of them, of layer `all`, has the piece's name as its quantity.
 
-        A row of another network than the centre has a key `network`: its place in `Point.others`.
+        A row of another network than the centre has a key `network`: its place in `Point.auxiliary`.
         """
         ...
 
@@ -85,7 +85,7 @@ class Pieces(Protocol):
 class Piecewise(Probe, Protocol):
     """A probe made of pieces (the points of a grid), which are kept as they are done and may be done in any process."""
 
-    def pieces(self, n_others: int) -> Sequence[str]:
+    def pieces(self, n_auxiliary: int) -> Sequence[str]:
         """Names of the pieces, which the settings and the number of further networks must be enough to know."""
         ...
 

@@ -38,7 +38,7 @@ from torch.func import functional_call
 from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
-from fpq_analysis.curvature.memory import each, freed_memory_kept
+from fpq_analysis.curvature.memory import freed_memory_kept, map_batches
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.sampling import ALL, collected, layer_blocks, layer_of
 from fpq_analysis.errors import UserError
@@ -172,7 +172,7 @@ class _Losses:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        # `each` halves these, which must be a list of our own.
+        # `map_batches` halves these, which must be a list of our own.
         self.batches: list[tuple[Tensor, ...]] = list(subject.data)
         self.weights = {name: p.detach() for name, p in subject.parameters.items()}
         self.here = self._at({})
@@ -200,7 +200,7 @@ class _Losses:
                     total += part
 
         with full_precision(), freed_memory_kept(), torch.enable_grad():
-            for _ in each(self.batches, add):
+            for _ in map_batches(self.batches, add):
                 pass
         return sums
 
@@ -208,7 +208,7 @@ class _Losses:
     def _at(self, values: Weights) -> Tensor:
         view = self.subject.view
         with full_precision(), freed_memory_kept():
-            parts = each(
+            parts = map_batches(
                 self.batches,
                 lambda batch: self.subject.sample_losses(functional_call(view, values, (batch[0],)), batch[1]),
             )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.measures import VarianceSettings
@@ -112,7 +112,7 @@ def _measure(
     seeds = torch.randint(2**31, (sum(map(len, images)),), generator=torch.Generator().manual_seed(seed))
     work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split([len(x) for x in images]), strict=True))
     with torch.no_grad(), full_precision():
-        parts = list(each(work, lambda batch: _of_images(net, batch[0], batch[1], settings)))
+        parts = list(map_batches(work, lambda batch: _of_images(net, batch[0], batch[1], settings)))
     found = torch.cat(parts, 2)  # (sds and quantities, value and error, images)
     names = [(quantity, sd) for sd in settings.sds for quantity in QUANTITIES]
     return [_row(f"{name}@{sd:g}", numbers) for (name, sd), numbers in zip(names, found, strict=True)]

@@ -204,8 +204,8 @@ class ForeignCheckpoint(Checkpoint):
 
     @property
     def header(self) -> Header:
-        said = {"model": self.model, "quant": self.quant}
-        return replace(super().header, model=self.factory, said=said)
+        stated = {"model": self.model, "quant": self.quant}
+        return replace(super().header, model=self.factory, stated=stated)
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this state; names of tensors may have a prefix in the file.

@@ -79,8 +79,8 @@ def inspect_checkpoint(path: str | Path) -> pd.DataFrame:
     within = "".join(f"['{key}']" for key in keys)
     how = f"torch.load('{path.name}', weights_only=True){within}"
     kind = ("kind", "foreign state dict" + (f", under {', '.join(map(repr, keys))}" if keys else ""))
-    said = [("epoch", str(content["epoch"]))] if type(content.get("epoch")) is int else []
-    return _frame([kind, *about, *said, *_tensors(state), _how_to_use(how)])
+    epoch = [("epoch", str(content["epoch"]))] if type(content.get("epoch")) is int else []
+    return _frame([kind, *about, *epoch, *_tensors(state), _how_to_use(how)])
 
 
 def inspect_quantizers(path: str | Path) -> pd.DataFrame:

@@ -43,7 +43,7 @@ class Header:
         data: fingerprint of the training data.
         quantized: whether the network has quantizers.
         init: the run whose network this one was started from, if any.
-        said: what the user said of it that does not stand in the file; of a file of ours, nothing.
+        stated: what the user said of it that does not stand in the file; of a file of ours, nothing.
     """
 
     epoch: int
@@ -52,7 +52,7 @@ class Header:
     data: str
     quantized: bool
     init: str | None
-    said: dict[str, Any] = field(default_factory=dict)
+    stated: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

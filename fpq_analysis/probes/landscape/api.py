@@ -39,12 +39,12 @@ class LandscapeSettings(LandscapeChoices):
 
     def begin(self, point: Point) -> LossGrid:
         """Put the plane in place."""
-        return LossGrid(point.model, point.batches, self, others=point.others, seed=point.seed, loss=point.loss)
+        return LossGrid(point.model, point.batches, self, auxiliary=point.auxiliary, seed=point.seed, loss=point.loss)
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `grid.py`."""
         grid = self.begin(point)
-        return [*grid.notes, *(row for piece in self.pieces(len(point.others)) for row in grid.measure(piece))]
+        return [*grid.notes, *(row for piece in self.pieces(len(point.auxiliary)) for row in grid.measure(piece))]
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +104,7 @@ def landscape(
     dim: int = 2,
     points: int = 25,
     span: float | None = None,
-    others: Sequence[nn.Module] = (),
+    auxiliary: Sequence[nn.Module] = (),
     batchnorm: str = "interpolate",
     loss: str | LossFunction = "cross_entropy",
     seed: int = 0,
@@ -126,7 +126,7 @@ def landscape(
         points: grid points along each axis.
         span: half the length of an axis, in multiples of the direction (1; hessian: 0.5); not for planes of
             checkpoints.
-        others: the networks before `model` in a trajectory, in their order; or those to draw the plane through.
+        auxiliary: the networks before `model` in a trajectory, in their order; or those to draw the plane through.
         batchnorm: for planes of checkpoints, `interpolate` or `re-estimate` its statistics.
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the mean over the batch.
         seed: of random directions, and of the start of the eigenvectors.
@@ -139,9 +139,9 @@ def landscape(
     """
     settings = LandscapeSettings(plane, weights, dim, points, span, batchnorm)
     grid = LossGrid(
-        model, batches, settings, others=others, seed=seed, loss=loss, device=device, micro_batch=micro_batch
+        model, batches, settings, auxiliary=auxiliary, seed=seed, loss=loss, device=device, micro_batch=micro_batch
     )
-    pieces = settings.pieces(len(others))
+    pieces = settings.pieces(len(auxiliary))
     rows = [*grid.notes]
     with Progress(len(pieces), settings.name) as progress:
         for piece in pieces:

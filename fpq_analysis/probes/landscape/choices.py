@@ -103,13 +103,13 @@ class LandscapeChoices:
         """Whether the plane is one of checkpoints, and not of directions from one network."""
         return self.plane in MOVED_WITH_STATE
 
-    def pieces(self, n_others: int) -> list[str]:
+    def pieces(self, n_auxiliary: int) -> list[str]:
         """Names of what is measured one by one: the networks on or near the plane, and the grid points.
 
         Args:
-            n_others: networks beside the centre.
+            n_auxiliary: networks beside the centre.
         """
-        networks = range(1, n_others + 2) if self.follows_checkpoints else ()
+        networks = range(1, n_auxiliary + 2) if self.follows_checkpoints else ()
         return [*(f"off_plane_{place}" for place in networks), *(quantity("rise", cell) for cell in self.cells())]
 
     def cells(self) -> list[Cell]:
@@ -121,7 +121,7 @@ class LandscapeChoices:
         """The span, or its default."""
         return self.span or SPANS[self.plane]
 
-    def sentence(self, n_others: int = 0) -> str:
+    def sentence(self, n_auxiliary: int = 0) -> str:
         """Plane, normalisation and what becomes of BatchNorm and scales, in plain words."""
         if self.plane == "random":
             how = "random directions, filter-normalised" if self.dim == 2 else "random direction, filter-normalised"
@@ -130,7 +130,7 @@ class LandscapeChoices:
             which = "two top eigenvectors" if self.dim == 2 else "top eigenvector"
             how = f"{which} of the Hessian ({DEFINITION[self.weights]}), of length 1"
         elif self.plane == "pca":
-            how = f"uncentred PCA of {n_others + 1} checkpoints about the last, axes in units of distance"
+            how = f"uncentred PCA of {n_auxiliary + 1} checkpoints about the last, axes in units of distance"
         elif self.dim == 1:
             how = "line from checkpoint 1 (at 0) to checkpoint 2 (at 1)"
         else:

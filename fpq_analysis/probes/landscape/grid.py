@@ -52,7 +52,7 @@ class LossGrid:
 
     Args:
         model: the centre; not touched.
-        others: further networks: those of a trajectory before its last, the centre (pca), or one or two (checkpoints).
+        auxiliary: further networks: of a trajectory those before its last, the centre (pca), or one or two others.
         batches, seed, loss, device, micro_batch: as for `landscape`.
 
     Attributes:
@@ -72,13 +72,13 @@ class LossGrid:
         batches: Batch | Iterable[Batch],
         choices: LandscapeChoices,
         *,
-        others: Sequence[nn.Module] = (),
+        auxiliary: Sequence[nn.Module] = (),
         seed: int = 0,
         loss: str | LossFunction = "cross_entropy",
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        check_others(choices, len(others))
+        check_auxiliary(choices, len(auxiliary))
         where = torch.device(device) if device is not None else model_device(model)
         if micro_batch is None and where.type == "cuda":
             micro_batch = DEVICE_BATCH
@@ -93,7 +93,7 @@ class LossGrid:
         self.common = {
             "layer": "all",
             "definition": choices.weights,
-            "estimator": choices.sentence(len(others)),
+            "estimator": choices.sentence(len(auxiliary)),
             "n_data": subject.n_data,
             "sem": 0.0,
         }
@@ -103,7 +103,7 @@ class LossGrid:
         elif choices.plane == "hessian":
             self.directions = self._eigenvectors(model, subject.data, loss, seed)
         else:
-            self.directions, carried_moves = self._follow(network, others, base)
+            self.directions, carried_moves = self._follow(network, auxiliary, base)
         self.axes = self._grid()
         self._places = {quantity("off_plane", (place,)): place for place in range(len(self.points))}
         self._cells = {quantity("rise", cell): cell for cell in choices.cells()}
@@ -137,9 +137,11 @@ class LossGrid:
             for k in range(self.choices.dim)
         ]
 
-    def _follow(self, network: MovableNetwork, others: Sequence[nn.Module], base: str) -> tuple[list[Move], list[Move]]:
+    def _follow(
+        self, network: MovableNetwork, auxiliary: Sequence[nn.Module], base: str
+    ) -> tuple[list[Move], list[Move]]:
         """Moves of the variables and of what is carried along; the states of all networks are kept to be measured."""
-        found = [make_movable(other, view(other, base).cpu(), self.choices.weights) for other in others]
+        found = [make_movable(other, view(other, base).cpu(), self.choices.weights) for other in auxiliary]
         check_alike([network, *found])
         states = [(other.variables, other.carried) for other in found]
         here = (_copied(network.variables), _copied(network.carried))
@@ -237,7 +239,7 @@ class LossGrid:
         return {**self.common, "quantity": quantity, **numbers}
 
 
-def check_others(choices: LandscapeChoices, n: int) -> None:
+def check_auxiliary(choices: LandscapeChoices, n: int) -> None:
     """Raise `UserError` if the plane is not one of the centre and `n` other networks."""
     if choices.plane == "checkpoints" and n != choices.dim:
         raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.curvature.batches import full_precision
-from fpq_analysis.curvature.memory import each
+from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.movable import MovableNetwork
 from fpq_analysis.probes.subject import Subject
@@ -45,7 +45,7 @@ class Surface:
     ) -> None:
         self.network = network
         self.subject = subject
-        # `each` halves these, which must be a list of our own.
+        # `map_batches` halves these, which must be a list of our own.
         self.batches: list[tuple[Tensor, ...]] = list(subject.data)
         self.variables = _Block(network.variables, [network.transmitted(d) for d in directions])
         self.carried = _Block(network.carried, carried_moves) if carried_moves else None
@@ -83,7 +83,7 @@ class Surface:
             if self.norms:
                 self._re_estimate()
             losses = self.subject.loss.sample_losses
-            return torch.cat(list(each(self.batches, lambda batch: losses(view(batch[0]), batch[1]))))
+            return torch.cat(list(map_batches(self.batches, lambda batch: losses(view(batch[0]), batch[1]))))
 
     def _re_estimate(self) -> None:
         """One pass in which the statistics are replaced by those of the data."""

@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 
 @dataclass
-class Patient:
+class ModelUnderTest:
     """A plain copy of a model in eval mode, with data on its device."""
 
     model: nn.Module
@@ -68,7 +68,7 @@ class Patient:
         return torch.randn(like.shape, generator=self.generator).to(like)
 
     @cached_property
-    def precise(self) -> Patient:
+    def precise(self) -> ModelUnderTest:
         """The same in float64 on few images; as it is, where the model or the device does not know float64."""
         with suppress(RuntimeError, TypeError):
             x, y = (t.double() if t.is_floating_point() else t for t in self.few)
@@ -78,13 +78,13 @@ class Patient:
         return replace(self, data=[self.few])
 
 
-def admit(
+def prepare(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     loss: str | LossFunction,
     device: str | torch.device | None,
     seed: int,
-) -> Patient:
+) -> ModelUnderTest:
     """Copy the model as `dequantized` to `device` (None: where it is), and the data.
 
     Raises:
@@ -93,7 +93,7 @@ def admit(
     where = torch.device(device) if device is not None else model_device(model)
     data = [(x.to(where), y.to(where)) for x, y in as_batches(batches)]
     copied = take_view(model, "dequantized").to(where)
-    return Patient(copied, data, resolve_loss(loss), where, torch.Generator().manual_seed(seed))
+    return ModelUnderTest(copied, data, resolve_loss(loss), where, torch.Generator().manual_seed(seed))
 
 
 @contextmanager
