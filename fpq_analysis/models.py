@@ -18,6 +18,11 @@ from torch.nn import functional as F
 from fpq_analysis.errors import UserError, did_you_mean
 
 
+def _convolution(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """A convolution that keeps the image's size but for the stride, and its BatchNorm."""
+    return [nn.Conv2d(c_in, c_out, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
+
+
 class PadShortcut(nn.Module):
     """Parameter-free shortcut (He et al. 2016, option A): stride by slicing, widen with zero channels."""
 
@@ -37,18 +42,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int, projection: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = _convolution(c_in, c_out, 3, stride)
         self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = _convolution(c_out, c_out, 3)
         self.relu2 = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
-            if projection:
-                self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-            else:
-                self.shortcut = PadShortcut(c_out - c_in, stride)
+            narrow = PadShortcut(c_out - c_in, stride)
+            self.shortcut = nn.Sequential(*_convolution(c_in, c_out, 1, stride)) if projection else narrow
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
@@ -63,18 +64,15 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in: int, width: int, stride: int) -> None:
         super().__init__()
         c_out = width * self.EXPANSION
-        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = _convolution(c_in, width, 1)
         self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _convolution(width, width, 3, stride)
         self.relu2 = nn.ReLU()
-        self.conv3 = nn.Conv2d(width, c_out, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(c_out)
+        self.conv3, self.bn3 = _convolution(width, c_out, 1)
         self.relu3 = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(*_convolution(c_in, c_out, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
@@ -102,22 +100,17 @@ class ResNet(nn.Module):
         bottleneck: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.conv1, self.bn1 = _convolution(in_channels, widths[0], 3)
         self.relu = nn.ReLU()
-        stages: list[nn.Module] = []
+        stages: list[nn.Sequential] = []
         c_in = widths[0]
         for stage, (n, width) in enumerate(zip(blocks, widths, strict=True)):
-            stage_blocks: list[nn.Module] = []
+            stages.append(nn.Sequential())
             for i in range(n):
                 stride = 2 if stage > 0 and i == 0 else 1
-                if bottleneck:
-                    stage_blocks.append(Bottleneck(c_in, width, stride))
-                    c_in = width * Bottleneck.EXPANSION
-                else:
-                    stage_blocks.append(BasicBlock(c_in, width, stride, projection))
-                    c_in = width
-            stages.append(nn.Sequential(*stage_blocks))
+                block = Bottleneck(c_in, width, stride) if bottleneck else BasicBlock(c_in, width, stride, projection)
+                stages[-1].append(block)
+                c_in = width * Bottleneck.EXPANSION if bottleneck else width
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c_in, num_classes)
@@ -127,26 +120,36 @@ class ResNet(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
-class MobileNetV1(nn.Module):
-    """MobileNetV1 (Howard et al. 2017, arXiv:1704.04861), the stem's stride taken off for 32x32 images."""
+class MobileNet(nn.Module):
+    """Features, their mean over the image, and a linear layer."""
+
+    def __init__(self, features: list[nn.Module], width: int, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*features)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)).flatten(1))
+
+
+class MobileNetV1(MobileNet):
+    """MobileNetV1 (Howard et al. 2017, arXiv:1704.04861), the stem's stride taken off for 32x32 images.
+
+    3.2 M parameters at 10 classes.
+    """
 
     # output channels and stride of each pair of a depthwise 3x3 and a pointwise 1x1 convolution
     PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        layers = [*_convolution(in_channels, 32, 3), nn.ReLU()]
         c_in = 32
         for c_out, stride in self.PAIRS:
-            layers += [nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU()]
-            layers += [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [*_convolution(c_in, c_in, 3, stride, groups=c_in), nn.ReLU()]
+            layers += [*_convolution(c_in, c_out, 1), nn.ReLU()]
             c_in = c_out
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(c_in, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.features(x)).flatten(1))
+        super().__init__(layers, c_in, num_classes)
 
 
 class InvertedResidual(nn.Module):
@@ -155,44 +158,32 @@ class InvertedResidual(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int, expand: int) -> None:
         super().__init__()
         hidden = c_in * expand
-        layers: list[nn.Module] = []
-        if expand != 1:
-            layers += [nn.Conv2d(c_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
-        layers += [
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU6(),
-            nn.Conv2d(hidden, c_out, 1, bias=False),
-            nn.BatchNorm2d(c_out),
-        ]
-        self.layers = nn.Sequential(*layers)
+        layers = [*_convolution(c_in, hidden, 1), nn.ReLU6()] if expand != 1 else []
+        layers += [*_convolution(hidden, hidden, 3, stride, groups=hidden), nn.ReLU6()]
+        self.layers = nn.Sequential(*layers, *_convolution(hidden, c_out, 1))
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x) if self.residual else self.layers(x)
 
 
-class MobileNetV2(nn.Module):
-    """MobileNetV2 with the strides usual for 32x32 images: stem and second stage keep the resolution."""
+class MobileNetV2(MobileNet):
+    """MobileNetV2 with the strides usual for 32x32 images: stem and second stage keep the resolution.
+
+    2.3 M parameters at 10 classes.
+    """
 
     # expansion, output channels, blocks, stride of the first block
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+        layers = [*_convolution(in_channels, 32, 3), nn.ReLU6()]
         c_in = 32
         for expand, c_out, n, first_stride in self.STAGES:
             for i in range(n):
                 layers.append(InvertedResidual(c_in, c_out, first_stride if i == 0 else 1, expand))
                 c_in = c_out
-        layers += [nn.Conv2d(c_in, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()]
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(1280, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.features(x)).flatten(1))
+        super().__init__([*layers, *_convolution(c_in, 1280, 1), nn.ReLU6()], 1280, num_classes)
 
 
 def resnet18(num_classes: int = 10, in_channels: int = 3) -> ResNet:
@@ -210,22 +201,12 @@ def resnet50(num_classes: int = 10, in_channels: int = 3) -> ResNet:
     return ResNet([3, 4, 6, 3], [64, 128, 256, 512], True, num_classes, in_channels, bottleneck=True)
 
 
-def mobilenet_v1(num_classes: int = 10, in_channels: int = 3) -> MobileNetV1:
-    """MobileNetV1 at width 1: 3.2 M parameters at 10 classes."""
-    return MobileNetV1(num_classes, in_channels)
-
-
-def mobilenet_v2(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
-    """MobileNetV2 at width 1: 2.3 M parameters at 10 classes."""
-    return MobileNetV2(num_classes, in_channels)
-
-
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "resnet20": resnet20,
     "resnet50": resnet50,
-    "mobilenet_v1": mobilenet_v1,
-    "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
 }
 
 

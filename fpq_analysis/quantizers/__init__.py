@@ -1,64 +1,33 @@
 """Quantizers with straight-through gradients, and what turns a float model into a quantized one."""
 
-from fpq_analysis.quantizers.apply import (
-    calibrate,
-    changed_fraction,
-    clipped_fraction,
-    fused_quantizers,
-    quantize,
-    quantizer_parameters,
-    quantizers,
-    step_sizes,
-    stored_quantizers,
-    weight_codes,
-    weight_quantizers,
-)
-from fpq_analysis.quantizers.base import Quantizer
-from fpq_analysis.quantizers.lsq import LSQ
-from fpq_analysis.quantizers.lsq_plus import LSQPlus, SymmetricLSQ
-from fpq_analysis.quantizers.noise import FeatureNoise, WeightNoise
-from fpq_analysis.quantizers.others import (
-    check_definition_applies,
-    check_plain,
-    live_observer,
-    other_quantizers,
-    rounded_weight,
-    rounds_weights,
-)
-from fpq_analysis.quantizers.pact import PACT, DoReFa
-from fpq_analysis.quantizers.spec import QuantSpec
-from fpq_analysis.quantizers.views import DEFINITIONS, check_definition, latent_derivatives, variables, view
-
-__all__ = [
-    "DEFINITIONS",
-    "LSQ",
-    "PACT",
-    "DoReFa",
-    "FeatureNoise",
-    "LSQPlus",
-    "QuantSpec",
-    "Quantizer",
-    "SymmetricLSQ",
-    "WeightNoise",
-    "calibrate",
-    "changed_fraction",
-    "check_definition",
-    "check_definition_applies",
-    "check_plain",
-    "clipped_fraction",
-    "fused_quantizers",
-    "latent_derivatives",
-    "live_observer",
-    "other_quantizers",
-    "quantize",
-    "quantizer_parameters",
-    "quantizers",
-    "rounded_weight",
-    "rounds_weights",
-    "step_sizes",
-    "stored_quantizers",
-    "variables",
-    "view",
-    "weight_codes",
-    "weight_quantizers",
-]
+from fpq_analysis.quantizers.apply import calibrate as calibrate
+from fpq_analysis.quantizers.apply import changed_fraction as changed_fraction
+from fpq_analysis.quantizers.apply import clipped_fraction as clipped_fraction
+from fpq_analysis.quantizers.apply import fused_quantizers as fused_quantizers
+from fpq_analysis.quantizers.apply import quantize as quantize
+from fpq_analysis.quantizers.apply import quantizer_parameters as quantizer_parameters
+from fpq_analysis.quantizers.apply import quantizers as quantizers
+from fpq_analysis.quantizers.apply import step_sizes as step_sizes
+from fpq_analysis.quantizers.apply import stored_quantizers as stored_quantizers
+from fpq_analysis.quantizers.apply import weight_codes as weight_codes
+from fpq_analysis.quantizers.apply import weight_quantizers as weight_quantizers
+from fpq_analysis.quantizers.base import Quantizer as Quantizer
+from fpq_analysis.quantizers.lsq import LSQ as LSQ
+from fpq_analysis.quantizers.lsq_plus import LSQPlus as LSQPlus
+from fpq_analysis.quantizers.lsq_plus import SymmetricLSQ as SymmetricLSQ
+from fpq_analysis.quantizers.noise import FeatureNoise as FeatureNoise
+from fpq_analysis.quantizers.noise import WeightNoise as WeightNoise
+from fpq_analysis.quantizers.others import check_definition_applies as check_definition_applies
+from fpq_analysis.quantizers.others import check_plain as check_plain
+from fpq_analysis.quantizers.others import live_observer as live_observer
+from fpq_analysis.quantizers.others import other_quantizers as other_quantizers
+from fpq_analysis.quantizers.others import rounded_weight as rounded_weight
+from fpq_analysis.quantizers.others import rounds_weights as rounds_weights
+from fpq_analysis.quantizers.pact import PACT as PACT
+from fpq_analysis.quantizers.pact import DoReFa as DoReFa
+from fpq_analysis.quantizers.spec import QuantSpec as QuantSpec
+from fpq_analysis.quantizers.views import DEFINITIONS as DEFINITIONS
+from fpq_analysis.quantizers.views import check_definition as check_definition
+from fpq_analysis.quantizers.views import latent_derivatives as latent_derivatives
+from fpq_analysis.quantizers.views import variables as variables
+from fpq_analysis.quantizers.views import view as view
