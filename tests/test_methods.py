@@ -230,6 +230,7 @@ def test_every_scheme_as_a_model(scheme, tmp_path):
         (lambda: TrainConfig(method="pact", bits="W4A32", init="x"), "a clipping level"),
         (lambda: TrainConfig(method="fpq", quantizer="lsq+", bits="W4A32", init="x"), "an offset"),
         (lambda: TrainConfig(method="noise-features", bits="W4A32", init="x"), "noise of half a quantization step"),
+        (lambda: TrainConfig(method="fpq", bits="W4A32", init="x"), "W4A32 leaves in floating point.*--sfp-p 0"),
         (lambda: TrainConfig(method="noise-weights", bits="W32A4", init="x"), "to the weights"),
         (lambda: TrainConfig(method="fpq", quantizer="pac", bits="W4A4", init="x"), "did you mean 'pact'"),
         (lambda: TrainConfig(quantizer="pact"), "leave --bits and --quantizer out"),
@@ -241,6 +242,10 @@ def test_every_scheme_as_a_model(scheme, tmp_path):
 def test_what_is_not_defined_is_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_fpq_without_its_noise_needs_no_steps_of_inputs():
+    assert TrainConfig(method="fpq", bits="W4A32", init="x", sfp_p=0).spec.act_bits == 32
 
 
 # Parts of training ----------------------------------------------------------------------------------------------------

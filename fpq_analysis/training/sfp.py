@@ -50,6 +50,12 @@ class SFP(Regularizer):
 
     weight: str | None = "sfp_p"
 
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """The inputs have steps, where they get noise."""
+        if cls.weight is None or config.sfp_p > 0:
+            check_steps(config, "features")
+
     @property
     def p(self) -> float:
         """Probability of noise at each convolution."""
@@ -71,8 +77,3 @@ class NoisyFeatures(SFP):
     def p(self) -> float:
         """Always."""
         return 1.0
-
-    @classmethod
-    def check(cls, config: TrainConfig) -> None:
-        """The inputs have steps."""
-        check_steps(config, "features")

@@ -41,7 +41,8 @@ def check_steps(config: TrainConfig, noisy: str) -> None:
     assert config.spec is not None  # it is a quantized method
     bits = config.spec.act_bits if noisy == "features" else config.spec.weight_bits
     if bits == FLOAT_BITS:
+        alone = ", or leave the noise out: --sfp-p 0" if config.method == "fpq" else ""
         raise UserError(
             f"'{config.method}' adds noise of half a quantization step to the {noisy}, which {config.bits} leaves "
-            "in floating point, without steps. Quantize both, as in W4A4."
+            f"in floating point, without steps. Quantize both, as in W4A4{alone}."
         )
