@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,26 +103,34 @@ def _grid(band: pd.DataFrame) -> np.ndarray:
     return np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width
 
 
-def _rebinned(edges: np.ndarray, density: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """The same density on a grid of wider bins that its own fit into: the mass of each is summed."""
-    middles = (edges[:-1] + edges[1:]) / 2
-    mass, _ = np.histogram(middles, grid, weights=density * np.diff(edges))
-    return mass / np.diff(grid)
-
-
 def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods: list[str]) -> None:
+    import seaborn as sns  # half a second, and no other figure needs it
+
     for _, run in band.groupby("run", sort=False):
         first = run.iloc[0]
         quantity = f"density_{image + 1}"
         if quantity not in set(run["quantity"]):
             continue
-        density = _rebinned(_samples(run, "density_edges"), _samples(run, quantity), grid)
         zeros = 1 - float(run.loc[run["quantity"] == quantity, "value"].iloc[0])
         tint = colour(first["method"], methods)
         text = method_label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
-        axes.stairs(density, grid, color=tint, fill=True, alpha=0.10)
-        axes.stairs(density, grid, color=tint, linewidth=1.2, linestyle=LINES.get(first["method"], "-"), label=text)
-    axes.set_xlim(grid[0], grid[-1])
+        # The bins of a run fit into those of the grid: the mass of each is summed.
+        edges = _samples(run, "density_edges")
+        mass = _samples(run, quantity) * np.diff(edges) / (grid[1] - grid[0])
+        heights = pd.DataFrame({"middle": (edges[:-1] + edges[1:]) / 2, "mass": mass})
+        line: dict[str, Any] = {"linewidth": 1.2, "linestyle": LINES.get(first["method"], "-"), "label": text}
+        for look in ({"alpha": 0.10, "linewidth": 0}, {"fill": False, **line}):
+            sns.histplot(
+                heights,
+                x="middle",
+                weights="mass",
+                bins=list(grid),
+                element="step",
+                color=tint,
+                ax=axes,
+                **look,
+            )
+    axes.set(xlim=(grid[0], grid[-1]), xlabel="", ylabel="")
     axes.legend(loc="upper right", fontsize=7.5, handlelength=1.8, borderaxespad=0.2)
 
 
