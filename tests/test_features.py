@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.patches import StepPatch
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -355,20 +354,21 @@ class TestFigure4:
         for place, axes in enumerate(figure.axes):
             bits = ("w4a4", "w2a4")[place // 3]
             runs = ("fp", f"lsq-{bits}", f"fpq-{bits}")
-            outlines = [p for p in axes.patches if isinstance(p, StepPatch) and not p.get_fill()]
-            fills = [p for p in axes.patches if isinstance(p, StepPatch) and p.get_fill()]
-            assert len(outlines) == len(fills) == 3
-            assert len({to_hex(p.get_edgecolor()) for p in outlines}) == 3
-            assert len({p.get_linestyle() for p in outlines}) == 3
+            outlines = axes.lines
+            assert len(outlines) == len(axes.collections) == 3
+            assert len({to_hex(line.get_color()) for line in outlines}) == 3
+            assert len({line.get_linestyle() for line in outlines}) == 3
             for run, outline in zip(runs, outlines, strict=True):
-                values, grid, _ = outline.get_data()
+                grid, heights = outline.get_xydata().T
+                assert outline.get_drawstyle() == "steps-post"
+                values = heights[:-1]
                 quantity = f"density_{place % 3 + 1}"
                 assert (values * np.diff(grid)).sum() == pytest.approx(number(frame, run, quantity, "value"))
                 edges, density = (np.array(number(frame, run, q)) for q in ("density_edges", quantity))
                 for at in grid[2:6]:  # the distribution function where both have an edge
                     ours = (values * np.diff(grid))[grid[1:] <= at].sum()
                     assert ours == pytest.approx((density * np.diff(edges))[edges[1:] <= at].sum(), abs=1e-6)
-            assert axes.get_ylim()[1] >= max(p.get_data()[0].max() for p in outlines)
+            assert axes.get_ylim()[1] >= max(line.get_ydata().max() for line in outlines)
 
     def test_fewer_runs(self, frame):
         assert len(figure4(frame[frame["method"] == "fp"]).axes) == 3
