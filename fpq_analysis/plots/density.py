@@ -18,54 +18,41 @@ WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigen
 FLOOR = 1e-6
 
 
+@style()
 def density_figure(records: pd.DataFrame) -> Figure:
     """Density of the eigenvalues at each run's first and last measured epoch, on a logarithmic axis.
 
     Lanczos nodes are smoothed by a Gaussian whose width is 1 % of the range; the band is one standard error over the
     runs.  Triangles mark nodes that stand alone at the upper end: the outliers.
 
-    Args:
-        records: of the probe `hessian_density`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `hessian_density`; raises `NothingToDraw` if they hold none.
     """
     rows = records[records["quantity"].str.match(r"(nodes|weights)_\d+$") & records["samples"].notna()]
     if rows.empty:
         raise NothingToDraw("no spectral density among the records")
     methods = sorted(rows["method"].unique())
-    with style():
-        for axes, panel in panels(rows, (3.4, 2.7), shared=True):
-            tint = colour(panel["method"].iloc[0], methods)
-            epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
-            for epoch in epochs:
-                last = epoch == epochs[-1]
-                rows_here = panel[panel["epoch"] == epoch]
-                nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
-                _draw(axes, nodes, weights, tint if last else "0.55", at_epoch("", epoch), last)
-            axes.set_yscale("log")
-            powers_of_ten(axes.yaxis)
-            axes.set_ylim(bottom=FLOOR)
-            if epochs != [""]:
-                axes.legend(loc="upper right")
-            axes.set_xlabel("Eigenvalue")
-            axes.set_ylabel("Density")
-    figure = axes.figure
-    assert isinstance(figure, Figure)
+    figure, parts = panels(rows, (3.4, 2.7), shared=True)
+    for axes, panel in parts:
+        tint = colour(panel["method"].iloc[0], methods)
+        epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
+        for epoch in epochs:
+            last = epoch == epochs[-1]
+            rows_here = panel[panel["epoch"] == epoch]
+            nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
+            _draw(axes, nodes, weights, tint if last else "0.55", at_epoch("", epoch), last)
+        _name_axes(axes)
+        if epochs != [""]:
+            axes.legend(loc="upper right")
     return figure
 
 
+@style()
 def measure_figure(nodes: np.ndarray, weights: np.ndarray) -> Figure:
     """The same of bare Lanczos nodes and weights, (runs, steps) each; of a single run without a band."""
-    with style():
-        figure = Figure(figsize=(3.4, 2.7), layout="constrained")
-        axes = figure.subplots()
-        _draw(axes, nodes, weights, colour("fp", ["fp"]), "", True)
-        axes.set_yscale("log")
-        powers_of_ten(axes.yaxis)
-        axes.set_ylim(bottom=FLOOR)
-        axes.set_xlabel("Eigenvalue")
-        axes.set_ylabel("Density")
+    figure = Figure(figsize=(3.4, 2.7), layout="constrained")
+    axes = figure.subplots()
+    _draw(axes, nodes, weights, colour("fp", ["fp"]), "", True)
+    _name_axes(axes)
     return figure
 
 
@@ -92,6 +79,14 @@ def _draw(axes: Axes, nodes: np.ndarray, weights: np.ndarray, tint: str, text: s
     if outliers:
         alone = standing_alone(nodes, 4 * scale)
         axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=tint, markersize=4, clip_on=False)
+
+
+def _name_axes(axes: Axes) -> None:
+    axes.set_yscale("log")
+    powers_of_ten(axes.yaxis)
+    axes.set_ylim(bottom=FLOOR)
+    axes.set_xlabel("Eigenvalue")
+    axes.set_ylabel("Density")
 
 
 def standing_alone(nodes: np.ndarray, gap: float) -> np.ndarray:

@@ -31,11 +31,7 @@ def drift_figure(records: pd.DataFrame) -> Figure:
 
     Bands are 95 % intervals over the images.  Axes are logarithmic where the values span more than a factor of ten.
 
-    Args:
-        records: of the probe `drift`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `drift`; raises `NothingToDraw` if they hold none.
     """
     rows = drift_rows(records)
     return _figure(rows[rows["layer"] == "all"], "epoch")
@@ -48,22 +44,22 @@ def drift_layer_figure(records: pd.DataFrame) -> Figure:
     return _figure(rows, "layer")
 
 
+@style()
 def _figure(rows: pd.DataFrame, along: str) -> Figure:
     if rows.empty:
         raise NothingToDraw("no drift among the records")
     bands = list(rows.groupby(["model", "dataset"], sort=True))
-    with style():
-        # Names of layers need height.
-        height = 2.5 if along == "epoch" else 3.1
-        figure = Figure(figsize=(2.6 * len(QUANTITIES) + 1.1, height * len(bands)), layout="constrained")
-        for down, ((model, dataset), band) in enumerate(bands):
-            for place, (quantity, text) in enumerate(QUANTITIES.items()):
-                axes = figure.add_subplot(len(bands), len(QUANTITIES), down * len(QUANTITIES) + place + 1)
-                _draw(axes, band[band["quantity"] == quantity], along)
-                axes.set_ylabel(text)
-                if place == 1:
-                    axes.set_title(f"{model}, {dataset}")
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    # Names of layers need height.
+    height = 2.5 if along == "epoch" else 3.1
+    figure = Figure(figsize=(2.6 * len(QUANTITIES) + 1.1, height * len(bands)), layout="constrained")
+    for down, ((model, dataset), part) in enumerate(bands):
+        for place, (quantity, text) in enumerate(QUANTITIES.items()):
+            axes = figure.add_subplot(len(bands), len(QUANTITIES), down * len(QUANTITIES) + place + 1)
+            _draw(axes, part[part["quantity"] == quantity], along)
+            axes.set_ylabel(text)
+            if place == 1:
+                axes.set_title(f"{model}, {dataset}")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

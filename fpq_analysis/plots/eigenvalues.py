@@ -12,40 +12,35 @@ from fpq_analysis.plots.style import epoch_axis, look, panels, style
 from fpq_analysis.records.queries import distinct, eigenvalues
 
 
+@style()
 def eigenvalue_figure(records: pd.DataFrame) -> Figure:
     """Eigenvalues against the epoch, a panel a run: the extreme one in full colour, the others fainter.
 
     They have residuals instead of error bars: each is within its residual, a thousandth of it by default, of an
     eigenvalue for these data.
 
-    Args:
-        records: of the probe `hessian_eigs`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `hessian_eigs`; raises `NothingToDraw` if they hold none.
     """
     rows = eigenvalues(records)
     if rows.empty:
         raise NothingToDraw("no finite eigenvalue among the records")
     methods = sorted(rows["method"].unique())
-    with style():
-        for axes, panel in panels(rows, (3.2, 2.6), shared=False):
-            first = panel.iloc[0]
-            most = int(panel["rank"].max())
-            for rank in range(1, most + 1):
-                line = panel[panel["rank"] == rank].sort_values("epoch")
-                axes.plot(
-                    line["epoch"],
-                    line["value"],
-                    **look(first["method"], first["bits"], methods),
-                    alpha=1 - 0.7 * (rank - 1) / max(1, most - 1),
-                    label=f"{rank}",
-                )
-            axes.axhline(0, color="0.6", linewidth=0.6)
-            epoch_axis(axes)
-            axes.set_ylabel(f"{most} extreme eigenvalues" if most > 1 else "Extreme eigenvalue")
-    figure = axes.figure
-    assert isinstance(figure, Figure)
+    figure, parts = panels(rows, (3.2, 2.6), shared=False)
+    for axes, panel in parts:
+        first = panel.iloc[0]
+        most = int(panel["rank"].max())
+        for rank in range(1, most + 1):
+            line = panel[panel["rank"] == rank].sort_values("epoch")
+            axes.plot(
+                line["epoch"],
+                line["value"],
+                **look(first["method"], first["bits"], methods),
+                alpha=1 - 0.7 * (rank - 1) / max(1, most - 1),
+                label=f"{rank}",
+            )
+        axes.axhline(0, color="0.6", linewidth=0.6)
+        epoch_axis(axes)
+        axes.set_ylabel(f"{most} extreme eigenvalues" if most > 1 else "Extreme eigenvalue")
     return figure
 
 

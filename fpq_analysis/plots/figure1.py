@@ -24,6 +24,7 @@ BITS = ("FP", "W4A4", "W2A4")
 WHAT = {"logit_variance": "logits", "probability_variance": "class probabilities"}
 
 
+@style()
 def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: float = SD) -> Figure:
     """Variance of the output at each run's last epoch: bars at one size of noise, beside all sizes on logarithmic axes.
 
@@ -44,15 +45,14 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
     if rows.empty:
         raise NothingToDraw(f"no finite {quantity} among the records")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
-    with style():
-        figure = Figure(figsize=(7.2, 2.9 * len(panels)), layout="constrained")
-        grid = figure.subplots(len(panels), 2, squeeze=False)
-        for (bars, sweep), ((model, dataset), panel) in zip(grid, panels, strict=True):
-            _draw_bars(bars, panel, nearest(panel, sd))
-            _draw_sweep(sweep, panel)
-            bars.set_ylabel(f"Variance of the {WHAT[quantity]}")
-            bars.set_title(f"{model}, {dataset}: noise sd {nearest(panel, sd):g}")
-            sweep.set_title("All sizes of noise")
+    figure = Figure(figsize=(7.2, 2.9 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 2, squeeze=False)
+    for (bars, sweep), ((model, dataset), panel) in zip(grid, panels, strict=True):
+        _draw_bars(bars, panel, nearest(panel, sd))
+        _draw_sweep(sweep, panel)
+        bars.set_ylabel(f"Variance of the {WHAT[quantity]}")
+        bars.set_title(f"{model}, {dataset}: noise sd {nearest(panel, sd):g}")
+        sweep.set_title("All sizes of noise")
     return figure
 
 

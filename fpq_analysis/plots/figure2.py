@@ -24,6 +24,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
+@style()
 def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> Figure:
     """Gradient norm against the epoch, with noise of one quantization step.
 
@@ -48,14 +49,13 @@ def figure2(records: pd.DataFrame, *, quantity: str = "grad_norm_minibatch") -> 
     everything = pd.concat([lines["value"] for _, lines in panels])
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    with style():
-        figure = Figure(figsize=(3.4 * across + 0.6, 2.8 * down), layout="constrained")
-        for index, (title, lines) in enumerate(panels):
-            axes = figure.add_subplot(down, across, index + 1)
-            _draw_panel(axes, lines, (everything.min(), everything.max()))
-            axes.set_title(title)
-            if index % across == 0:
-                axes.set_ylabel(f"Gradient norm, {lines['estimator'].iloc[0]}")
+    figure = Figure(figsize=(3.4 * across + 0.6, 2.8 * down), layout="constrained")
+    for index, (title, lines) in enumerate(panels):
+        axes = figure.add_subplot(down, across, index + 1)
+        _draw_panel(axes, lines, (everything.min(), everything.max()))
+        axes.set_title(title)
+        if index % across == 0:
+            axes.set_ylabel(f"Gradient norm, {lines['estimator'].iloc[0]}")
     return figure
 
 

@@ -18,7 +18,9 @@ from fpq_analysis.records.queries import last_epochs
 
 MOST = 32  # channels, as in the paper
 MEAN = "#E69F00"  # the paper's orange line
-BOX = ("q01", "q25", "median", "q75", "q99", "mean", "max")
+# What matplotlib calls the parts of a box, and the quantities that they show.
+PARTS = {"whislo": "q01", "q1": "q25", "med": "median", "q3": "q75", "whishi": "q99", "mean": "mean"}
+BOX = (*PARTS.values(), "max")
 PREFERRED = ("fpq", "lsq")  # of the quantized runs, the first there is
 
 
@@ -72,6 +74,7 @@ def _folder(rows: pd.DataFrame) -> pd.Series:
     return rows["run"].map(lambda run: str(run).rpartition("/")[0])
 
 
+@style()
 def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
     """A box for each channel of one layer, of the float run above and of a quantized run below, on one scale.
 
@@ -88,15 +91,14 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
     rows = chosen_runs(records, run)
     groups = [group for _, group in rows.groupby("run", sort=False)]
     methods = sorted(records["method"].unique())
-    with style():
-        figure = Figure(figsize=(7.2, 2.1 * len(groups) + 0.3), layout="constrained")
-        first: Axes | None = None
-        for index, group in enumerate(groups):
-            axes = figure.add_subplot(len(groups), 1, index + 1, sharex=first, sharey=first)
-            first = first or axes
-            _draw(axes, group, colour(group["method"].iloc[0], methods))
-            axes.tick_params(labelbottom=index == len(groups) - 1)
-        axes.set_xlabel(f"Channel of {rows['layer'].iloc[0]}")
+    figure = Figure(figsize=(7.2, 2.1 * len(groups) + 0.3), layout="constrained")
+    first: Axes | None = None
+    for index, group in enumerate(groups):
+        axes = figure.add_subplot(len(groups), 1, index + 1, sharex=first, sharey=first)
+        first = first or axes
+        _draw(axes, group, colour(group["method"].iloc[0], methods))
+        axes.tick_params(labelbottom=index == len(groups) - 1)
+    axes.set_xlabel(f"Channel of {rows['layer'].iloc[0]}")
     return figure
 
 
@@ -104,17 +106,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, tint: str) -> None:
     by_name = rows.set_index("quantity")["samples"]
     columns = {name: np.asarray(by_name[name][:MOST], dtype=float) for name in BOX}
     n = len(columns["mean"])
-    boxes = [
-        {
-            "whislo": columns["q01"][i],
-            "q1": columns["q25"][i],
-            "med": columns["median"][i],
-            "mean": columns["mean"][i],
-            "q3": columns["q75"][i],
-            "whishi": columns["q99"][i],
-        }
-        for i in range(n)
-    ]
+    boxes = [{part: columns[name][i] for part, name in PARTS.items()} for i in range(n)]
     channels = np.arange(1, n + 1)
     axes.bxp(
         boxes,

@@ -34,17 +34,14 @@ def densities(records: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["run"] == first.reindex(rows.index)]
 
 
+@style()
 def figure4(records: pd.DataFrame) -> Figure:
     """Densities of the layer's values for three images; a row for each network, data set and bit width.
 
     Values that are exactly zero, which a ReLU makes, have no density: their share stands in the legend, and each curve
     integrates to what is left.  The curves of a panel are histograms on one grid.
 
-    Args:
-        records: of the probe `features`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `features`; raises `NothingToDraw` if they hold none.
     """
     rows = densities(records)
     if rows.empty:
@@ -53,28 +50,27 @@ def figure4(records: pd.DataFrame) -> Figure:
     n_images = max(int(band["quantity"].str.match(r"density_\d+$").groupby(band["run"]).sum().max()) for band in bands)
     methods = sorted(records["method"].unique())
     several = rows[["model", "dataset"]].drop_duplicates().shape[0] > 1
-    with style():
-        figure = Figure(figsize=(2.75 * n_images, 2.3 * len(bands) + 0.2), layout="constrained")
-        for down, band in enumerate(bands):
-            edges = _grid(band)
-            first: Axes | None = None
-            highest = 0.0
-            for image in range(n_images):
-                axes = figure.add_subplot(len(bands), n_images, down * n_images + image + 1, sharey=first)
-                first = first or axes
-                _draw(axes, band, image, edges, methods)
-                if down == 0 or several:
-                    axes.set_title(_image_title(band, image))
-                if down == len(bands) - 1:
-                    axes.set_xlabel("Activation")
-                axes.tick_params(labelleft=image == 0)
-                highest = max(axes.dataLim.ymax, highest)
-                axes.set_ylim(0, 1.05 * highest)
-                if image == 0:
-                    run = band.iloc[-1]
-                    what = f"{run['model']}, {run['dataset']}\n" if several else ""
-                    bits = f"{run['bits']}: " if run["bits"] != "FP" else ""
-                    axes.set_ylabel(f"{what}{bits}density")
+    figure = Figure(figsize=(2.75 * n_images, 2.3 * len(bands) + 0.2), layout="constrained")
+    for down, band in enumerate(bands):
+        edges = _grid(band)
+        first: Axes | None = None
+        highest = 0.0
+        for image in range(n_images):
+            axes = figure.add_subplot(len(bands), n_images, down * n_images + image + 1, sharey=first)
+            first = first or axes
+            _draw(axes, band, image, edges, methods)
+            if down == 0 or several:
+                axes.set_title(_image_title(band, image))
+            if down == len(bands) - 1:
+                axes.set_xlabel("Activation")
+            axes.tick_params(labelleft=image == 0)
+            highest = max(axes.dataLim.ymax, highest)
+            axes.set_ylim(0, 1.05 * highest)
+            if image == 0:
+                run = band.iloc[-1]
+                what = f"{run['model']}, {run['dataset']}\n" if several else ""
+                bits = f"{run['bits']}: " if run["bits"] != "FP" else ""
+                axes.set_ylabel(f"{what}{bits}density")
     return figure
 
 

@@ -25,6 +25,7 @@ from fpq_analysis.records.queries import distinct, totals
 LINE = ["run", "method", "bits", "definition", "estimator"]
 
 
+@style()
 def figure5(records: pd.DataFrame) -> Figure:
     """Trace against epoch, a panel for each network and data set, a line for each run.
 
@@ -33,25 +34,20 @@ def figure5(records: pd.DataFrame) -> Figure:
     All lines of a panel see the same images, so that the difference of two lines is surer than their bands suggest.
     The axis is logarithmic where the traces span more than a factor of ten.
 
-    Args:
-        records: of the probe `hessian_trace`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `hessian_trace`; raises `NothingToDraw` if they hold none.
     """
     rows = totals(records)
     if rows.empty:
         raise NothingToDraw("no finite trace among the records")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
     lines = max(panel.groupby(LINE).ngroups for _, panel in panels)
-    with style():
-        # As high as the legend needs, and wider for its longer lines.
-        size = (5.2 if lines < 10 else 6.6) * len(panels), max(3.2, 0.2 * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        for index, ((model, dataset), panel) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), index + 1)
-            _draw_panel(axes, panel)
-            axes.set_title(f"{model}, {dataset}")
+    # As high as the legend needs, and wider for its longer lines.
+    size = (5.2 if lines < 10 else 6.6) * len(panels), max(3.2, 0.2 * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    for index, ((model, dataset), panel) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        _draw_panel(axes, panel)
+        axes.set_title(f"{model}, {dataset}")
     return figure
 
 

@@ -48,6 +48,7 @@ def levels(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
     return np.array(MaxNLocator(MOST_LEVELS - 2).tick_values(low, high if high > low else low + 1)), False
 
 
+@style()
 def landscape_figure(records: pd.DataFrame) -> Figure:
     """Contours of the mean loss, a panel for each plane, all on one scale; and lines.
 
@@ -55,28 +56,23 @@ def landscape_figure(records: pd.DataFrame) -> Figure:
     goes through.  Hatched: the loss is not finite.  Along a line the band is the 95 % interval of the difference from
     the centre, and the bar at the centre that of the loss there.
 
-    Args:
-        records: of the probe `landscape`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is no complete landscape with a finite loss.
+    From records of the probe `landscape`; raises `NothingToDraw` if there is no complete landscape with a finite loss.
     """
     planes, lines = by_dimension(records)
-    with style():
-        figure, places = _panels(len(planes) + len(lines), 2.75, 2.6)
-        for place, group in enumerate(lines, len(planes) + 1):
-            _draw_lines(figure.add_subplot(*places, place), group)
-        if planes:
-            at, wide = levels([terrain.loss for terrain in planes])
-            norm = LogNorm(at[0], at[-1]) if wide else Normalize(at[0], at[-1])
-            drawn = [
-                _draw_plane(figure.add_subplot(*places, place), terrain, at, norm)
-                for place, terrain in enumerate(planes, 1)
-            ]
-            beside = [filled.axes for filled in drawn]
-            bar = figure.colorbar(drawn[0], ax=beside, ticks=at, label="Mean loss", pad=0.02, aspect=25)
-            bar.ax.minorticks_off()
-            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    figure, places = _panels(len(planes) + len(lines), 2.75, 2.6)
+    for place, group in enumerate(lines, len(planes) + 1):
+        _draw_lines(figure.add_subplot(*places, place), group)
+    if planes:
+        at, wide = levels([terrain.loss for terrain in planes])
+        norm = LogNorm(at[0], at[-1]) if wide else Normalize(at[0], at[-1])
+        drawn = [
+            _draw_plane(figure.add_subplot(*places, place), terrain, at, norm)
+            for place, terrain in enumerate(planes, 1)
+        ]
+        beside = [filled.axes for filled in drawn]
+        bar = figure.colorbar(drawn[0], ax=beside, ticks=at, label="Mean loss", pad=0.02, aspect=25)
+        bar.ax.minorticks_off()
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     return figure
 
 
@@ -113,7 +109,7 @@ def _draw_plane(axes: Axes, terrain: Terrain, at: np.ndarray, norm: Normalize) -
         axes.patch.set(hatch="////", edgecolor="0.6", facecolor="white")
     axes.grid(False)
     axes.set_box_aspect(1)
-    axes.set_title(terrain.title + (" (aliased)" if terrain.aliased else ""))
+    axes.set_title(terrain.heading)
     axes.set_xlabel(terrain.names[0])
     axes.set_ylabel(terrain.names[1])
     for axis in (axes.xaxis, axes.yaxis):
@@ -168,35 +164,36 @@ def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
     if len(lines) > 1:
         axes.legend()
     else:
-        axes.set_title(lines[0].title + (" (aliased)" if lines[0].aliased else ""))
+        axes.set_title(lines[0].heading)
 
 
+@style()
 def surface_figure(records: pd.DataFrame) -> Figure:
     """The mean loss above each plane, all on one scale; its axis is logarithmic where losses span much.
 
-    Args:
-        records: of the probe `landscape`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is no complete plane with a finite loss.
+    From records of the probe `landscape`; raises `NothingToDraw` if there is no complete plane with a finite loss.
     """
+    planes, at, height, (low, high) = heights(records)
+    figure, places = _panels(len(planes), 2.9, 2.6)
+    for place, terrain in enumerate(planes, 1):
+        axes: Any = figure.add_subplot(*places, place, projection="3d", computed_zorder=False)
+        _draw_surface(axes, terrain, height, Normalize(low, high))
+        axes.set_zlim(low, high if high > low else low + 1)
+        if height is np.log10:
+            axes.zaxis.set_major_locator(FixedLocator(list(np.log10(at[:: 1 + len(at) // 6]))))
+            axes.zaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10.0**power:g}"))
+    return figure
+
+
+def heights(records: pd.DataFrame) -> tuple[list[Terrain], np.ndarray, Any, tuple[float, float]]:
+    """The planes, levels of their losses, what turns a loss into a height (`np.log10` if they span much), its ends."""
     planes, _ = by_dimension(records)
     if not planes:
         raise NothingToDraw("no complete plane among the records")
     at, wide = levels([terrain.loss for terrain in planes])
     height = np.log10 if wide else np.asarray
     finite = np.concatenate([terrain.loss[np.isfinite(terrain.loss)] for terrain in planes])
-    low, high = float(height(finite.min())), float(height(finite.max()))
-    with style():
-        figure, places = _panels(len(planes), 2.9, 2.6)
-        for place, terrain in enumerate(planes, 1):
-            axes: Any = figure.add_subplot(*places, place, projection="3d", computed_zorder=False)
-            _draw_surface(axes, terrain, height, Normalize(low, high))
-            axes.set_zlim(low, high if high > low else low + 1)
-            if wide:
-                axes.zaxis.set_major_locator(FixedLocator(list(np.log10(at[:: 1 + len(at) // 6]))))
-                axes.zaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10.0**power:g}"))
-    return figure
+    return planes, at, height, (float(height(finite.min())), float(height(finite.max())))
 
 
 def _draw_surface(axes: Any, terrain: Terrain, height: Any, norm: Normalize) -> None:
@@ -211,7 +208,7 @@ def _draw_surface(axes: Any, terrain: Terrain, height: Any, norm: Normalize) -> 
         axes.plot(networks["x"], networks["y"], on_plane, "o-" if terrain.trajectory else "o", color=STAR, ms=3, lw=1.2)
     axes.plot([0], [0], [z[terrain.centre]], "*", color=STAR, markersize=9, markeredgecolor="white", mew=0.8)
     axes.view_init(elev=32, azim=-55)
-    axes.set_title(terrain.title + (" (aliased)" if terrain.aliased else ""), y=0.98)
+    axes.set_title(terrain.heading, y=0.98)
     axes.tick_params(labelsize=6, pad=-2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4))
@@ -225,9 +222,8 @@ def landscape_caption(records: pd.DataFrame) -> str:
     found = terrains(records)
     groups: dict[tuple[Any, ...], list[Terrain]] = {}
     for terrain in found:
-        groups.setdefault((terrain.first["definition"], terrain.first["estimator"], len(terrain.grid)), []).append(
-            terrain
-        )
+        drawn_so = terrain.first["definition"], terrain.first["estimator"], len(terrain.grid)
+        groups.setdefault(drawn_so, []).append(terrain)
 
     def several(column: str) -> str:
         return ", ".join(sorted({str(t.first[column]) for t in found if t.first[column] == t.first[column]} - {"None"}))

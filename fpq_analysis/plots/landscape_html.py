@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fpq_analysis.errors import NothingToDraw, UserError
+from fpq_analysis.errors import UserError
 from fpq_analysis.files import write_text
-from fpq_analysis.plots.landscape import COLOURS, STAR, by_dimension, landscape_caption, levels
+from fpq_analysis.plots.landscape import COLOURS, STAR, heights, landscape_caption
 from fpq_analysis.records.terrain import Terrain
 
 # Text around the figure rather than in it, so that lines break where the page ends.
@@ -59,15 +59,11 @@ def surface_html(records: pd.DataFrame, path: str | Path) -> Path:
         NothingToDraw: if there is no complete plane with a finite loss.
     """
     check_plotly()
-    planes, _ = by_dimension(records)
-    if not planes:
-        raise NothingToDraw("no complete plane among the records")
-    at, wide = levels([terrain.loss for terrain in planes])
+    planes, at, height, (low, high) = heights(records)
+    wide = height is np.log10
     ticks: dict[str, Any] = {"tickvals": np.log10(at), "ticktext": [f"{level:g}" for level in at]} if wide else {}
-    finite = np.concatenate([terrain.loss[np.isfinite(terrain.loss)] for terrain in planes])
-    ends = {"cmin": _height(finite.min(), wide), "cmax": _height(finite.max(), wide)}
     drawn = [
-        _figure(terrain, wide, ticks, ends).to_html(
+        _figure(terrain, height, ticks, {"cmin": low, "cmax": high}).to_html(
             full_html=False,
             include_plotlyjs=place == 0,
             default_height="30rem",
@@ -82,9 +78,9 @@ def surface_html(records: pd.DataFrame, path: str | Path) -> Path:
     return path
 
 
-def _figure(terrain: Terrain, wide: bool, ticks: dict[str, Any], ends: dict[str, Any]) -> Any:
+def _figure(terrain: Terrain, height: Any, ticks: dict[str, Any], ends: dict[str, Any]) -> Any:
     bar = {"title": "Mean loss", "thickness": 12, "len": 0.7, **ticks}
-    figure = import_module("plotly.graph_objects").Figure(_traces(terrain, wide, colorbar=bar, **ends))
+    figure = import_module("plotly.graph_objects").Figure(_traces(terrain, height, colorbar=bar, **ends))
     x, y = terrain.names
     figure.update_layout(
         title={"text": terrain.title, "x": 0.5},
@@ -102,10 +98,10 @@ def _figure(terrain: Terrain, wide: bool, ticks: dict[str, Any], ends: dict[str,
     return figure
 
 
-def _traces(terrain: Terrain, wide: bool, **colours: Any) -> list[Any]:
+def _traces(terrain: Terrain, height: Any, **colours: Any) -> list[Any]:
     graph_objects = import_module("plotly.graph_objects")
     x, y = terrain.grid
-    z = _height(np.where(np.isfinite(terrain.loss), terrain.loss, np.nan), wide)
+    z = height(np.where(np.isfinite(terrain.loss), terrain.loss, np.nan))
     text = (
         f"{terrain.names[0]}: %{{x:.3g}}<br>{terrain.names[1]}: %{{y:.3g}}<br>loss: %{{customdata:.4g}}<extra></extra>"
     )
@@ -119,7 +115,7 @@ def _traces(terrain: Terrain, wide: bool, **colours: Any) -> list[Any]:
     marks = graph_objects.Scatter3d(
         x=networks["x"],
         y=networks["y"],
-        z=_height((networks["value"] - networks["gap"]).to_numpy(float), wide),
+        z=height((networks["value"] - networks["gap"]).to_numpy(float)),
         mode="lines+markers" if terrain.trajectory else "markers",
         marker={"size": 6, "color": STAR, "symbol": "diamond"},
         line={"width": 4, "color": STAR},
@@ -127,7 +123,3 @@ def _traces(terrain: Terrain, wide: bool, **colours: Any) -> list[Any]:
         hoverinfo="text",
     )
     return [surface, marks]
-
-
-def _height(loss: Any, wide: bool) -> Any:
-    return np.log10(loss) if wide else loss

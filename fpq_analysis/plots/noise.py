@@ -20,6 +20,7 @@ KINDS = {"real": ("real network", "o", True, 1.05), "surrogate": ("straight-thro
 OWN = 1.0  # the size of FPQ's noise
 
 
+@style()
 def noise_figure(records: pd.DataFrame) -> Figure:
     """Increase of the loss against the size of the noise on logarithmic axes, a panel a run, at its last epoch.
 
@@ -27,22 +28,16 @@ def noise_figure(records: pd.DataFrame) -> Figure:
     with the 95 % interval over the images.  A point at or below zero, which the axis does not hold, is a triangle at
     the upper end of its interval.
 
-    Args:
-        records: of the probe `noise`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `noise`; raises `NothingToDraw` if they hold none.
     """
     rows = responses(records)
     if rows.empty:
         raise NothingToDraw("no loss increase under noise among the records")
     methods = sorted(rows["method"].unique())
-    with style():
-        for axes, panel in panels(rows.assign(estimator=""), (3.2, 2.8), shared=True):
-            _draw(axes, panel, colour(panel["method"].iloc[0], methods))
-            axes.legend(loc="upper left", handlelength=1.6)
-    figure = axes.figure
-    assert isinstance(figure, Figure)
+    figure, parts = panels(rows.assign(estimator=""), (3.2, 2.8), shared=True)
+    for axes, panel in parts:
+        _draw(axes, panel, colour(panel["method"].iloc[0], methods))
+        axes.legend(loc="upper left", handlelength=1.6)
     return figure
 
 

@@ -21,44 +21,40 @@ def shares(records: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["value"].notna()]
 
 
+@style()
 def oscillation_figure(records: pd.DataFrame) -> Figure:
     """Share of the weights near a threshold, and of those that flipped, against the epoch; a line a run.
 
     A row of two panels for each network and data set.  The grey line is the share near a threshold if weights lay
     anywhere in their step with equal chance.
 
-    Args:
-        records: of the probe `oscillation`; columns as in `records.COLUMNS`.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw.
+    From records of the probe `oscillation`; raises `NothingToDraw` if they hold none.
     """
     rows = shares(records)
     if rows.empty:
         raise NothingToDraw("no oscillation among the records")
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
     subjects = list(rows.groupby(["model", "dataset"], sort=True))
-    with style():
-        figure = Figure(figsize=(7.6, 2.9 * len(subjects)), layout="constrained")
-        for index, ((model, dataset), subject) in enumerate(subjects):
-            methods = sorted(subject["method"].unique())
-            for place, (quantity, title) in enumerate(PANELS.items()):
-                axes = figure.add_subplot(len(subjects), 2, 2 * index + place + 1)
-                for _, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
-                    line = line.sort_values("epoch")
-                    first = line.iloc[0]
-                    mark = look(first["method"], first["bits"], methods)
-                    axes.plot(line["epoch"], line["value"], label=run_label(first, subject), **mark)
-                if quantity == "near":
-                    axes.axhline(2 * eps, color="0.6", linewidth=0.8, label="if spread evenly")
-                axes.set_ylim(bottom=0)
-                axes.set_title(title if len(subjects) == 1 else f"{title}: {model}, {dataset}")
-                axes.set_xlabel("Epoch")
-                axes.set_ylabel("Share of the weights")
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-            handles = figure.axes[2 * index].get_legend_handles_labels()
-            axes.legend(*handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure = Figure(figsize=(7.6, 2.9 * len(subjects)), layout="constrained")
+    for index, ((model, dataset), subject) in enumerate(subjects):
+        methods = sorted(subject["method"].unique())
+        for place, (quantity, title) in enumerate(PANELS.items()):
+            axes = figure.add_subplot(len(subjects), 2, 2 * index + place + 1)
+            for _, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
+                line = line.sort_values("epoch")
+                first = line.iloc[0]
+                mark = look(first["method"], first["bits"], methods)
+                axes.plot(line["epoch"], line["value"], label=run_label(first, subject), **mark)
+            if quantity == "near":
+                axes.axhline(2 * eps, color="0.6", linewidth=0.8, label="if spread evenly")
+            axes.set_ylim(bottom=0)
+            axes.set_title(title if len(subjects) == 1 else f"{title}: {model}, {dataset}")
+            axes.set_xlabel("Epoch")
+            axes.set_ylabel("Share of the weights")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        handles = figure.axes[2 * index].get_legend_handles_labels()
+        axes.legend(*handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -33,6 +33,7 @@ def single_figure(records: pd.DataFrame) -> Figure:
     return layer_figure(records)
 
 
+@style()
 def layer_figure(records: pd.DataFrame) -> Figure:
     """The records' last quantity in every layer; without layers, all quantities of its kind (`eigenvalue_1`, ...)."""
     last = str(records["quantity"].iloc[-1])
@@ -47,12 +48,11 @@ def layer_figure(records: pd.DataFrame) -> Figure:
         raise NothingToDraw(f"no finite {last} among the records")
     half = half_widths(rows)
     places = np.arange(len(rows))
-    with style():
-        figure = Figure(figsize=(4.5, 0.6 + 0.16 * max(6, len(rows))), layout="constrained")
-        axes = figure.subplots()
-        axes.barh(places, rows["value"], xerr=half, color=colour("fp", []), alpha=0.85, error_kw={"linewidth": 1.0})
-        axes.set_yticks(places, names[rows.index].tolist(), fontsize=7)
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-        axes.set_xlabel(last if len(rows) == 1 or "all" not in set(rows["layer"]) else last.rstrip("_0123456789"))
+    figure = Figure(figsize=(4.5, 0.6 + 0.16 * max(6, len(rows))), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(places, rows["value"], xerr=half, color=colour("fp", []), alpha=0.85, error_kw={"linewidth": 1.0})
+    axes.set_yticks(places, names[rows.index].tolist(), fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel(last if len(rows) == 1 or "all" not in set(rows["layer"]) else last.rstrip("_0123456789"))
     return figure

@@ -142,7 +142,9 @@ def legend_by_ends(axes: Axes, ends: list[tuple[float, Any]]) -> None:
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def panels(rows: pd.DataFrame, size: tuple[float, float], shared: bool) -> Iterator[tuple[Axes, pd.DataFrame]]:
+def panels(
+    rows: pd.DataFrame, size: tuple[float, float], shared: bool
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A new figure with a titled panel for each run, definition and estimator, at most three in a row.
 
     Args:
@@ -150,20 +152,20 @@ def panels(rows: pd.DataFrame, size: tuple[float, float], shared: bool) -> Itera
         size: of a panel, in inches.
         shared: whether all have one y axis.
 
-    Yields:
-        The panel's axes, whose `figure` is the figure, and its rows.
+    Returns:
+        The figure, and of each panel the axes and the rows.
     """
     groups = list(rows.groupby(["run", "definition", "estimator"], sort=True))
     across = min(3, len(groups))
     down = -(-len(groups) // across)
     figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
-    first_axes = None
+    found: list[tuple[Axes, pd.DataFrame]] = []
     for index, ((_, definition, _), panel) in enumerate(groups):
-        axes = figure.add_subplot(down, across, index + 1, sharey=first_axes if shared else None)
-        first_axes = first_axes or axes
+        axes = figure.add_subplot(down, across, index + 1, sharey=found[0][0] if shared and found else None)
         title = run_label(panel.iloc[0], rows)
         axes.set_title(title + (f", {definition}" if rows["definition"].nunique() > 1 else ""))
-        yield axes, panel
+        found.append((axes, panel))
+    return figure, found
 
 
 def save(figure: Figure, path: str | Path, caption: str) -> list[Path]:

@@ -11,6 +11,7 @@ from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, look, s
 from fpq_analysis.records.queries import distinct
 
 
+@style()
 def training_figure(rows: pd.DataFrame) -> Figure:
     """Test accuracy in % against the epoch, a panel for each network and data set, a line for each variant and bits.
 
@@ -27,12 +28,11 @@ def training_figure(rows: pd.DataFrame) -> Figure:
     if rows.empty:
         raise NothingToDraw("no test accuracy among the rows")
     panels = list(rows.groupby(["model", "dataset"], sort=True))
-    with style():
-        figure = Figure(figsize=(5.2 * len(panels), 3.0), layout="constrained")
-        for index, ((model, dataset), panel) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), index + 1)
-            _draw_panel(axes, panel)
-            axes.set_title(f"{model}, {dataset}")
+    figure = Figure(figsize=(5.2 * len(panels), 3.0), layout="constrained")
+    for index, ((model, dataset), panel) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        _draw_panel(axes, panel)
+        axes.set_title(f"{model}, {dataset}")
     return figure
 
 

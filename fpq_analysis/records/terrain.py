@@ -46,6 +46,11 @@ class Terrain:
     first: dict[str, Any]
 
     @property
+    def heading(self) -> str:
+        """The title, with a word if it is aliased."""
+        return self.title + (" (aliased)" if self.aliased else "")
+
+    @property
     def centre(self) -> tuple[int, ...]:
         """Place of the network itself."""
         return tuple(int(np.flatnonzero(axis == 0)[0]) for axis in self.grid)
