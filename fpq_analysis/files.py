@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,21 +17,15 @@ from fpq_analysis.errors import UserError, refused
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, what: str = "written") -> Iterator[None]:
     """Context in which an `OSError` (a full disk, a read-only folder, ...) becomes a `UserError` about `path`."""
     try:
         yield
     except OSError as error:
-        raise refused(path, error) from error
+        raise refused(path, error, what) from error
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """The same for reading."""
-    try:
-        yield
-    except OSError as error:
-        raise refused(path, error, "read") from error
+reading = functools.partial(writing, what="read")
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -154,13 +154,24 @@ class RecordRow:
     samples: list[float] | None = None
 
 
-def check(kind: type, value: Any, what: str) -> None:
+def check(kind: type, value: Any, what: str, place: str = "") -> None:
     """Raise `UserError` unless `value` has the fields of the dataclass `kind`, each of its type and in its range.
 
     Args:
         what: the file, as the beginning of a sentence.
+        place: the field of it that holds `value`; nothing for the whole.
     """
-    _fields(kind, value, what, "")
+    if not isinstance(value, dict):
+        raise _wrong(what, place or "the whole", value, "named fields")
+    for name, (hint, needed) in _hints(kind).items():
+        at = f"{place}.{name}" if place else name
+        if name in value:
+            _value(hint, value[name], what, at)
+        elif needed:
+            raise UserError(
+                f"{what} is damaged, or was not written by this program: it has no field '{at}'. Restore it from a "
+                "copy."
+            )
 
 
 def fits(kind: type, value: Any) -> bool:
@@ -183,55 +194,30 @@ def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
     }
 
 
-def _fields(kind: type, value: Any, what: str, place: str) -> None:
-    if not isinstance(value, dict):
-        raise _wrong(what, place or "the whole", value, "named fields")
-    for name, (hint, needed) in _hints(kind).items():
-        at = f"{place}.{name}" if place else name
-        if name in value:
-            _value(hint, value[name], what, at)
-        elif needed:
-            raise UserError(
-                f"{what} is damaged, or was not written by this program: it has no field '{at}'. Restore it from a "
-                "copy."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """A type hint, taken apart."""
-
-    kinds: tuple[Any, ...]  # several of a union
-    optional: bool
-    limits: Within | None
-
-
 @functools.cache
-def _shape(hint: Any) -> _Shape:
-    limits: Within | None = None
+def _taken_apart(hint: Any) -> tuple[tuple[Any, ...], bool, Within | None]:
+    """The kinds of a type hint, several of a union; whether None is one; and the limits of a number."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    optional = type(None) in kinds
-    kinds = tuple(kind for kind in kinds if kind is not type(None))
-    if len(kinds) == 1 and get_origin(kinds[0]) is Annotated:
-        kind, limits = get_args(kinds[0])
-        kinds = (kind,)
-    return _Shape(kinds, optional, limits)
+    some = tuple(kind for kind in kinds if kind is not type(None))
+    annotated = len(some) == 1 and get_origin(some[0]) is Annotated
+    kind, limits = get_args(some[0]) if annotated else (some[0], None)
+    return (kind, *some[1:]), len(some) < len(kinds), limits
 
 
 def _value(hint: Any, value: Any, what: str, place: str) -> None:
-    shape = _shape(hint)
-    if value is None and shape.optional:
+    kinds, optional, limits = _taken_apart(hint)
+    if value is None and optional:
         return
-    kind, limits = shape.kinds[0], shape.limits
-    if len(shape.kinds) > 1:
-        if not any(_is(kind, value) for kind in shape.kinds):
-            raise _wrong(what, place, value, " or ".join(NAMES[kind] for kind in shape.kinds))
+    kind = kinds[0]
+    if len(kinds) > 1:
+        if not any(_is(kind, value) for kind in kinds):
+            raise _wrong(what, place, value, " or ".join(NAMES[kind] for kind in kinds))
     elif kind in NAMES:
         limits_text = f" from {limits.low:g} to {limits.high:g}" if limits else ""
         if not _is(kind, value) or (limits and not limits.low <= value <= limits.high):
             raise _wrong(what, place, value, NAMES[kind] + limits_text)
     elif dataclasses.is_dataclass(kind):
-        _fields(kind, value, what, place)  # type: ignore[arg-type]
+        check(kind, value, what, place)  # type: ignore[arg-type]
     else:
         container, inner = get_origin(kind), get_args(kind)[-1]
         if not isinstance(value, container):

@@ -19,7 +19,7 @@ from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, Finding, prepare, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.losses import LossFunction
-from fpq_analysis.runs import Source, source_of
+from fpq_analysis.runs import source_of
 
 
 def diagnose(
@@ -98,26 +98,20 @@ def diagnose_checkpoint(
         if not existing:
             raise UserError(f"'{file}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
         file = existing[max(existing)]
-    with naming(f"'{file}'"):
-        return _diagnose_file(source, file, where, n_data=n_data, seed=seed, data_root=data_root, model=model)
-
-
-def _diagnose_file(
-    source: Source, path: Path, where: torch.device, *, n_data: int, seed: int, data_root: str | None, model: str | None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    content = source.read_checkpoint(path)
     no_forecast = pd.DataFrame(columns=FORECAST_COLUMNS)
-    finite = weights(content.state_dict)
-    if finite.status == FAULT:  # which no model can be built from
-        return _frame({"weights": finite}), no_forecast
-    net = content.build(model).to(where)
-    data = load_run_data(content.run, data_root)
-    if data.fingerprint != content.data["fingerprint"]:
-        text = f"The images of '{data.name}' found here are not those the checkpoint was trained on."
-        other = Finding(FAULT, text, "Point --data-root at the data set of the training run.")
-        return _frame({"data": other}), no_forecast
-    batch = training_sample(data, n_data, seed)
-    frame = diagnose(net, batch, device=where, seed=seed)
-    if (frame["status"] == FAULT).any():
-        return frame, no_forecast
-    return frame, forecast_measurements(net, batch, device=where, seed=seed)
+    with naming(f"'{file}'"):
+        content = source.read_checkpoint(file)
+        finite = weights(content.state_dict)
+        if finite.status == FAULT:  # which no model can be built from
+            return _frame({"weights": finite}), no_forecast
+        net = content.build(model).to(where)
+        data = load_run_data(content.run, data_root)
+        if data.fingerprint != content.data["fingerprint"]:
+            text = f"The images of '{data.name}' found here are not those the checkpoint was trained on."
+            other = Finding(FAULT, text, "Point --data-root at the data set of the training run.")
+            return _frame({"data": other}), no_forecast
+        batch = training_sample(data, n_data, seed)
+        frame = diagnose(net, batch, device=where, seed=seed)
+        if (frame["status"] == FAULT).any():
+            return frame, no_forecast
+        return frame, forecast_measurements(net, batch, device=where, seed=seed)

@@ -151,14 +151,9 @@ def latent_weight(layer: nn.Module) -> nn.Parameter:
 @torch.no_grad()
 def clipped_fraction(model: nn.Module) -> float:
     """Share of the quantized weights that lie outside their grid; 0 for a float model."""
-    modules = dict(model.named_modules())
-    clipped = total = 0
-    for name, quantizer, is_weight in quantizers(model):
-        if is_weight:
-            mask = quantizer.clipped(latent_weight(modules[name]))
-            clipped += int(mask.sum())
-            total += mask.numel()
-    return clipped / total if total else 0.0
+    masks = [quantizer.clipped(weight) for quantizer, weight in weight_quantizers(model).values()]
+    total = sum(mask.numel() for mask in masks)
+    return sum(int(mask.sum()) for mask in masks) / total if total else 0.0
 
 
 def weight_quantizers(model: nn.Module) -> dict[str, tuple[Quantizer, nn.Parameter]]:

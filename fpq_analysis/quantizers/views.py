@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, latent_weight, quantizer_parameters, quantizers
+from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, quantizer_parameters, quantizers, weight_quantizers
 
 DEFINITIONS = ("dequantized", "latent", "float")
 
@@ -80,7 +80,7 @@ def variables(model: nn.Module) -> dict[str, Tensor]:
 
     All trainable parameters but the quantizers' own; the trained weight behind `conv1`'s quantizer is `conv1.weight`.
     """
-    own = {id(p) for _, quantizer, _ in quantizers(model) for p in quantizer.parameters()}
+    own = {id(p) for p in quantizer_parameters(model)}
     return {
         name.replace("parametrizations.weight.original", "weight"): p
         for name, p in model.named_parameters()
@@ -94,16 +94,14 @@ def latent_derivatives(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: if a weight's quantizer is not element-wise, so that its derivative is not a mask.
     """
-    layers = dict(model.named_modules())
     masks = {}
-    for name, quantizer, is_weight in quantizers(model):
-        if is_weight:
-            if not quantizer.elementwise:
-                raise UserError(
-                    f"The weight quantizer of '{name}' mixes weights, so the latent Hessian has no simple diagonal. "
-                    "Use --definition dequantized, or a stochastic method."
-                )
-            w = latent_weight(layers[name]).detach().requires_grad_()
-            with torch.enable_grad():
-                (masks[f"{name}.weight".lstrip(".")],) = torch.autograd.grad(quantizer(w).sum(), w)
+    for name, (quantizer, weight) in weight_quantizers(model).items():
+        if not quantizer.elementwise:
+            raise UserError(
+                f"The weight quantizer of '{name}' mixes weights, so the latent Hessian has no simple diagonal. "
+                "Use --definition dequantized, or a stochastic method."
+            )
+        w = weight.detach().requires_grad_()
+        with torch.enable_grad():
+            (masks[f"{name}.weight".lstrip(".")],) = torch.autograd.grad(quantizer(w).sum(), w)
     return masks

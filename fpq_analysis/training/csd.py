@@ -26,11 +26,6 @@ from fpq_analysis.training.regularizer import Regularizer
 EPS = 1e-5
 
 
-def standardize(z: Tensor) -> Tensor:
-    """Zero mean and unit variance for each channel of (N, C, ...), over all other axes (Eq. 15)."""
-    return torch.native_batch_norm(z, None, None, None, None, True, 0.0, EPS)[0]
-
-
 class StandardizedDistance(torch.autograd.Function):
     """Mean squared distance between the standardised channels of student and teacher (Eq. 15-17); once differentiable.
 

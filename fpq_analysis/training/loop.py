@@ -143,23 +143,15 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, run: Path) -> None:
     state = read_resume(run)["optimizer"]
     try:
         optimizer.load_state_dict(state)
-        fits = all(
-            value.shape == parameter.shape
-            for parameter, kept in optimizer.state.items()
-            for value in kept.values()
-            if isinstance(value, Tensor) and value.ndim > 0
-        )
+        for parameter, kept in optimizer.state.items():
+            for value in kept.values():
+                if isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape:
+                    raise ValueError("a tensor of another shape")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise _unfit(run) from error
-    if not fits:
-        raise _unfit(run)
-
-
-def _unfit(run: Path) -> UserError:
-    return UserError(
-        f"'{run / 'resume.pt'}' is damaged, or of another run: it does not fit the network. Restore it from a copy, or "
-        "train anew with --overwrite."
-    )
+        raise UserError(
+            f"'{run / 'resume.pt'}' is damaged, or of another run: it does not fit the network. Restore it from a "
+            "copy, or train anew with --overwrite."
+        ) from error
 
 
 def _train_epoch(

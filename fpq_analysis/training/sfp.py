@@ -56,24 +56,15 @@ class SFP(Regularizer):
         if cls.weight is None or config.sfp_p > 0:
             check_steps(config, "features")
 
-    @property
-    def p(self) -> float:
-        """Probability of noise at each convolution."""
-        return self.config.sfp_p
-
     def during(self, epoch: int) -> StochasticFeaturePerturbation:
         """Perturb, with generators of the epoch's own."""
         gates = epoch_generator(self.config.seed, epoch, "sfp gates")
         noise = self.generator(epoch, "sfp noise")
-        return StochasticFeaturePerturbation(self.model, self.p, gates, noise, self.config.sfp_site)
+        p = 1.0 if self.weight is None else self.config.sfp_p
+        return StochasticFeaturePerturbation(self.model, p, gates, noise, self.config.sfp_site)
 
 
 class NoisyFeatures(SFP):
     """Noise at every convolution and step: the feature arm of FPQ's Figure 2."""
 
     weight = None
-
-    @property
-    def p(self) -> float:
-        """Always."""
-        return 1.0
