@@ -6,35 +6,19 @@ says what), 2 the command was misused, 130 stopped by Ctrl-C.
 
 # One file a command, and one for those of `measures.py`; importing registers them, in the order of `--help`.
 # isort: off
-from fpq_analysis.cli import train
-from fpq_analysis.cli import tables
-from fpq_analysis.cli import hessian
-from fpq_analysis.cli import probes
-from fpq_analysis.cli import landscape
-from fpq_analysis.cli import compare
-from fpq_analysis.cli import figures
-from fpq_analysis.cli import report
-from fpq_analysis.cli import doctor
-from fpq_analysis.cli import inspect
-from fpq_analysis.cli import export
-from fpq_analysis.cli import demo
+from fpq_analysis.cli import train as train
+from fpq_analysis.cli import tables as tables
+from fpq_analysis.cli import hessian as hessian
+from fpq_analysis.cli import probes as probes
+from fpq_analysis.cli import landscape as landscape
+from fpq_analysis.cli import compare as compare
+from fpq_analysis.cli import figures as figures
+from fpq_analysis.cli import report as report
+from fpq_analysis.cli import doctor as doctor
+from fpq_analysis.cli import inspect as inspect
+from fpq_analysis.cli import export as export
+from fpq_analysis.cli import demo as demo
 
 # isort: on
-from fpq_analysis.cli.app import app, main
-
-__all__ = [
-    "app",
-    "compare",
-    "demo",
-    "doctor",
-    "export",
-    "figures",
-    "hessian",
-    "inspect",
-    "landscape",
-    "main",
-    "probes",
-    "report",
-    "tables",
-    "train",
-]
+from fpq_analysis.cli.app import app as app
+from fpq_analysis.cli.app import main as main

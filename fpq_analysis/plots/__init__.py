@@ -26,7 +26,6 @@ from fpq_analysis.plots.noise import noise_caption as noise_caption
 from fpq_analysis.plots.noise import noise_figure as noise_figure
 from fpq_analysis.plots.oscillation import oscillation_caption as oscillation_caption
 from fpq_analysis.plots.oscillation import oscillation_figure as oscillation_figure
-from fpq_analysis.plots.single import layer_figure as layer_figure
 from fpq_analysis.plots.single import single_figure as single_figure
 from fpq_analysis.plots.style import save as save
 from fpq_analysis.plots.style import style as style

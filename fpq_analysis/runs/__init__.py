@@ -4,22 +4,13 @@ What is imported here needs no torch.  The modules that read weights do: `checkp
 `inspection`.
 """
 
-from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, PLACES, Header, Run, find_runs, number_of, versions
-from fpq_analysis.runs.source import OwnRuns, Source, source_of
-from fpq_analysis.runs.stamps import Stamp, file_hash
-
-__all__ = [
-    "CHECKPOINT_NAME",
-    "FOREIGN_OPTIONS",
-    "PLACES",
-    "Header",
-    "OwnRuns",
-    "Run",
-    "Source",
-    "Stamp",
-    "file_hash",
-    "find_runs",
-    "number_of",
-    "source_of",
-    "versions",
-]
+from fpq_analysis.runs.run import PLACES as PLACES
+from fpq_analysis.runs.run import Header as Header
+from fpq_analysis.runs.run import Run as Run
+from fpq_analysis.runs.run import find_runs as find_runs
+from fpq_analysis.runs.run import number_of as number_of
+from fpq_analysis.runs.run import versions as versions
+from fpq_analysis.runs.source import OwnRuns as OwnRuns
+from fpq_analysis.runs.source import Source as Source
+from fpq_analysis.runs.source import source_of as source_of
+from fpq_analysis.runs.stamps import file_hash as file_hash
