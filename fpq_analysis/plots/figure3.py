@@ -36,14 +36,7 @@ def bits_of(bits: str) -> tuple[int, ...]:
 
 
 def chosen_runs(records: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
-    """The rows of the float run and of one quantized run, which comes last.
-
-    Args:
-        run: the quantized run; None for the one of FPQ, or else LSQ, or else any, with the lowest bits.
-
-    Raises:
-        NothingToDraw: if there is nothing to draw, or no such run.
-    """
+    """The rows of the float run and of one quantized run, which comes last, chosen as `figure3` says."""
     rows = layer_rows(records)
     rows = rows[rows["quantity"].isin(BOX)]
     if rows.empty:

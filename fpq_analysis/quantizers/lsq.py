@@ -63,5 +63,4 @@ class LSQ(Quantizer):
         return (q < 0) | (q > self.levels)
 
     def scales(self) -> list[nn.Parameter]:
-        """The step size."""
         return [self.step_size]

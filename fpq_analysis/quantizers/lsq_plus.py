@@ -33,7 +33,6 @@ class LSQPlus(LSQ):
         self.offset = nn.Parameter(torch.zeros(()))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """LSQ on x - b, moved back."""
         b: Tensor = self.offset
         if self.training:
             b = scale_gradient(b, self.gradient_scale(x))
@@ -57,7 +56,6 @@ class LSQPlus(LSQ):
 
     @torch.no_grad()
     def position(self, x: Tensor) -> Tensor:
-        """(x - b) / s."""
         return super().position(x - self.offset)
 
     @torch.no_grad()

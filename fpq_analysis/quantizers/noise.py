@@ -96,8 +96,6 @@ class WeightNoise(Noise):
         super().__init__(model, generator, of_weights=True, size=size)
 
     def attach(self, layer: nn.Module, quantizer: Quantizer) -> Any:
-        """A hook on the quantizer."""
-
         def perturb(module: nn.Module, args: Any, weight: Tensor) -> Tensor:
             return self.add(weight, quantizer) if self.is_on(module) else weight
 

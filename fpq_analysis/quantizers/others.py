@@ -145,7 +145,7 @@ def _uses_plainly(module: nn.Module) -> bool:
 
 def _rounds(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[str]) -> str:
     """The first parameter whose gradient is not what moving it does; nothing if none is, or it cannot be tried."""
-    for change, step in zip((_double, _same), STEPS, strict=True):
+    for change, step in zip((_double, lambda t: t), STEPS, strict=True):
         try:
             copied = change(copy.deepcopy(module))
             given, named = tree_map(change, (args, kwargs))
@@ -190,9 +190,7 @@ def _disagrees(p: Tensor, g: Tensor, value: Any, scale: float, step: float) -> b
     fine = p.dtype == torch.float64
     for place in slopes.abs().topk(min(ENTRIES[not fine], len(slopes))).indices:
         promised = 2 * step * float(slopes[place])
-        if (
-            abs(promised) <= (1e4 if fine else 100) * torch.finfo(p.dtype).eps * scale
-        ):  # no more than the value's own rounding
+        if abs(promised) <= (1e4 if fine else 100) * torch.finfo(p.dtype).eps * scale:  # the value's own rounding
             continue
         where = torch.unravel_index(place, p.shape)
         before = p[where].clone()
@@ -214,10 +212,6 @@ def _size(p: Tensor) -> float:
 
 def _double(t: Any) -> Any:
     return t.double() if isinstance(t, nn.Module) or (isinstance(t, Tensor) and t.is_floating_point()) else t
-
-
-def _same(t: Any) -> Any:
-    return t
 
 
 def _clone(t: Any) -> Any:

@@ -75,7 +75,6 @@ class PACT(Quantizer):
         return (x > self.alpha) | (x < -self.signed * self.alpha)
 
     def scales(self) -> list[nn.Parameter]:
-        """The clipping level."""
         return [self.alpha]
 
     def penalties(self, settings: MethodSettings) -> dict[str, Tensor]:

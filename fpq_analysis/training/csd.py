@@ -124,6 +124,5 @@ class CSD(Regularizer):
             yield
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
-        """`csd_loss` of the pass before."""
         student, teacher = (features.take() for features in self.pair)
         return {"csd": self.config.csd_weight * csd_loss(student, teacher, self.config.csd_reduction)}

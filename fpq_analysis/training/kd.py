@@ -29,6 +29,5 @@ class KD(Regularizer):
     uses_teacher = True
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
-        """`kd_loss` at the run's temperature."""
         assert teacher_logits is not None
         return {"kd": self.config.kd_weight * kd_loss(logits, teacher_logits, self.config.kd_temperature)}

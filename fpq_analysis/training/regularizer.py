@@ -65,7 +65,6 @@ class QuantizerPenalties(Regularizer):
     """What the quantizers themselves add to the loss, of one name summed over the network."""
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
-        """See `Quantizer.penalties`."""
         found: dict[str, list[Tensor]] = {}
         for _, quantizer, _ in quantizers(self.model):
             for name, penalty in quantizer.penalties(self.config).items():

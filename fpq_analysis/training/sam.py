@@ -48,5 +48,4 @@ class SAM(Regularizer):
     """The step takes its gradient up the hill."""
 
     def second_pass(self) -> AbstractContextManager[None]:
-        """Where the weights stand `sam_rho` higher."""
         return ascended(self.model, self.config.sam_rho)

@@ -57,7 +57,6 @@ class SFP(Regularizer):
             check_steps(config, "features")
 
     def during(self, epoch: int) -> StochasticFeaturePerturbation:
-        """Perturb, with generators of the epoch's own."""
         gates = epoch_generator(self.config.seed, epoch, "sfp gates")
         noise = self.generator(epoch, "sfp noise")
         p = 1.0 if self.weight is None else self.config.sfp_p

@@ -19,7 +19,6 @@ class WeightPerturbation(WeightNoise):
     """Context manager: inside, forward passes in training mode use perturbed weights, drawn anew each time."""
 
     def is_on(self, module: nn.Module) -> bool:
-        """In training mode."""
         return module.training
 
 
@@ -28,11 +27,9 @@ class NoisyWeights(Regularizer):
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
-        """The weights have steps."""
         check_steps(config, "weights")
 
     def during(self, epoch: int) -> WeightPerturbation:
-        """Perturb, with a generator of the epoch's own."""
         return WeightPerturbation(self.model, self.generator(epoch, "weight noise"))
 
 
