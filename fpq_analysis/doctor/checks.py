@@ -11,28 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fpq_analysis.curvature import (
-    HessianOperator,
-    NotExactError,
-    certify,
-    check_samples_apart,
-    repeatable,
-)
+from fpq_analysis.curvature import HessianOperator, NotExactError, certify, check_samples_apart, repeatable
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.steps import differ, label, watch
 from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
-from fpq_analysis.doctor.model_under_test import (
-    FAULT,
-    NOTE,
-    OK,
-    Finding,
-    ModelUnderTest,
-    first,
-    nodes,
-    owner,
-    short,
-)
+from fpq_analysis.doctor.model_under_test import FAULT, NOTE, OK, Finding, ModelUnderTest, first, nodes, owner, short
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses import check_mean
 from fpq_analysis.quantizers import (

@@ -19,12 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fpq_analysis.linalg.estimate import (
-    FIRST,
-    MAX_PRODUCTS,
-    Estimate,
-    more_draws,
-)
+from fpq_analysis.linalg.estimate import FIRST, MAX_PRODUCTS, Estimate, more_draws
 from fpq_analysis.linalg.matrix import Matrix, random_signs
 from fpq_analysis.linalg.rows import block_sums, inner
 

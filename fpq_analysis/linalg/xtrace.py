@@ -22,14 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpq_analysis.linalg.estimate import (
-    FIRST,
-    MAX_PRODUCTS,
-    Estimate,
-    degrees_of_freedom,
-    mean_and_error,
-    reached,
-)
+from fpq_analysis.linalg.estimate import FIRST, MAX_PRODUCTS, Estimate, degrees_of_freedom, mean_and_error, reached
 from fpq_analysis.linalg.hutchinson import in_parts
 from fpq_analysis.linalg.matrix import Matrix, random_normal, random_signs
 from fpq_analysis.linalg.rows import Basis, block_sums, combined, inner, norms

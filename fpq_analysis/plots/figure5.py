@@ -9,16 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import (
-    band,
-    colour,
-    epoch_axis,
-    legend_by_ends,
-    log_if_wide,
-    look,
-    run_label,
-    style,
-)
+from fpq_analysis.plots.style import band, colour, epoch_axis, legend_by_ends, log_if_wide, look, run_label, style
 from fpq_analysis.records.queries import distinct, totals
 
 # What the rows of one line have in common.

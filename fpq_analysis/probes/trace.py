@@ -15,14 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fpq_analysis.curvature import (
-    NotExactError,
-    SampleTraces,
-    as_batches,
-    certify,
-    exact_traces,
-    sampled_traces,
-)
+from fpq_analysis.curvature import NotExactError, SampleTraces, as_batches, certify, exact_traces, sampled_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import freed_memory_kept

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fpq_analysis.report.cells import (
-    NONE,
-    SHORT_HASH,
-    Cell,
-    Table,
-    num,
-    run_cell,
-)
+from fpq_analysis.report.cells import NONE, SHORT_HASH, Cell, Table, num, run_cell
 from fpq_analysis.report.comparisons import varying
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import PLACES, Run, number_of

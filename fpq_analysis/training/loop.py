@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis.data import (
-    Dataset,
-    Split,
-    evaluation_batches,
-    load_dataset,
-    training_batches,
-    training_sample,
-)
+from fpq_analysis.data import Dataset, Split, evaluation_batches, load_dataset, training_batches, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import build_model
