@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
+
+from fpq_analysis.errors import UserError
 
 
 def number(x: float, digits: int) -> str:
@@ -48,3 +51,15 @@ def printable(text: str, keep: str = "") -> str:
 def _shows(character: str) -> bool:
     kind = unicodedata.category(character)  # C: controls, surrogates, unassigned; Zl, Zp: ends of lines and paragraphs
     return kind[0] != "C" and kind not in ("Zl", "Zp")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/4` to (2, 4).
+
+    Raises:
+        UserError: if it has another form, or is no part of the whole.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text} is not a part of a whole. Write 1/4, 2/4, 3/4 and 4/4 for four machines.")
+    return int(match[1]), int(match[2])

@@ -29,9 +29,8 @@ from tests.words import words
 NET = "tests.nets:tiny"
 SAMPLING = Sampling(16, device="cpu", model=NET)
 WHERE = {"n_data": 16, "device": "cpu", "model": NET}
-CHEAP = {"noise": NoiseResponse((1.0,), 2), "landscape": LandscapeSettings(points=3)}
 PLANES = [LandscapeSettings("pca", "float", points=4), LandscapeSettings("hessian", dim=1, points=3)]
-EVERY = [*(CHEAP.get(name, kind()) if name in CHEAP else kind() for name, kind in PROBES.items()), *PLANES]
+EVERY = [*(kind() for name, kind in PROBES.items() if name != "noise"), NoiseResponse((1.0,), 2), *PLANES]
 SPAWN = multiprocessing.get_context("spawn")
 SERVER = multiprocessing.get_context("forkserver")  # children start at once: torch is loaded there already
 
@@ -85,7 +84,7 @@ def test_processes_and_threads_write_what_one_by_one_does(tiny_runs, tmp_path):
 def measure_all(folder):
     store.FLUSH = 0.0
     torch.set_num_threads(1)
-    for probe in (HessianTrace(), HessianEigs(k=2), LandscapeSettings("pca", points=5), NoiseResponse((1.0,), 2)):
+    for probe in (HessianTrace(), HessianEigs(k=1), LandscapeSettings("pca", points=5)):
         measure(folder, probe, **of(probe))
 
 
@@ -94,22 +93,41 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_records(tiny_runs, tmp_p
     SERVER.set_forkserver_preload([__name__])
     whole, killed = (shutil.copytree(tiny_runs, tmp_path / name) for name in ("whole", "killed"))
     start = time.monotonic()
-    process = SERVER.Process(target=measure_all, args=(whole,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    measure_all(whole)
     takes = time.monotonic() - start
     dice = random.Random(0)
     for _ in range(6):
         process = SERVER.Process(target=measure_all, args=(killed,))
         process.start()
-        process.join(dice.uniform(0.1, 0.4) * takes)
+        while not list(killed.rglob("records/*.jsonl")) and process.is_alive():
+            time.sleep(0.01)
+        process.join(dice.uniform(0.0, 0.2) * takes)
         process.kill()
         process.join()
     for path in killed.rglob("records/*.jsonl"):  # and what was being written is torn
         path.write_bytes(path.read_bytes()[:-40])
     measure_all(killed)
     assert rows_in(killed) == rows_in(whole)
+
+
+def test_shards_of_other_directions_are_not_put_together(runs, tmp_path):
+    probe = LandscapeSettings(points=3)
+    elsewhere, where = shutil.copytree(runs, tmp_path / "elsewhere"), of(probe)
+    measure(elsewhere / "fp", probe, shard=(1, 2), **where)
+    measure(runs / "fp", probe, shard=(2, 2), **where)
+    (path,) = elsewhere.rglob("landscape.1of2.jsonl")
+    rows = files.read_jsonl(path)
+    sign = {"signature_1": -1, "signature_2": -1}
+    rows = [{**row, "value": row["value"] * sign.get(row["quantity"], 1)} for row in rows]
+    files.append_jsonl(runs / "fp" / "records" / path.name, rows)
+    with pytest.raises(UserError, match="come out otherwise"):
+        measure(runs / "fp", probe, **where)
+    frame = measure(runs / "fp", probe, overwrite=True, **where)
+    assert frame["quantity"].str.startswith("rise_").sum() == 9
+    assert not list(runs.rglob("*of2*"))
+    for i in (1, 2):  # shards that measured all of it again
+        measure(runs / "fp", probe, shard=(i, 2), overwrite=True, **where)
+    assert len(measure(runs / "fp", probe, **where)) == len(frame)
 
 
 COMMANDS = {

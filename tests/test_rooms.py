@@ -94,7 +94,7 @@ def test_the_list_of_long_files_is_of_files():
     assert all((PACKAGE / name).exists() for name in TOO_LONG)
 
 
-@pytest.mark.parametrize("module", ["", ".cli", ".pipeline.figures", ".report.page"])
+@pytest.mark.parametrize("module", ["", ".cli", ".pipeline.plan", ".pipeline.figures", ".report.page"])
 def test_no_torch_is_loaded(module):
     code = f"import sys, fpq_analysis{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

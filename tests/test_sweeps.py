@@ -18,8 +18,9 @@ import torch
 from fpq_analysis import TrainConfig, UserError, train
 from fpq_analysis.runs import Run
 from fpq_analysis.runs.checkpoint import read_checkpoint
+from fpq_analysis.text import parse_shard
 from fpq_analysis.training import read_sweep, run_sweep, sweep_status
-from fpq_analysis.training.sweep import DONE, FAILED, WAITS, parse_shard, parse_sweep, summary
+from fpq_analysis.training.sweep import DONE, FAILED, WAITS, parse_sweep, summary
 from tests.test_cli import call
 from tests.words import words
 

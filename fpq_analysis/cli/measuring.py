@@ -137,7 +137,7 @@ def measure_and_show(
     from fpq_analysis.pipeline.run import run
     from fpq_analysis.pipeline.task import WHOLE, Sampling
     from fpq_analysis.probes.point import NEEDS
-    from fpq_analysis.training.sweep import parse_shard
+    from fpq_analysis.text import parse_shard
 
     sampling = Sampling(settings.n_data, settings.seed, settings.device, settings.data_root, settings.model)
     shard = parse_shard(settings.shard) if settings.shard else WHOLE

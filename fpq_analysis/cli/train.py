@@ -89,10 +89,11 @@ def _refuse_beside_config(ctx: typer.Context) -> None:
 def _train_sweep(
     sweep: Sweep, file: Path, shard: str | None, *, device: str, download: bool, dry_run: bool, json: bool
 ) -> None:
+    from fpq_analysis.text import parse_shard
     from fpq_analysis.training import sweep as sweeps
 
     if dry_run:
-        names = sweep.shard(*sweeps.parse_shard(shard)) if shard else None
+        names = sweep.shard(*parse_shard(shard)) if shard else None
         frame = sweeps.sweep_status(sweep, names)
     else:
         frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, log=say)

@@ -29,6 +29,7 @@ class Plan:
         source: how the files in it are read.
         settings: hash of all that does not depend on the checkpoint.
         shard: which part of the work this is the plan of.
+        overwrite: whether what was measured is measured again.
         homes: of every run, the folder whose `records/` holds its rows.
         measurements: to do, in order.
         done: keys of those that are complete.
@@ -42,6 +43,7 @@ class Plan:
     sampling: Sampling
     settings: str
     shard: Shard
+    overwrite: bool
     homes: list[Path]
     measurements: list[Measurement]
     done: set[str]
@@ -136,10 +138,8 @@ def plan(
                     measurements.append(Measurement(*about, left, signature))
                 elif mine:
                     done.add(key)
-    hashed = rec.settings_key(probe.name, settings)
-    named_from = Path(records) if records else root
-    places = list(homes.values())
-    return Plan(named_from, source, probe, sampling, hashed, shard, places, measurements, done, n_done, faults)
+    settled = Path(records) if records else root, source, probe, sampling, rec.settings_key(probe.name, settings)
+    return Plan(*settled, shard, overwrite, list(homes.values()), measurements, done, n_done, faults)
 
 
 def _find(source: Source, root: Path, faults: list[tuple[Path, UserError]]) -> dict[Path, dict[int, Path]]:

@@ -108,7 +108,7 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
     name = todo.probe.name
     for home in todo.homes if todo.shard == WHOLE else ():
         with going_on(partial(report, home), f"'{home}'"):
-            store.gather(home, name)
+            store.gather(home, name, todo.overwrite)
     writer = store.Writer(name, todo.shard, todo.measurements)
     failed: set[Path] = set()
 

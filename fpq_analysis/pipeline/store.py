@@ -24,16 +24,16 @@ SIGNATURE = "signature_"
 SAME = 1e-2  # two computations of one thing agree better than this in its signature
 
 Row = dict[str, Any]
+Rows = dict[tuple[str, str], Row]  # by layer and quantity
 
 
 def recorded(home: Path, probe: str) -> dict[str, dict[str, float]]:
     """Of each key in a run's records, shards included: the quantities of the whole network, and their values."""
     found: dict[str, dict[str, float]] = {}
     for name in [probe, *_shards(home, probe)]:
-        for row in _rows(home, name):
-            quantities = found.setdefault(row["key"], {})
-            if row["layer"] == "all":
-                quantities[row["quantity"]] = row["value"]
+        for key, rows in _by_key(home, name).items():
+            whole = {quantity: row["value"] for (layer, quantity), row in rows.items() if layer == "all"}
+            found.setdefault(key, {}).update(whole)
     return found
 
 
@@ -47,23 +47,25 @@ def read(root: Path, homes: Iterable[Path], probe: str, keys: set[str]) -> pd.Da
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)
 
 
-def gather(home: Path, probe: str) -> None:
-    """Move what shards have measured into the run's own file.
+def gather(home: Path, probe: str, overwrite: bool) -> None:
+    """Move what shards have measured into the run's own file, where it takes the place of what stands there.
+
+    Args:
+        overwrite: all of it is measured anew, and need not fit together.
 
     Raises:
-        UserError: if their pieces do not fit together.
+        UserError: if their pieces do not fit together, or those that stand there and are not replaced.
     """
-    shards = _shards(home, probe)
-    known: dict[str, dict[str, float]] = {}
-    found: dict[str, dict[tuple[str, str], Row]] = {}
-    for name in [probe, *shards] if shards else []:
-        for row in _rows(home, name):
-            if row["quantity"].startswith(SIGNATURE):
-                signature = known.setdefault(row["key"], {})
-                check_same(signature, {row["quantity"]: row["value"]})
-                signature[row["quantity"]] = row["value"]
-            if name != probe:
-                found.setdefault(row["key"], {})[row["layer"], row["quantity"]] = row
+    shards = {name: _by_key(home, name) for name in _shards(home, probe)}
+    found: dict[str, Rows] = {}
+    for key in dict.fromkeys(key for rows in shards.values() for key in rows):
+        parts = [rows[key] for rows in shards.values() if key in rows]
+        found[key] = {place: row for part in parts for place, row in part.items()}
+        there = _by_key(home, probe).get(key, {})
+        if not there.keys() <= found[key].keys():
+            parts.append(there)
+        for part in [] if overwrite else parts[1:]:
+            check_same(_signature(parts[0].values()), _signature(part.values()))
     for rows in found.values():
         rec.append(home, probe, rows.values())
     for name in shards:
@@ -101,7 +103,7 @@ class Writer:
             UserError: if it does not fit the other pieces, or the machine does not let it be written.
         """
         begun = self._begun[_identity(measurement)]
-        signature = {row["quantity"]: row["value"] for row in result.notes if row["quantity"].startswith(SIGNATURE)}
+        signature = _signature(result.notes)
         check_same(begun.known, signature)
         if result.notes and not begun.known:
             begun.known = signature
@@ -144,8 +146,16 @@ def _shards(home: Path, probe: str) -> list[str]:
     return sorted(path.stem for path in (home / "records").glob(f"{probe}.*of*.jsonl"))
 
 
-def _rows(home: Path, name: str) -> list[Row]:
-    return rec.read_rows(_file(home, name))
+def _by_key(home: Path, name: str) -> dict[str, Rows]:
+    """The rows of each measurement in a file; of repeated ones the newest."""
+    found: dict[str, Rows] = {}
+    for row in rec.read_rows(_file(home, name)):
+        found.setdefault(row["key"], {})[row["layer"], row["quantity"]] = row
+    return found
+
+
+def _signature(rows: Iterable[Row]) -> dict[str, float]:
+    return {row["quantity"]: row["value"] for row in rows if row["quantity"].startswith(SIGNATURE)}
 
 
 def _file(home: Path, name: str) -> Path:

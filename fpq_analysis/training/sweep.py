@@ -39,7 +39,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.methods import METHODS
 from fpq_analysis.models import check_model_name
 from fpq_analysis.runs import Run
-from fpq_analysis.text import duration
+from fpq_analysis.text import duration, parse_shard
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.loop import train
 from fpq_analysis.training.resume import check_teacher, last_finished_epoch
@@ -243,18 +243,6 @@ def summary(status: pd.DataFrame) -> str:
     if unknown == len(todo):
         return f"{text}; how long that takes shows once an epoch is done"
     return f"{text}, about {duration(known)} left" + (f" and {unknown} of unknown length" if unknown else "")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`2/4` to (2, 4).
-
-    Raises:
-        UserError: if it has another form, or is no part of the whole.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--shard {text} is not a part of a whole. Write 1/4, 2/4, 3/4 and 4/4 for four machines.")
-    return int(match[1]), int(match[2])
 
 
 def _values(document: dict[str, Any], section: str, known: tuple[str, ...]) -> dict[str, Any]:
