@@ -60,7 +60,7 @@ class Scheme:
     Attributes:
         weight: place of a `Quantizer`, called with bits, number of rows and of dimensions.
         activation: place of a `Quantizer`, called with bits.
-        of_inputs: what the method learns of its inputs, if without quantized inputs it is another method.
+        of_inputs: what the method learns about its quantized inputs, if it is undefined without them.
     """
 
     weight: str
@@ -102,9 +102,9 @@ SCHEMES = {
     "pact": Scheme("fpq_analysis.quantizers.pact:DoReFa", "fpq_analysis.quantizers.pact:PACT", "a clipping level"),
 }
 
-# In the order of tables and reports: the float network, then the methods as papers list them, and the one that is
-# compared with all others last.  The colours are Okabe and Ito's, which survive the common forms of colour blindness
-# and grey print; the hues are those the FPQ paper names where it names any (FP blue, LSQ red, FPQ green).
+# In the order of tables and reports: the float network, then the methods as papers list them, FPQ last.  The colours
+# are Okabe and Ito's, which survive the common forms of colour blindness and grey print; the hues are those the FPQ
+# paper names where it names any (FP blue, LSQ red, FPQ green).
 METHODS = {
     "fp": Method("FP", "#0072B2", quantizer=None),
     "noise-features": Method(
@@ -155,7 +155,7 @@ METHODS = {
         ),
     ),
 }
-BASELINE = "lsq"  # what the others are compared with
+BASELINE = "lsq"  # the method that comparisons refer to
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Settings as fields of a dataclass, each with a help text and the values it may have: written once, for every door."""
+"""Settings as fields of a dataclass, with help text and allowed values: one definition for all interfaces."""
 
 from __future__ import annotations
 

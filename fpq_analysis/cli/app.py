@@ -216,7 +216,7 @@ def print_table(table: Table) -> None:
 
 def main() -> None:
     """Entry point of `fpq-analyze`."""
-    for stream in (sys.stdout, sys.stderr):  # to one that knows no ±, it is written out
+    for stream in (sys.stdout, sys.stderr):  # characters an encoding lacks, such as ±, are escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     # Torch's threads spin while they wait for each other, and beside other work on the same cores those that are waited

@@ -1,4 +1,4 @@
-"""From a task to its rows, in whatever process: nothing is needed but the task, nothing is written."""
+"""From a task to its rows, in whatever process: nothing is needed but the task, and no rows are written."""
 
 from __future__ import annotations
 

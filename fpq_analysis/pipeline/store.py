@@ -19,7 +19,7 @@ from fpq_analysis.pipeline.task import WHOLE, Measurement, Result, Shard
 
 # Seconds of work that a kill may cost; writing every piece at once would cost a fast device more than the work itself.
 FLUSH = 2.0
-# Quantities by which what a measurement's pieces have in common (the directions of a landscape) is known again.
+# Quantities that check that pieces belong to the same measurement (of a landscape: that its directions agree).
 SIGNATURE = "signature_"
 SAME = 1e-2  # two computations of one thing agree better than this in its signature
 

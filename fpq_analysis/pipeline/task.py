@@ -57,9 +57,9 @@ class Measurement:
         path: the checkpoint.
         header: what was known of it when the measurement was planned.
         key: of its rows.
-        networks: files of the further networks that the probe needs one of, by need.
-        auxiliary: files of the further networks that the probe needs in a row.
-        pieces: those to do, see `probes.point.Piecewise`; one of no name for a probe that is not made of pieces.
+        networks: file of each single network that the probe needs, by its key in `probes.point.NEEDS`.
+        auxiliary: files of the sequence of networks that the probe needs, in order.
+        pieces: those to do, see `probes.point.Piecewise`; a single empty name if the probe cannot be split.
         known: value of each `signature_...` that stands in the records already.
     """
 

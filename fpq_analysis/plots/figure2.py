@@ -16,7 +16,7 @@ from fpq_analysis.plots.style import band, epoch_axis, log_if_wide, run_label, s
 from fpq_analysis.records.queries import distinct, norms
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
-# Okabe and Ito's colours that stand for no method here.
+# By the kind of noise, not by the method: these colours are this figure's own.
 LOOKS: dict[str, dict[str, Any]] = {
     "features": {"color": "#0072B2", "marker": "o", "label": "noise in the features"},
     "weights": {"color": "#E69F00", "marker": "s", "label": "noise in the weights"},

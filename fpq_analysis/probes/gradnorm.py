@@ -1,4 +1,4 @@
-"""The length of the gradient, where the network stands and with noise of the size of rounding (FPQ's Figure 2).
+"""The length of the gradient, at the current weights and with noise of the size of rounding (FPQ's Figure 2).
 
 FPQ's argument (Eq. 7 and 8) needs a small gradient: then the loss under a perturbation is ruled by the curvature.  A
 rising one means that a step of training, or noise, moves the loss more.  With g_n the gradient of sample n's loss with

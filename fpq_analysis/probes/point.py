@@ -58,7 +58,7 @@ class Probe(Protocol):
         ...
 
     def __call__(self, point: Point) -> Rows:
-        """Measure; the last row is the total, whose presence on disk means that the measurement is complete."""
+        """Measure; the row of the whole network, the total, comes last."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Which place in a network a name stands for: a module's output, or its input; and how its values are had."""
+"""Which place in a network a name stands for: a module's output, or its input; and how to capture its values."""
 
 from __future__ import annotations
 

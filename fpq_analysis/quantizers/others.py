@@ -1,6 +1,6 @@
 """Quantizers that are not of this package: recognised by their classes' names, and by what they do to a weight.
 
-Their rounding cannot be taken out, so only the Hessian in the trained weights, `latent`, is to be had of them.  A
+Their rounding cannot be taken out, so only the Hessian in the trained weights, `latent`, is available.  A
 weight that is rounded shows in this: moving it a little leaves the output of its layer as it was, though the gradient,
 which is straight-through, says otherwise.  No list of classes is needed for that, and nothing is imported.
 """

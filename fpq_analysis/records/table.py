@@ -1,7 +1,7 @@
 """Tidy rows of what was measured: one JSON object a line, appended, one file a probe and run.
 
-`<run>/records/<probe>.jsonl`; a measurement is the group of rows with one `key`, whose last row is marked as such.
-What a kill tore off is not complete and is measured again.
+`<run>/records/<probe>.jsonl`; a measurement is the rows with one `key`.  The final row of each write has
+their number in `last`, so that a write torn off by a kill is noticed and measured again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ COLUMNS = {
     "key": "hash of checkpoint, epoch, network, probe, its version and settings, and data: what makes two measurements "
     "the same",
     "status": "ok, or what is wrong",
-    "last": "on the last of the rows written at a time, their number: without them all it is measured again",
+    "last": "on the final row of each write, how many rows were written; an incomplete write is measured again",
     "package": "version of fpq-analysis that measured; like the next three, None in records of before",
     "torch": "version of torch",
     "device": "where it was computed: cpu, cuda, ...",

@@ -1,4 +1,4 @@
-"""The code that a user's network is made by, as a hash: what was measured of one network holds of no other."""
+"""Hash of the user's model code, so that results are not reused after it changes."""
 
 from __future__ import annotations
 

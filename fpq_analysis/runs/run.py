@@ -43,7 +43,7 @@ class Header:
         data: fingerprint of the training data.
         quantized: whether the network has quantizers.
         init: the run whose network this one was started from, if any.
-        stated: what the user said of it that does not stand in the file; of a file of ours, nothing.
+        stated: what the user stated because the file lacks it; empty for our own files.
     """
 
     epoch: int

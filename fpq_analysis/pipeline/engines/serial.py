@@ -1,4 +1,4 @@
-"""Here and now, one by one."""
+"""Runs tasks one after another in the current process."""
 
 from __future__ import annotations
 
