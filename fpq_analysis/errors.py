@@ -80,6 +80,11 @@ def explained(error: Exception, about: str = "") -> UserError:
         found = UserError(text + CURES.get(error.errno, "Is the disk in order?"))
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         found = UserError(f"{where}out of memory. Measure on fewer images (--n-data), or end what else is running.")
+    elif "pickle" in str(error):
+        found = UserError(
+            f"{where}{error}. What other processes measure with must be importable there: put the function into a "
+            "module, and name it: package.module:factory."
+        )
     else:
         found = UserError(
             f"{where}{kind}: {error} -- this is a fault of the program. Run again with FPQ_DEBUG=1 for the traceback, "

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fpq_analysis import UserError, files, measure
+from fpq_analysis import ForeignRuns, UserError, files, measure
 from fpq_analysis.cli import app
 from fpq_analysis.pipeline import store
 from fpq_analysis.pipeline.execute import execute, forget
@@ -24,6 +24,7 @@ from fpq_analysis.pipeline.run import run
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes import PROBES, HessianEigs, HessianTrace, NoiseResponse
 from fpq_analysis.probes.landscape import LandscapeSettings
+from tests.nets import tiny
 from tests.words import words
 
 NET = "tests.nets:tiny"
@@ -79,6 +80,13 @@ def test_processes_and_threads_write_what_one_by_one_does(tiny_runs, tmp_path):
             assert all(len(frame) for frame in frames)
     serial, *others = map(rows_in, folders)
     assert all(rows == serial for rows in others)
+
+
+def test_what_other_processes_cannot_be_handed_is_said(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "epoch_1.pt")
+    source = ForeignRuns(tmp_path, lambda: tiny(), "digits")
+    with ProcessPoolExecutor(1, SPAWN) as pool, pytest.raises(UserError, match="must be importable there"):
+        measure(source, HessianTrace(), n_data=16, device="cpu", executor=pool)
 
 
 def measure_all(folder):
