@@ -7,7 +7,7 @@ Heavier weight away from zero means more directions of curvature.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -144,13 +144,4 @@ class HessianDensity:
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `DensityEstimate.rows`."""
-        return spectral_density(
-            point.model,
-            point.batches,
-            n_draws=self.n_draws,
-            n_steps=self.n_steps,
-            loss=point.loss,
-            definition=self.definition,
-            operator=self.operator,
-            seed=point.seed,
-        ).rows()
+        return spectral_density(point.model, point.batches, loss=point.loss, seed=point.seed, **asdict(self)).rows()

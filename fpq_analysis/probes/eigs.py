@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -198,14 +198,4 @@ class HessianEigs:
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `EigenEstimate.rows`."""
-        return hessian_eigs(
-            point.model,
-            point.batches,
-            self.k,
-            which=self.which,
-            loss=point.loss,
-            definition=self.definition,
-            operator=self.operator,
-            tol=self.tol,
-            seed=point.seed,
-        ).rows()
+        return hessian_eigs(point.model, point.batches, loss=point.loss, seed=point.seed, **asdict(self)).rows()

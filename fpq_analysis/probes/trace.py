@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -367,14 +367,4 @@ class HessianTrace:
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `TraceEstimate.rows`."""
-        return hessian_trace(
-            point.model,
-            point.batches,
-            loss=point.loss,
-            method=self.method,
-            definition=self.definition,
-            tol=self.tol,
-            n_products=self.n_products,
-            n_labels=self.n_labels,
-            seed=point.seed,
-        ).rows()
+        return hessian_trace(point.model, point.batches, loss=point.loss, seed=point.seed, **asdict(self)).rows()
