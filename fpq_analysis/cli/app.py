@@ -36,12 +36,12 @@ app = typer.Typer(
 )
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line on stderr."""
     print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
-def tell(text: str = "") -> None:
+def echo(text: str = "") -> None:
     """A line of results, on stdout."""
     print(printable(text, keep="\n"))
 
@@ -50,7 +50,7 @@ def fail(error: Exception | str) -> None:
     """An error as a paragraph on stderr."""
     width = min(100, columns())
     text = printable(f"Error: {error}", keep=" \n")
-    say(textwrap.fill(text, width=width, break_long_words=False, break_on_hyphens=False))
+    log(textwrap.fill(text, width=width, break_long_words=False, break_on_hyphens=False))
 
 
 def fail_all(faults: Mapping[Path, Exception]) -> None:
@@ -80,8 +80,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            say("Stopped. What was finished is kept; the same command goes on from there")
-            say("(training: with --resume; measuring: without --overwrite).")
+            log("Stopped. What was finished is kept; the same command goes on from there")
+            log("(training: with --resume; measuring: without --overwrite).")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of the output has seen enough: typer ends quietly
             raise
@@ -164,7 +164,7 @@ def _source(
     from fpq_analysis.runs.foreign import ForeignRuns, foreign_runs, left_out
 
     for path in [path for run in foreign_runs(folder) for path in left_out(run)]:
-        say(f"'{path}' is left out: it has no number in its name, as others beside it have.")
+        log(f"'{path}' is left out: it has no number in its name, as others beside it have.")
     return ForeignRuns(folder, model, data, data_root, image_size, normalize, QuantSpec.parse(bits) if bits else None)
 
 

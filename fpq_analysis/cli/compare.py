@@ -17,14 +17,14 @@ from fpq_analysis.cli.app import (
     Records,
     Seed,
     app,
+    echo,
     fail_all,
     guarded,
+    log,
     new_table,
     print_json,
     print_table,
     reads_foreign,
-    say,
-    tell,
 )
 from fpq_analysis.errors import UserError
 
@@ -101,10 +101,10 @@ def compare(
         numbers = (ours, difference.baseline_value, difference.value)
         table.add_row(str(difference.epoch), *(number(x, 4) for x in numbers), number(difference.ci95, 2))
     print_table(table)
-    say("")
-    tell(textwrap.fill(found[-1].sentence(), width=80))
+    log("")
+    echo(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
-    tell(f"{how}: {n_data} training images; one training run each.")
+    echo(f"{how}: {n_data} training images; one training run each.")
     fail_all(faults)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Device, Figures, app, guarded, say
+from fpq_analysis.cli.app import Device, Figures, app, guarded, log
 from fpq_analysis.cli.hessian import print_traces
 
 
@@ -30,4 +30,4 @@ def demo(
     """
     from fpq_analysis.pipeline.demo import run_demo
 
-    print_traces(run_demo(out, figures, report, device=device, log=say))
+    print_traces(run_demo(out, figures, report, device=device, log=log))

@@ -12,13 +12,13 @@ from fpq_analysis.cli.app import (
     Device,
     Json,
     app,
+    echo,
     guarded,
+    log,
     new_table,
     print_json,
     print_table,
     reads_foreign,
-    say,
-    tell,
 )
 from fpq_analysis.text import printable
 
@@ -60,9 +60,9 @@ def doctor(
     else:
         _print_findings(findings)
         if not costs.empty:
-            tell()
+            echo()
             _print_forecast(costs, n_data)
-    say(f"{len(findings)} checks: {faults} faults, {notes} notes.")
+    log(f"{len(findings)} checks: {faults} faults, {notes} notes.")
     if faults:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, guarded, print_json, say
+from fpq_analysis.cli.app import Json, app, guarded, log, print_json
 
 
 @app.command()
@@ -37,9 +37,9 @@ def export(
         print_json(frame)
         return
     row = frame.iloc[0]
-    say(f"{row['file']}: {row['bytes']:,} bytes, {row['layers']} quantized layers")
+    log(f"{row['file']}: {row['bytes']:,} bytes, {row['layers']} quantized layers")
     if "images" in frame:
-        say(
+        log(
             f"onnxruntime on {row['images']} random images: {100 * row['same_class']:.0f} % of the answers as in "
             f"PyTorch; difference of a logit, relative to their spread: typically {row['typical']:.1g}, at most "
             f"{row['largest']:.1g}"

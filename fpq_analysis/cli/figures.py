@@ -20,9 +20,9 @@ from fpq_analysis.cli.app import (
     app,
     fail_all,
     guarded,
+    log,
     print_json,
     reads_foreign,
-    say,
 )
 from fpq_analysis.errors import UserError
 
@@ -69,7 +69,7 @@ def figures(
         model=model,
         records=records,
         on_fault=faults.__setitem__,
-        log=say,
+        log=log,
     )
     if json:
         print_json(drawn.assign(path=[path and str(path) for path in drawn["path"]]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import new_table, print_table, tell
+from fpq_analysis.cli.app import echo, new_table, print_table
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
 from fpq_analysis.errors import UserError
 
@@ -101,16 +101,16 @@ def print_traces(frame: pd.DataFrame) -> None:
         table.add_section()
     print_table(table)
     if rows["sem_data"].notna().any():
-        tell("± 95 %: over the images measured on, not over training runs.")
+        echo("± 95 %: over the images measured on, not over training runs.")
     if rows["sem_data"].isna().any():
-        tell("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
-    tell("Loss, Acc.: on these images. Clip: weights outside their quantizer's grid.")
+        echo("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
+    echo("Loss, Acc.: on these images. Clip: weights outside their quantizer's grid.")
     _warn_of_chance(frame)
     differences = against_baseline(rows)
     if differences:
-        tell("\nOn the same images, image by image (± 95 %; one training run each):")
+        echo("\nOn the same images, image by image (± 95 %; one training run each):")
         for difference in differences:
-            tell(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
+            echo(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
 
 
 def _warn_of_chance(frame: pd.DataFrame) -> None:
@@ -128,7 +128,7 @@ def _warn_of_chance(frame: pd.DataFrame) -> None:
         "class, though the network was trained. If it did better in training, these are other data, or data prepared "
         "in another way: check --data, --normalize and --image-size. Its curvature here says little."
     )
-    tell(textwrap.fill(text, width=80))
+    echo(textwrap.fill(text, width=80))
 
 
 def _print_eigenvalues(frame: pd.DataFrame) -> None:
@@ -148,9 +148,9 @@ def _print_eigenvalues(frame: pd.DataFrame) -> None:
             name = f"{run}, {definition}" if several else str(run)
             table.add_row(name, str(epoch), *(number(x, 4) for x in values), str(int(one["n_products"].iloc[0])))
         table.add_section()
-    tell("")
+    echo("")
     print_table(table)
-    tell("Each within its residual, stored beside it, of an eigenvalue for these images.")
+    echo("Each within its residual, stored beside it, of an eigenvalue for these images.")
 
 
 def _print_moments(frame: pd.DataFrame) -> None:
@@ -164,7 +164,7 @@ def _print_moments(frame: pd.DataFrame) -> None:
         by_name = one.set_index("quantity")
         cells = [number(float(by_name[c][q]), d) for q in ("trace", "squares") for c, d in (("value", 4), ("sem", 2))]
         table.add_row(str(run), str(epoch), *cells)
-    tell("\nMoments of the spectral density:")
+    echo("\nMoments of the spectral density:")
     print_table(table)
 
 
@@ -172,7 +172,7 @@ def _print_sharpness(frame: pd.DataFrame) -> None:
     from fpq_analysis.text import number
 
     rows = some_epochs(frame[frame["layer"] == "all"])
-    tell("\nSharpness that survives rescaling, at each run's last epoch:")
+    echo("\nSharpness that survives rescaling, at each run's last epoch:")
     table = new_table({"Run": "left", "Epoch": "right", "Quantity": "left", "Value": "right", "± se": "right"})
     for (run, _), group in rows.groupby(["run", "definition"], sort=False):
         last = group[group["epoch"] == group["epoch"].max()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, guarded, new_table, print_json, print_table, say, tell
+from fpq_analysis.cli.app import Json, app, echo, guarded, log, new_table, print_json, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ def inspect(
             _print_files(files)
         wrong = files[files["hash"].isin(["differs", "missing"])]
         if len(wrong):
-            say(f"{len(wrong)} of {len(files)} checkpoints are missing or not what the manifest says.")
+            log(f"{len(wrong)} of {len(files)} checkpoints are missing or not what the manifest says.")
             raise typer.Exit(1)
         return
     fields = inspection.inspect_checkpoint(checkpoint)
@@ -50,7 +50,7 @@ def inspect(
         return
     _print_fields(fields)
     if len(quantizers):
-        tell()
+        echo()
         _print_quantizers(quantizers)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.cli.app import new_table, print_table, say, tell
+from fpq_analysis.cli.app import echo, log, new_table, print_table
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command
 from fpq_analysis.errors import UserError
 
@@ -80,12 +80,12 @@ def landscape(
         found = terrains(frame)
         if found:
             _print(found)
-            tell(textwrap.fill(landscape_caption(frame), width=80))
+            echo(textwrap.fill(landscape_caption(frame), width=80))
 
     def page(frame: pd.DataFrame) -> None:
         from fpq_analysis.plots.landscape_html import surface_html
 
-        say(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
+        log(f"Page: {surface_html(frame, settings.figures / 'surface.html')}")
 
     if epoch is not None:
         settings = replace(settings, epochs=str(epoch))
@@ -116,11 +116,11 @@ def _print(found: list[Terrain]) -> None:
             "-" if terrain.moves != terrain.moves else number(terrain.moves, 2) + (" !" if terrain.aliased else ""),
         )
     print_table(table)
-    tell("Dip: the lowest loss on the grid minus the network's own, image by image.")
+    echo("Dip: the lowest loss on the grid minus the network's own, image by image.")
     if any(terrain.moves == terrain.moves for terrain in found):
-        tell("Steps: move of the weights in a grid step (RMS), in quantization steps.")
+        echo("Steps: move of the weights in a grid step (RMS), in quantization steps.")
     if any(terrain.aliased for terrain in found):
-        tell("!: more than half of one: too coarse a grid for weights that are rounded again.")
+        echo("!: more than half of one: too coarse a grid for weights that are rounded again.")
 
 
 def _with_coordinates(frame: pd.DataFrame) -> pd.DataFrame:

@@ -30,11 +30,11 @@ from fpq_analysis.cli.app import (
     fail,
     fail_all,
     guarded,
+    log,
     new_table,
     print_json,
     print_table,
     reads_foreign,
-    say,
 )
 from fpq_analysis.errors import NothingToDraw, UserError, going_on
 
@@ -149,10 +149,10 @@ def measure_and_show(
     for probe in probes:
         todo = plan(settings.ckpt_dir, probe, sampling, **options)
         bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
-        say(f"{probe.name}: {todo.n_done} done, {todo.n_left} to do{bad}")
+        log(f"{probe.name}: {todo.n_done} done, {todo.n_left} to do{bad}")
         checkpoints = len(todo.measurements) + len(todo.done) + len(todo.faults)
         if not checkpoints and probe.needs and shard == WHOLE:
-            say(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
+            log(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
         if settings.dry_run:
             what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
             forecasts.append(forecast(todo, faults.__setitem__).assign(measurement=what))
@@ -169,21 +169,21 @@ def measure_and_show(
         print_json(rows(everything) if rows else everything)
     unshown: list[UserError] = []
     if shard != WHOLE:
-        say(f"Part {settings.shard} is done. When all are, the same command without --shard gathers and draws.")
+        log(f"Part {settings.shard} is done. When all are, the same command without --shard gathers and draws.")
     else:
         unshown = _show(frames, settings, show)
         for page in pages:
             with going_on(unshown.append, "The page"), contextlib.suppress(NothingToDraw):
                 page(everything)
     for kind in sorted({str(kind) for kind in everything["dtype"].dropna() if "measured in" in str(kind)}):
-        say(f"Weights in some of the files: {kind}.")
+        log(f"Weights in some of the files: {kind}.")
     for fault in unshown:
         fail(fault)
     if faults:
-        say(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
+        log(f"{len(faults)} of {checkpoints} checkpoints could not be measured.")
     unreached = int((everything["status"] == "tolerance not reached").sum())
     if unreached:
-        say(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
+        log(f"{unreached} numbers did not reach the tolerance; their errors stand beside them in the records.")
     fail_all(faults)
     if unshown or unreached:
         raise typer.Exit(1)
@@ -215,7 +215,7 @@ def draw(probe: str, frame: pd.DataFrame, folder: Path) -> list[UserError]:
     for drawing in FIGURES.values():
         if drawing.probe == probe:
             with going_on(faults.append, drawing.title), contextlib.suppress(NothingToDraw):
-                say(f"{drawing.title}: " + ", ".join(map(str, drawing.write(frame, folder))))
+                log(f"{drawing.title}: " + ", ".join(map(str, drawing.write(frame, folder))))
     return faults
 
 
@@ -228,7 +228,7 @@ def shorten_runs(frame: pd.DataFrame) -> pd.DataFrame:
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     shared = first[: max(first.rfind("-", 0, length), first.rfind("/", 0, length)) + 1]
     if shared:
-        say(f"All runs begin with {shared}, which is left out below.")
+        log(f"All runs begin with {shared}, which is left out below.")
     return frame.assign(run=[str(run).removeprefix(shared) for run in frame["run"]])
 
 

@@ -7,7 +7,7 @@ import textwrap
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fpq_analysis.cli.app import tell
+from fpq_analysis.cli.app import echo
 from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
 from fpq_analysis.cli.options import numbers, options_of
 from fpq_analysis.measures import MEASURES, Measure
@@ -36,7 +36,7 @@ def _show(row: Measure, frame: pd.DataFrame) -> None:
         found = frame.loc[frame["layer"] == "all", "quantity"].unique()
         print_quantities(frame, row.headings or {name: name.replace("_", " ").capitalize() for name in found})
         if row.note:
-            tell(textwrap.fill(row.note, width=80))
+            echo(textwrap.fill(row.note, width=80))
 
 
 for _name, _row in MEASURES.items():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import CkptDir, Records, app, guarded, say, tell
+from fpq_analysis.cli.app import CkptDir, Records, app, echo, guarded, log
 
 
 @app.command()
@@ -31,8 +31,8 @@ def report(
 
     written = write_report(ckpt_dir, output, records=records)
     for caution in written.cautions:
-        say(f"Note: {caution}")
+        log(f"Note: {caution}")
     for name, command in written.missing:
-        say(f"Not measured: {name} ({command})")
+        log(f"Not measured: {name} ({command})")
     figures = ", ".join(written.figures) or "no figure of measurements"
-    tell(f"{written.path}: {written.runs} runs; {figures}")
+    echo(f"{written.path}: {written.runs} runs; {figures}")

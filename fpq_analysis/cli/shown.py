@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from fpq_analysis.cli.app import new_table, print_table, tell
+from fpq_analysis.cli.app import echo, new_table, print_table
 from fpq_analysis.cli.measuring import print_quantities, some_epochs
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def print_variances(frame: pd.DataFrame) -> None:
         f"Variance under noise of sd {at:g} in the normalised image, mean over classes and images; flipped: share of "
         "predictions that change. ± 95 %: over the images, draws of the noise included."
     )
-    tell(textwrap.fill(text, width=80))
+    echo(textwrap.fill(text, width=80))
 
 
 def print_norms(frame: pd.DataFrame) -> None:
@@ -45,7 +45,7 @@ def print_norms(frame: pd.DataFrame) -> None:
     else:
         text = "The data do not fill a minibatch; a smaller --batch-size gives minibatch norms. "
     text += "All data: norm of their mean gradient, clean. ± 95 %: over minibatches or images, and draws of the noise."
-    tell(textwrap.fill(text, width=80))
+    echo(textwrap.fill(text, width=80))
 
 
 def print_features(frame: pd.DataFrame) -> None:
@@ -66,10 +66,10 @@ def print_features(frame: pd.DataFrame) -> None:
             table.add_row(str(run), str(epoch), *numbers, values.get("quantized_mean", ""))
         table.add_section()
     layers = ", ".join(rows["layer"].unique())
-    tell(f"Output of {layers}, means over its channels:")
+    echo(f"Output of {layers}, means over its channels:")
     print_table(table)
-    tell("± 95 %: of the mean, over the images.")
-    tell("Rounded: the mean behind the quantizer of the layer that comes next.")
+    echo("± 95 %: of the mean, over the images.")
+    echo("Rounded: the mean behind the quantizer of the layer that comes next.")
 
 
 def print_responses(frame: pd.DataFrame) -> None:
@@ -109,11 +109,11 @@ def print_responses(frame: pd.DataFrame) -> None:
         "the measured increase is relative to that, ± 95 % over the images: with logits linear in the noise; with "
         "rounding residues held (straight-through); in the real network."
     )
-    tell(textwrap.fill(say_what, width=80))
-    tell("")
+    echo(textwrap.fill(say_what, width=80))
+    echo("")
     for run, group in rows.groupby("run", sort=False):
         one = frame[(frame["run"] == run) & (frame["epoch"] == group["epoch"].iloc[0])]
-        tell(textwrap.fill(summary(str(run), one), width=80, subsequent_indent="  "))
+        echo(textwrap.fill(summary(str(run), one), width=80, subsequent_indent="  "))
 
 
 def summary(run: str, rows: pd.DataFrame) -> str:
@@ -157,6 +157,6 @@ def print_shares(frame: pd.DataFrame) -> None:
         table.add_section()
     print_table(table)
     eps = frame.loc[frame["quantity"] == "eps", "value"].iloc[-1]
-    tell(f"Near: less than {eps:g} steps from a rounding threshold ({200 * eps:g} % if spread evenly).")
-    tell("Flipped: another whole number than at the checkpoint before.")
-    tell("By the step: it would not be another, had its step size stayed.")
+    echo(f"Near: less than {eps:g} steps from a rounding threshold ({200 * eps:g} % if spread evenly).")
+    echo("Flipped: another whole number than at the checkpoint before.")
+    echo("By the step: it would not be another, had its step size stayed.")

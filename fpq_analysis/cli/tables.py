@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, fail_all, guarded, new_table, print_json, print_table, tell
+from fpq_analysis.cli.app import Json, app, echo, fail_all, guarded, new_table, print_json, print_table
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _print(frame: pd.DataFrame, table: int | None, json: bool) -> None:
         print_json(frame)
         return
     for number in numbers:
-        tell(f"Table {number}: {PAPER[number].title}, {PAPER[number].data}, accuracy in %")
+        echo(f"Table {number}: {PAPER[number].title}, {PAPER[number].data}, accuracy in %")
         _print_one(frame[frame["table"] == number])
     _print_notes(frame, {number: PAPER[number].data for number in numbers})
 
@@ -86,7 +86,7 @@ def _print_one(cells: pd.DataFrame) -> None:
                 numbers += [_number(cell["paper"]), _ours(cell["mean"], cell["sd"])]
             table.add_row(str(row), "" if width == "FP" else f"{width[1]}/{width[3]}", *numbers)
         print_table(table)
-        tell()
+        echo()
 
 
 def _short(model: str) -> str:
@@ -126,4 +126,4 @@ def _print_notes(cells: pd.DataFrame, paper_data: dict[int, str]) -> None:
     ):
         if unique[column].sum():
             notes.append(f"{int(unique[column].sum())} {text}")
-    tell("\n".join(textwrap.fill(f"{note}.", width=80) for note in notes))
+    echo("\n".join(textwrap.fill(f"{note}.", width=80) for note in notes))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.cli.app import Device, Json, app, fail, guarded, new_table, print_json, print_table, say
+from fpq_analysis.cli.app import Device, Json, app, fail, guarded, log, new_table, print_json, print_table
 from fpq_analysis.cli.options import options_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import MethodSettings
@@ -61,15 +61,15 @@ def train(
     settings = TrainConfig(**options)
     run = out or Path("checkpoints") / settings.name
     if dry_run:
-        say(f"Would train {run}:")
+        log(f"Would train {run}:")
         for key, value in options.items():
-            say(f"  {key} = {value}")
+            log(f"  {key} = {value}")
         return
-    frame = run_training(settings, run, device=device, download=download, resume=resume, overwrite=overwrite, log=say)
+    frame = run_training(settings, run, device=device, download=download, resume=resume, overwrite=overwrite, log=log)
     if json:
         print_json(frame)
     last = frame.iloc[-1]
-    say(f"Done: {run}, epoch {int(last['epoch'])}, test accuracy {100 * last['test_accuracy']:.2f} %")
+    log(f"Done: {run}, epoch {int(last['epoch'])}, test accuracy {100 * last['test_accuracy']:.2f} %")
 
 
 _OF_SWEEPS = ("config", "shard", "out", "device", "download", "resume", "dry_run", "json")
@@ -96,13 +96,13 @@ def _train_sweep(
         names = sweep.shard(*parse_shard(shard)) if shard else None
         frame = sweeps.sweep_status(sweep, names)
     else:
-        frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, log=say)
+        frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, log=log)
     if json:
         print_json(frame)
     else:
         _print_sweep(frame)
     if dry_run:
-        say(sweeps.summary(frame))
+        log(sweeps.summary(frame))
         return
     failed = frame[frame["status"] == sweeps.FAILED]
     waiting = frame[frame["status"] == sweeps.WAITS]

@@ -32,7 +32,7 @@ Vector = Sequence[Tensor]  # in parts, shaped like the parameters
 
 
 @dataclass
-class _Stand:
+class _CachedState:
     """What was computed for one state of the model, valid until a script moves the weights.
 
     Attributes:
@@ -77,7 +77,7 @@ class hessian:
         self.criterion = criterion
         self.batches = as_batches(data if data is not None else list(dataloader or []))
         self.settings: dict[str, Any] = {"loss": criterion, "seed": seed}
-        self._last: _Stand | None = None
+        self._last: _CachedState | None = None
 
     @property
     def params(self) -> list[Tensor]:
@@ -85,7 +85,7 @@ class hessian:
 
         For a network quantized by this package, Q(w) takes the place of each quantized weight.
         """
-        return list(self._stand().variables.values())
+        return list(self._current().variables.values())
 
     @property
     def gradsH(self) -> list[Tensor]:  # noqa: N802
@@ -93,20 +93,20 @@ class hessian:
 
         Computed at first use and kept, with a graph over all data at once; for much data use `dataloader_hv_product`.
         """
-        stand = self._stand()
-        if stand.gradients is None:
-            n, variables = stand.subject.n_data, stand.variables
+        current = self._current()
+        if current.gradients is None:
+            n, variables = current.subject.n_data, current.variables
             with full_precision(), torch.enable_grad():
                 losses = [
-                    self.criterion(functional_call(stand.subject.view, variables, (x,)), y) * (len(x) / n)
-                    for x, y in stand.subject.data
+                    self.criterion(functional_call(current.subject.view, variables, (x,)), y) * (len(x) / n)
+                    for x, y in current.subject.data
                 ]
-                stand.gradients = list(
+                current.gradients = list(
                     torch.autograd.grad(
                         torch.stack(losses).sum(), list(variables.values()), create_graph=True, materialize_grads=True
                     )
                 )
-        return stand.gradients
+        return current.gradients
 
     def dataloader_hv_product(self, v: Vector) -> tuple[float, list[Tensor]]:
         """v^T H v, and H v in parts, H the Hessian of the mean loss over all data.
@@ -114,11 +114,11 @@ class hessian:
         Args:
             v: one tensor for each of `params`.
         """
-        stand = self._stand()
-        if stand.operator is None:
-            stand.operator = stand.subject.operator()
-        operator = stand.operator
-        places = [operator.slices[name] for name in stand.variables]
+        current = self._current()
+        if current.operator is None:
+            current.operator = current.subject.operator()
+        operator = current.operator
+        places = [operator.slices[name] for name in current.variables]
         flat = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
         for place, part in zip(places, v, strict=True):
             flat[place] = part.detach().to(flat).reshape(-1)
@@ -126,13 +126,15 @@ class hessian:
         value = float(flat.double() @ product.double())
         return value, [product[place].view_as(part) for place, part in zip(places, v, strict=True)]
 
-    def _stand(self) -> _Stand:
+    def _current(self) -> _CachedState:
         state: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         last = self._last
         if last is None or not all(torch.equal(t, last.state[name]) for name, t in state.items()):
             subject = prepare(self.model, self.batches, loss=self.criterion)
             variables = {name: state.get(name, subject.parameters[name]) for name in self._in_order(subject.parameters)}
-            self._last = last = _Stand({name: t.detach().clone() for name, t in state.items()}, subject, variables)
+            self._last = last = _CachedState(
+                {name: t.detach().clone() for name, t in state.items()}, subject, variables
+            )
         return last
 
     def _in_order(self, names: Iterable[str]) -> list[str]:

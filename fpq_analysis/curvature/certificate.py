@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import FEW
-from fpq_analysis.curvature.graph import prove, prove_parameters, wanting
+from fpq_analysis.curvature.graph import prove, prove_parameters, requiring_grad
 from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
@@ -60,11 +60,11 @@ def _check_first_derivatives(
     layers: dict[str, nn.Module],
     generator: torch.Generator,
 ) -> None:
-    with wanting(model), Recorder(layers, parameters, {}, 1) as recorder:
+    with requiring_grad(model), Recorder(layers, parameters, {}, 1) as recorder:
         logits = recorder.run(model, image)
         r = torch.randn(logits.shape, generator=generator).to(logits)
         formula = recorder.squared_norms(logits, r.unsqueeze(0))
-    with wanting(model, parameters.values()):
+    with requiring_grad(model, parameters.values()):
         found = torch.autograd.grad((model(image) * r).sum(), list(parameters.values()), allow_unused=True)
     squares = {name: 0.0 if g is None else float(g.square().sum()) for name, g in zip(parameters, found, strict=True)}
     tolerance = torch.finfo(r.dtype).eps ** 0.5
@@ -105,7 +105,7 @@ def certify_features(model: nn.Module, batches: list[Batch], layers: dict[str, n
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        with full_precision(), torch.enable_grad(), wanting(model):
+        with full_precision(), torch.enable_grad(), requiring_grad(model):
             for _ in map_batches(list(batches), work):
                 pass
     except RuntimeError as error:

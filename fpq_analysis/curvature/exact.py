@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.graph import prove_parameters, structure, wanting
+from fpq_analysis.curvature.graph import graph_signature, prove_parameters, requiring_grad
 from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
@@ -72,15 +72,15 @@ def per_sample_traces(
     def measure(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         nonlocal passes
         x, y, *uniforms = batch
-        with full_precision(), torch.enable_grad(), wanting(model):
+        with full_precision(), torch.enable_grad(), requiring_grad(model):
             passes = passes or exact_passes(model, loss, (x, y))
             with Recorder(layers, parameters, derivatives or {}, passes) as recorder:
                 outputs = recorder.run(model, x)
-            graph = structure(outputs)
+            graph = graph_signature(outputs)
             if graph not in proven:
                 # Where a few take the same way, custom Functions are tried out on these: on many it takes long.
                 with Recorder(layers, parameters, derivatives or {}, passes) as recorder_of_few:
-                    same = structure(recorder_of_few.run(model, x[:FEW])) == graph
+                    same = graph_signature(recorder_of_few.run(model, x[:FEW])) == graph
                 prove_parameters(model, x[:FEW] if same else x, parameters)
                 proven.add(graph)
             with torch.no_grad():

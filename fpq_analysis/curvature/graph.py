@@ -52,7 +52,7 @@ def nodes(output: Tensor) -> list[Node]:
     return list(found)
 
 
-def structure(output: Tensor) -> tuple[Any, ...]:
+def graph_signature(output: Tensor) -> tuple[Any, ...]:
     """Equal for two graphs of the same operations, connected in the same way."""
     places: dict[Node, int] = {}
     lines = []
@@ -98,7 +98,7 @@ def prove_parameters(model: nn.Module, x: Tensor, parameters: dict[str, Tensor])
     Raises:
         NotExactError: as `prove`, or with the parameter that is used again.
     """
-    with torch.enable_grad(), wanting(model, parameters.values()):
+    with torch.enable_grad(), requiring_grad(model, parameters.values()):
         output = prove(model, lambda: model(x), lambda: {f"'{name}'": p for name, p in parameters.items()})
         used = Counter(id(getattr(b, "variable", None)) for node in nodes(output) for b, _ in node.next_functions)
     for name, p in parameters.items():
@@ -107,7 +107,7 @@ def prove_parameters(model: nn.Module, x: Tensor, parameters: dict[str, Tensor])
 
 
 @contextmanager
-def wanting(model: nn.Module, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
+def requiring_grad(model: nn.Module, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
     """Inside, these parameters of the model want gradients, and no others."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     chosen = {id(p) for p in parameters}

@@ -17,7 +17,7 @@ from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError, explained
 from fpq_analysis.pipeline.plan import network_code
-from fpq_analysis.pipeline.task import Result, Sampling, Task
+from fpq_analysis.pipeline.task import Sampling, Task, TaskResult
 from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
 from fpq_analysis.runs import file_hash
 from fpq_analysis.runs.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from fpq_analysis.runs.foreign import ForeignCheckpoint
 Batch = tuple[Tensor, Tensor]
 
 
-def execute(task: Task) -> Result:
+def execute(task: Task) -> TaskResult:
     """Measure one piece.  What it takes to begin is kept for the next piece of the same measurement.
 
     Raises:
@@ -46,25 +46,25 @@ def execute(task: Task) -> Result:
 
 def forget() -> None:
     """Let go of what is kept between tasks."""
-    _kept.begun = None
+    _kept.active = None
     _kept.batches.clear()
 
 
-def _execute(task: Task) -> Result:
+def _execute(task: Task) -> TaskResult:
     start = time.perf_counter()
     same = replace(task, piece="")
-    fresh = _kept.begun is None or _kept.begun.task != same
+    fresh = _kept.active is None or _kept.active.task != same
     if fresh:
-        _kept.begun = None  # its networks first
-        _kept.begun = _Begun(same)
-    begun = _kept.begun
-    assert begun is not None
-    rows = begun.pieces.measure(task.piece)
+        _kept.active = None  # its networks first
+        _kept.active = _ActiveMeasurement(same)
+    active = _kept.active
+    assert active is not None
+    rows = active.pieces.measure(task.piece)
     seconds = {"seconds": round(time.perf_counter() - start, 4)}
-    return Result(begun.complete(rows, **seconds), begun.complete(begun.pieces.notes) if fresh else [])
+    return TaskResult(active.complete(rows, **seconds), active.complete(active.pieces.notes) if fresh else [])
 
 
-class _Begun:
+class _ActiveMeasurement:
     """A measurement that is set up.
 
     Attributes:
@@ -243,7 +243,7 @@ class _Kept:
     """What a process keeps from one task to the next: a measurement that is set up, and images."""
 
     def __init__(self) -> None:
-        self.begun: _Begun | None = None
+        self.active: _ActiveMeasurement | None = None
         self.batches: dict[tuple[Any, ...], tuple[dict[str, Any], Batch]] = {}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fpq_analysis import records as rec
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.pipeline import store
-from fpq_analysis.pipeline.task import WHOLE, Measurement, Sampling, Shard, Task
+from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Sampling, Shard, Task
 from fpq_analysis.runs import Header, Run, Source, file_hash, source_of
 from fpq_analysis.runs.factories import factory_name, source_hash
 
@@ -45,7 +45,7 @@ class Plan:
     shard: Shard
     overwrite: bool
     homes: list[Path]
-    measurements: list[Measurement]
+    measurements: list[PlannedMeasurement]
     done: set[str]
     n_done: int
     faults: list[tuple[Path, UserError]]
@@ -113,7 +113,7 @@ def plan(
         settings["loss"] = sampling.loss
     homes = {run: rec.home(root, run, records) for run in chosen}
     turns = itertools.count()
-    measurements: list[Measurement] = []
+    measurements: list[PlannedMeasurement] = []
     done: set[str] = set()
     n_done = 0
     for run, paths in chosen.items():
@@ -135,7 +135,7 @@ def plan(
                 if left:
                     signature = {name: known[name] for name in known if name.startswith(store.SIGNATURE)}
                     about = (run, homes[run], path, header, key, networks, auxiliary)
-                    measurements.append(Measurement(*about, left, signature))
+                    measurements.append(PlannedMeasurement(*about, left, signature))
                 elif mine:
                     done.add(key)
     settled = Path(records) if records else root, source, probe, sampling, rec.settings_key(probe.name, settings)
@@ -227,7 +227,7 @@ def measurement_key(
 
     Args:
         settings: of the probe and the sample.
-        networks, auxiliary, model: see `Measurement` and `Sampling`.
+        networks, auxiliary, model: see `PlannedMeasurement` and `Sampling`.
     """
     name, code = network_code(header, model)
     about = {"epoch": header.epoch, "data": header.data, "network": name, "factory": code, **header.stated}

@@ -16,7 +16,7 @@ from fpq_analysis.pipeline import store
 from fpq_analysis.pipeline.engines.serial import SerialExecutor
 from fpq_analysis.pipeline.execute import execute, forget
 from fpq_analysis.pipeline.plan import Plan, plan
-from fpq_analysis.pipeline.task import WHOLE, Measurement, Result, Sampling, Shard, Task
+from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Sampling, Shard, Task, TaskResult
 from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.probes.point import Probe
 from fpq_analysis.progress import Progress
@@ -140,9 +140,9 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
     return store.read(todo.root, todo.homes, name, todo.done | writer.written)
 
 
-def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[Result]]]:
+def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[TaskResult]]]:
     """Each task with its outcome, as they are done."""
-    flying: dict[Future[Result], Task] = {}
+    flying: dict[Future[TaskResult], Task] = {}
     try:
         for task in tasks:
             flying[executor.submit(execute, task)] = task
@@ -156,7 +156,7 @@ def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, 
             future.cancel()
 
 
-def _flush(writer: store.Writer, measurements: Iterable[Measurement], report: Fault) -> None:
+def _flush(writer: store.Writer, measurements: Iterable[PlannedMeasurement], report: Fault) -> None:
     for measurement in measurements:
         with going_on(partial(report, measurement.path), f"'{measurement.path}'"):
             writer.flush(measurement)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from fpq_analysis import records as rec
 from fpq_analysis.errors import UserError
-from fpq_analysis.pipeline.task import WHOLE, Measurement, Result, Shard
+from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Shard, TaskResult
 
 # Seconds of work that a kill may cost; writing every piece at once would cost a fast device more than the work itself.
 FLUSH = 2.0
@@ -78,7 +78,7 @@ def check_same(known: dict[str, float], signature: dict[str, float]) -> None:
         was = known.get(name, value)
         if abs(value - was) > SAME * max(1.0, abs(was)):
             raise UserError(
-                "The directions of this landscape come out otherwise than when it was begun (another machine or "
+                "The directions of this landscape come out otherwise than when it was pending (another machine or "
                 "release of torch, perhaps), so its points would not fit together. Draw it anew with --overwrite, "
                 "all shards in one place."
             )
@@ -91,53 +91,53 @@ class Writer:
         written: keys of the measurements of which something was written.
     """
 
-    def __init__(self, probe: str, shard: Shard, measurements: Iterable[Measurement]) -> None:
+    def __init__(self, probe: str, shard: Shard, measurements: Iterable[PlannedMeasurement]) -> None:
         self.written: set[str] = set()
         self._name = probe if shard == WHOLE else f"{probe}.{shard[0]}of{shard[1]}"
-        self._begun = {_identity(measurement): _Begun(measurement) for measurement in measurements}
+        self._pending = {_identity(measurement): _PendingWrite(measurement) for measurement in measurements}
 
-    def add(self, measurement: Measurement, result: Result) -> None:
+    def add(self, measurement: PlannedMeasurement, result: TaskResult) -> None:
         """Take the result of one piece.
 
         Raises:
             UserError: if it does not fit the other pieces, or the machine does not let it be written.
         """
-        begun = self._begun[_identity(measurement)]
+        pending = self._pending[_identity(measurement)]
         signature = _signature(result.notes)
-        check_same(begun.known, signature)
-        if result.notes and not begun.known:
-            begun.known = signature
-            begun.waiting += result.notes
-        begun.waiting += result.rows
-        begun.left -= 1
-        if not begun.left or time.monotonic() - begun.written > FLUSH:
+        check_same(pending.known, signature)
+        if result.notes and not pending.known:
+            pending.known = signature
+            pending.waiting += result.notes
+        pending.waiting += result.rows
+        pending.left -= 1
+        if not pending.left or time.monotonic() - pending.written > FLUSH:
             self.flush(measurement)
 
-    def flush(self, measurement: Measurement) -> None:
+    def flush(self, measurement: PlannedMeasurement) -> None:
         """Write what waits of a measurement.
 
         Raises:
             UserError: if the machine does not let it be written.
         """
-        begun = self._begun[_identity(measurement)]
-        rows, begun.waiting = begun.waiting, []
+        pending = self._pending[_identity(measurement)]
+        rows, pending.waiting = pending.waiting, []
         if rows:
             rec.append(measurement.home, self._name, rows)
             self.written.add(measurement.key)
-        begun.written = time.monotonic()
+        pending.written = time.monotonic()
 
 
-class _Begun:
+class _PendingWrite:
     """A measurement that is being written."""
 
-    def __init__(self, measurement: Measurement) -> None:
+    def __init__(self, measurement: PlannedMeasurement) -> None:
         self.known = measurement.known
         self.left = len(measurement.pieces)
         self.waiting: list[Row] = []
         self.written = time.monotonic()
 
 
-def _identity(measurement: Measurement) -> tuple[Path, str]:
+def _identity(measurement: PlannedMeasurement) -> tuple[Path, str]:
     return measurement.home, measurement.key  # of a run that was copied the keys are the same
 
 

@@ -48,7 +48,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class PlannedMeasurement:
     """One measurement of one checkpoint.
 
     Attributes:
@@ -85,13 +85,13 @@ class Task:
     source: Source
     probe: Probe
     sampling: Sampling
-    measurement: Measurement
+    measurement: PlannedMeasurement
     settings: str
     piece: str = ""
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """What a task found, as rows for the records.
 
     Attributes:

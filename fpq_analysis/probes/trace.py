@@ -34,7 +34,7 @@ from fpq_analysis.records.queries import AT_CHANCE
 
 BY_SAMPLE = ("exact", "sampled")
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
-METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT)
+TRACE_METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT)
 # Above this many classes `auto` draws labels: the exact sum then costs more than the error over the data is worth.
 MAX_EXACT_PASSES = 19  # of the cross-entropy of 20 classes
 N_LABELS = 4
@@ -222,8 +222,10 @@ def hessian_trace(
 def _check_settings(
     method: str, definition: str, operator: str, tol: float | None, n_products: int, n_labels: int
 ) -> None:
-    if method not in METHODS:
-        raise UserError(f"Unknown method '{method}'{did_you_mean(method, METHODS)}. Known: {', '.join(METHODS)}.")
+    if method not in TRACE_METHODS:
+        raise UserError(
+            f"Unknown method '{method}'{did_you_mean(method, TRACE_METHODS)}. Known: {', '.join(TRACE_METHODS)}."
+        )
     check_definition(definition)
     check_operator(operator)
     if method == "xnystrace" and operator == "hessian":
