@@ -128,3 +128,33 @@ def test_layers_and_functions_are_exchanged():
         kept = [nn.BatchNorm2d(2)(x), nn.ConvTranspose2d(2, 2, 3)(x)]
     assert [t.grad_fn.name() for t in made] == ["_ConvolutionBackward"] * 2 + ["_BatchNormBackward"] * 2
     assert [t.grad_fn.name() for t in kept] == ["NativeBatchNormBackward0", "ConvolutionBackward0"]
+
+
+def test_slopes_of_a_network_through_batch_norm():
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def second() -> list[list[Tensor]]:
+        slope = lambda: torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)[0]  # noqa: E731
+        return derivatives(slope, [x, layer.weight], 0)
+
+    plain = second()
+    with SecondDerivatives():
+        torch.testing.assert_close(second(), plain)
+
+
+def test_transforms_of_torch_func_within():
+    x = torch.randn(2, 1, 5, 5, dtype=torch.float64)
+    w = torch.randn(2, 3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    check(lambda: torch.func.vmap(lambda one: F.conv2d(x, one).tanh())(w), [w], 0)
+
+
+def test_weight_norm_is_differentiated_through_its_norm():
+    torch.manual_seed(0)
+    v = torch.randn(3, 4, dtype=torch.float64)
+    g = torch.rand(3, 1, dtype=torch.float64)
+    truth = torch.autograd.functional.hessian(lambda v: (v * g / v.norm(dim=1, keepdim=True)).pow(3).sum(), v)
+    with SecondDerivatives():
+        found = torch.autograd.functional.hessian(lambda v: torch._weight_norm(v, g).pow(3).sum(), v)
+    torch.testing.assert_close(found, truth)

@@ -1,9 +1,10 @@
-"""Convolution and BatchNorm, with second derivatives that cost what the first do.
+"""Convolution and BatchNorm, with second derivatives that cost what the first do; weight norm, with right ones.
 
-Both maps are linear in each of their arguments, so the derivatives of their gradients are the same few kernels with the
-arguments changed about.  PyTorch's own second derivatives are general instead: those of a grouped convolution go
-through the groups one by one, of a BatchNorm through a dozen passes over the activations.  Values and gradients here
-come from PyTorch's kernels and are the same to the last bit.
+The first two maps are linear in each of their arguments, so the derivatives of their gradients are the same few kernels
+with the arguments changed about.  PyTorch's own second derivatives are general instead: those of a grouped convolution
+go through the groups one by one, of a BatchNorm through a dozen passes over the activations.  Values and gradients here
+come from PyTorch's kernels and are the same to the last bit.  The second derivative of PyTorch's weight norm is wrong:
+its gradient takes the norm for a constant, and Hessians are not even symmetric.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ PLAIN: set[type] = {Tensor, nn.Parameter}
 
 
 class SecondDerivatives(TorchFunctionMode):
-    """Inside, convolutions and BatchNorm in eval mode are those of this module, wherever they are called from.
+    """Inside, convolutions, BatchNorm in eval mode and weight norm are those of this module, wherever they are called.
 
-    Forward-mode differentiation is not supported.
+    Within transforms of `torch.func` they are PyTorch's, weight norm excepted.  `torch.autograd.forward_ad` is not
+    supported.
     """
 
     def __torch_function__(
@@ -32,11 +34,19 @@ class SecondDerivatives(TorchFunctionMode):
         kwargs = kwargs or {}
         if not PLAIN.issuperset(types):  # a kind of tensor with functions of its own
             return function(*args, **kwargs)
+        if function is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():  # they want rules of their own from every Function
+            return function(*args, **kwargs)
         if function in CONVOLUTIONS:
             return _convolution(function, *args, **kwargs)
         if function is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 # With the number of dimensions of an image.
@@ -146,7 +156,7 @@ class _BatchNormGradients(torch.autograd.Function):
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, w, mean, var = ctx.saved_tensors
         by_g = by_x = by_w = None
-        zero = torch.zeros_like(w)
+        zero = torch.zeros_like(var)
         if ctx.needs_input_grad[0]:
             if vw is not None or vb is not None:
                 by_g = F.batch_norm(x, mean, var, zero if vw is None else vw, zero if vb is None else vb, eps=ctx.eps)
@@ -156,7 +166,6 @@ class _BatchNormGradients(torch.autograd.Function):
         to_x, to_w = ctx.needs_input_grad[1] and vw is not None, ctx.needs_input_grad[2] and vx is not None
         if to_x or to_w:
             # One gradient of a BatchNorm with scale vw, of inputs vx without a mean.
-            by_x, by_w, _ = aten.native_batch_norm_backward(
-                g, x if vx is None else vx, vw, zero, var, None, None, False, ctx.eps, [to_x, to_w, False]
-            )
+            inputs = x if vx is None else vx
+            by_x, by_w, _ = _BatchNormGradients.apply(g, inputs, vw, zero, var, ctx.eps, (to_x, to_w, False))
         return by_g, by_x, by_w, None, None, None, None
