@@ -33,13 +33,13 @@ def density_figure(records: pd.DataFrame) -> Figure:
     methods = sorted(rows["method"].unique())
     figure, parts = panels(rows, (3.4, 2.7), shared=True)
     for axes, panel in parts:
-        tint = colour(panel["method"].iloc[0], methods)
+        color = colour(panel["method"].iloc[0], methods)
         epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
         for epoch in epochs:
             last = epoch == epochs[-1]
             rows_here = panel[panel["epoch"] == epoch]
             nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
-            _draw(axes, nodes, weights, tint if last else "0.55", at_epoch("", epoch), last)
+            _draw(axes, nodes, weights, color if last else "0.55", at_epoch("", epoch), last)
         _name_axes(axes)
         if epochs != [""]:
             axes.legend(loc="upper right")
@@ -60,7 +60,7 @@ def _samples(rows: pd.DataFrame, kind: str) -> np.ndarray:
     return np.array(rows[rows["quantity"].str.startswith(kind)].sort_values("quantity")["samples"].tolist())
 
 
-def _draw(axes: Axes, nodes: np.ndarray, weights: np.ndarray, tint: str, text: str, outliers: bool) -> None:
+def _draw(axes: Axes, nodes: np.ndarray, weights: np.ndarray, color: str, text: str, outliers: bool) -> None:
     low, high = nodes.min(), nodes.max()
     scale = WIDTH * (high - low) or 1.0
     grid = np.linspace(low - 5 * scale, high + 5 * scale, POINTS)
@@ -71,14 +71,14 @@ def _draw(axes: Axes, nodes: np.ndarray, weights: np.ndarray, tint: str, text: s
         ]
     )
     mean = runs.mean(0)
-    axes.plot(grid, np.maximum(mean, FLOOR / 10), color=tint, linewidth=1.0, label=text)
+    axes.plot(grid, np.maximum(mean, FLOOR / 10), color=color, linewidth=1.0, label=text)
     if len(runs) > 1:
         error = runs.std(0, ddof=1) / np.sqrt(len(runs))
         ends = np.maximum(mean - error, FLOOR / 10), np.maximum(mean + error, FLOOR / 10)
-        axes.fill_between(grid, *ends, color=tint, alpha=0.2, lw=0)
+        axes.fill_between(grid, *ends, color=color, alpha=0.2, lw=0)
     if outliers:
         alone = standing_alone(nodes, 4 * scale)
-        axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=tint, markersize=4, clip_on=False)
+        axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=color, markersize=4, clip_on=False)
 
 
 def _name_axes(axes: Axes) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import band, epoch_axis, log_if_wide, look, run_label, style
+from fpq_analysis.plots.style import band, epoch_axis, line_style, log_if_wide, run_label, style
 from fpq_analysis.records.queries import distinct, last_epochs
 
 # Quantity to the label of its axis.
@@ -71,7 +71,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
         lines.append((last, line))
     for _, line in sorted(lines, key=lambda one: -one[0]):  # the legend in the order of the lines
         first = line.iloc[0]
-        mark = look(first["method"], first["bits"], methods)
+        mark = line_style(first["method"], first["bits"], methods)
         if along == "epoch":
             line = line.sort_values("epoch")
         x = line["epoch"].to_numpy() if along == "epoch" else np.arange(1, len(line) + 1)

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import epoch_axis, look, panels, style
+from fpq_analysis.plots.style import epoch_axis, line_style, panels, style
 from fpq_analysis.records.queries import distinct, eigenvalues
 
 
@@ -34,7 +34,7 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
             axes.plot(
                 line["epoch"],
                 line["value"],
-                **look(first["method"], first["bits"], methods),
+                **line_style(first["method"], first["bits"], methods),
                 alpha=1 - 0.7 * (rank - 1) / max(1, most - 1),
                 label=f"{rank}",
             )

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFo
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import method_label, method_rank
-from fpq_analysis.plots.style import colour, legend_by_ends, look, style
+from fpq_analysis.plots.style import colour, legend_by_ends, line_style, style
 from fpq_analysis.records.queries import distinct, nearest, variances
 
 SD = 0.1  # of the bars, where it was measured
@@ -80,8 +80,8 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame, sd: float) -> None:
     for place, (method, bits, rows) in enumerate(groups(panel[panel["sd"] == sd])):
         table = over_seeds(rows)
         value, error = float(table["value"].iloc[0]), float(table["error"].iloc[0])
-        tint, hatch = colour(method, methods), HATCHES.get(bits, "")
-        axes.bar(place, value, 0.7, color=tint, alpha=0.85, hatch=hatch, edgecolor="white")
+        color, hatch = colour(method, methods), HATCHES.get(bits, "")
+        axes.bar(place, value, 0.7, color=color, alpha=0.85, hatch=hatch, edgecolor="white")
         axes.errorbar(place, value, error, color="0.15", capsize=3, linewidth=1.0, fmt="none")
         if len(rows) > 1:
             spots = place + 0.22 * np.linspace(-1, 1, len(rows))
@@ -103,7 +103,7 @@ def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
             table.index,
             table["value"],
             table["error"],
-            **look(method, bits, methods),
+            **line_style(method, bits, methods),
             capsize=2,
             elinewidth=1.0,
             label=method_label(method, bits),

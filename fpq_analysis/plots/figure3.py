@@ -95,7 +95,7 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, tint: str) -> None:
+def _draw(axes: Axes, rows: pd.DataFrame, color: str) -> None:
     by_name = rows.set_index("quantity")["samples"]
     columns = {name: np.asarray(by_name[name][:MOST], dtype=float) for name in BOX}
     n = len(columns["mean"])
@@ -109,13 +109,13 @@ def _draw(axes: Axes, rows: pd.DataFrame, tint: str) -> None:
         showmeans=True,
         meanline=True,
         patch_artist=True,
-        boxprops={"facecolor": tint, "alpha": 0.35, "edgecolor": tint, "linewidth": 0.8},
-        whiskerprops={"color": tint, "linewidth": 0.8},
-        capprops={"color": tint, "linewidth": 0.8},
+        boxprops={"facecolor": color, "alpha": 0.35, "edgecolor": color, "linewidth": 0.8},
+        whiskerprops={"color": color, "linewidth": 0.8},
+        capprops={"color": color, "linewidth": 0.8},
         medianprops={"linewidth": 0},  # at zero for most channels of a ReLU, and easily taken for the mean
         meanprops={"color": MEAN, "linewidth": 1.8, "linestyle": "-"},
     )
-    (dots,) = axes.plot(channels, columns["max"], ".", color=tint, markersize=3, label="largest value")
+    (dots,) = axes.plot(channels, columns["max"], ".", color=color, markersize=3, label="largest value")
     ticks = [1, *range(4, n + 1, 4)] if n > 8 else list(range(1, n + 1))
     axes.set_xticks(ticks, [str(i) for i in ticks])
     axes.grid(axis="x", visible=False)

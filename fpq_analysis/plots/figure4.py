@@ -108,7 +108,7 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods:
         if quantity not in set(run["quantity"]):
             continue
         zeros = 1 - float(run.loc[run["quantity"] == quantity, "value"].iloc[0])
-        tint = colour(first["method"], methods)
+        color = colour(first["method"], methods)
         text = method_label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
         # The bins of a run fit into those of the grid: the mass of each is summed.
         edges = _samples(run, "density_edges")
@@ -122,7 +122,7 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods:
                 weights="mass",
                 bins=list(grid),
                 element="step",
-                color=tint,
+                color=color,
                 ax=axes,
                 **look,
             )

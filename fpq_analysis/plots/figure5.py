@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import band, colour, epoch_axis, legend_by_ends, log_if_wide, look, run_label, style
+from fpq_analysis.plots.style import band, colour, epoch_axis, legend_by_ends, line_style, log_if_wide, run_label, style
 from fpq_analysis.records.queries import distinct, totals
 
 # What the rows of one line have in common.
@@ -53,18 +53,18 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
     for place, (_, line) in enumerate(groups):
         line = line.sort_values("epoch")
         method, bits = str(line["method"].iloc[0]), str(line["bits"].iloc[0])
-        tint = colour(method, methods)
+        color = colour(method, methods)
         error = line["ci95"]
         text = _legend(line, panel)
         if quantized and bits == "FP":
             value, spread = line["value"].iloc[-1], error.iloc[-1]
-            drawn = axes.axhline(value, color=tint, linewidth=1.2, label=f"{text}, epoch {line['epoch'].iloc[-1]}")
-            axes.axhspan(value - spread, value + spread, color=tint, alpha=0.12, linewidth=0)
+            drawn = axes.axhline(value, color=color, linewidth=1.2, label=f"{text}, epoch {line['epoch'].iloc[-1]}")
+            axes.axhspan(value - spread, value + spread, color=color, alpha=0.12, linewidth=0)
             drawn_values.append(value)
         else:
             x = line["epoch"] + apart * (place - (groups.ngroups - 1) / 2)
-            (drawn,) = axes.plot(x, line["value"], label=text, **look(method, bits, methods))
-            band(axes, x, line["value"], error, tint)
+            (drawn,) = axes.plot(x, line["value"], label=text, **line_style(method, bits, methods))
+            band(axes, x, line["value"], error, color)
             drawn_values += list(line["value"])
         ends.append((line["value"].iloc[-1], drawn))
     epoch_axis(axes)

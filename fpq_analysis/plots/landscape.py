@@ -143,17 +143,17 @@ def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
     wide = levels([line.loss for line in lines])[1]
     for line in lines:
         (x,) = line.grid
-        tint = colour(str(line.first["method"]), methods) if not len(line.networks) else "black"
-        axes.plot(x, line.loss, color=tint, linestyle=LINES.get(str(line.first["bits"]), "-"), label=line.title)
+        color = colour(str(line.first["method"]), methods) if not len(line.networks) else "black"
+        axes.plot(x, line.loss, color=color, linestyle=LINES.get(str(line.first["bits"]), "-"), label=line.title)
         low, high = line.loss - line.rise_half, line.loss + line.rise_half
         # A logarithmic axis has no room below zero.
         low = np.maximum(low, 0.5 * np.nanmin(line.loss)) if wide else low
-        axes.fill_between(x, low, high, color=tint, alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         here, half = line.loss[line.centre], line.half[line.centre]
         reach = [[min(half, 0.5 * here)], [half]] if wide else half
-        axes.errorbar([0], [here], reach, color=tint, linewidth=1.0, capsize=2, fmt="none")
+        axes.errorbar([0], [here], reach, color=color, linewidth=1.0, capsize=2, fmt="none")
         if len(line.networks):
-            axes.plot(line.networks["x"], line.networks["value"], "o", color=tint, markeredgecolor="white", ms=5)
+            axes.plot(line.networks["x"], line.networks["value"], "o", color=color, markeredgecolor="white", ms=5)
             _name_networks(axes, line, line.networks["value"])
     if wide:
         axes.set_yscale("log")

@@ -41,7 +41,7 @@ def noise_figure(records: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, panel: pd.DataFrame, tint: str) -> None:
+def _draw(axes: Axes, panel: pd.DataFrame, color: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     powers_of_ten(axes.yaxis)
@@ -54,7 +54,7 @@ def _draw(axes: Axes, panel: pd.DataFrame, tint: str) -> None:
     for kind, (text, marker, filled, shift) in KINDS.items():
         points = panel[panel["kind"] == kind].sort_values("size")
         up = points[points["value"] > 0]
-        shade = tint if filled else "0.45"
+        shade = color if filled else "0.45"
         axes.errorbar(
             up["size"] * shift,
             up["value"],

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import look, run_label, style
+from fpq_analysis.plots.style import line_style, run_label, style
 from fpq_analysis.records.queries import distinct
 
 PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
@@ -43,7 +43,7 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
             for _, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
                 line = line.sort_values("epoch")
                 first = line.iloc[0]
-                mark = look(first["method"], first["bits"], methods)
+                mark = line_style(first["method"], first["bits"], methods)
                 axes.plot(line["epoch"], line["value"], label=run_label(first, subject), **mark)
             if quantity == "near":
                 axes.axhline(2 * eps, color="0.6", linewidth=0.8, label="if spread evenly")

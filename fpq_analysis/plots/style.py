@@ -89,10 +89,10 @@ def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
     )
 
 
-def look(method: str, bits: str, methods: list[str]) -> dict[str, Any]:
+def line_style(method: str, bits: str, methods: list[str]) -> dict[str, Any]:
     """How the line of a run is drawn: colour by method, line and marker by bit width."""
-    tint = colour(method, methods)
-    return {"color": tint, "linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o")}
+    color = colour(method, methods)
+    return {"color": color, "linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o")}
 
 
 def epoch_axis(axes: Axes, ticks: int = 10) -> None:
@@ -101,13 +101,13 @@ def epoch_axis(axes: Axes, ticks: int = 10) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
 
 
-def band(axes: Axes, x: Any, value: pd.Series, half: pd.Series, tint: str, alpha: float = 0.15) -> None:
+def band(axes: Axes, x: Any, value: pd.Series, half: pd.Series, color: str, alpha: float = 0.15) -> None:
     """The interval value ± half along x, none where half is not known; of a single point a bar."""
     half = half.fillna(0)
     if len(value) == 1:
-        axes.errorbar(x, value, half, color=tint, linewidth=1.0, capsize=3, fmt="none")
+        axes.errorbar(x, value, half, color=color, linewidth=1.0, capsize=3, fmt="none")
     else:
-        axes.fill_between(x, value - half, value + half, color=tint, alpha=alpha, linewidth=0)
+        axes.fill_between(x, value - half, value + half, color=color, alpha=alpha, linewidth=0)
 
 
 def log_if_wide(axes: Axes, low: float, high: float, numbers: str = "{x:g}") -> bool:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, look, style
+from fpq_analysis.plots.style import colour, epoch_axis, legend_by_ends, line_style, style
 from fpq_analysis.records.queries import distinct
 
 
@@ -42,18 +42,18 @@ def _draw_panel(axes: Axes, panel: pd.DataFrame) -> None:
     ends = []
     for _, line in panel.groupby(["variant", "bits"], sort=True):
         method, variant, bits = (str(line[column].iloc[0]) for column in ("method", "variant", "bits"))
-        tint = colour(method, methods)
+        color = colour(method, methods)
         accuracy = 100 * line.groupby("epoch")["test_accuracy"].agg(["mean", "min", "max"])
         last = accuracy.iloc[-1]
         if quantized and bits == "FP":
             drawn = axes.axhline(
-                last["mean"], color=tint, linewidth=1.2, label=f"{variant}, epoch {accuracy.index[-1]}"
+                last["mean"], color=color, linewidth=1.2, label=f"{variant}, epoch {accuracy.index[-1]}"
             )
-            axes.axhspan(last["min"], last["max"], color=tint, alpha=0.12, linewidth=0)
+            axes.axhspan(last["min"], last["max"], color=color, alpha=0.12, linewidth=0)
         else:
             text = variant if bits == "FP" else f"{variant} {bits}"
-            (drawn,) = axes.plot(accuracy.index, accuracy["mean"], label=text, **look(method, bits, methods))
-            axes.fill_between(accuracy.index, accuracy["min"], accuracy["max"], color=tint, alpha=0.15, linewidth=0)
+            (drawn,) = axes.plot(accuracy.index, accuracy["mean"], label=text, **line_style(method, bits, methods))
+            axes.fill_between(accuracy.index, accuracy["min"], accuracy["max"], color=color, alpha=0.15, linewidth=0)
         ends.append((last["mean"], drawn))
     epoch_axis(axes)
     axes.set_ylabel("Test accuracy (%)")
