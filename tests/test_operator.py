@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fpq_analysis import UserError, hessian_trace
 from fpq_analysis.curvature import (
@@ -355,3 +356,24 @@ def test_freed_memory_goes_back_at_the_end_of_the_outermost():
     after = process.memory_info().rss
     assert after < most - 2**26
     assert after <= inside
+
+
+def test_blocks_that_are_run_again_in_the_backward_pass():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh())
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, x, use_reentrant=False).flatten(1))
+
+    torch.manual_seed(0)
+    model = Checkpointed().double().eval()
+    x, y = torch.randn(5, 1, 4, 4, dtype=torch.float64), torch.randint(3, (5,))
+    parameters = dict(model.named_parameters())
+    dense = dense_hessian(model, list(parameters.values()), x, y)
+    operator = HessianOperator(model, CROSS_ENTROPY, as_batches((x, y), 2), parameters)
+    v = torch.randn(2, len(dense), dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(operator.products(v), v @ dense, rtol=1e-10, atol=1e-12)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import GraphStore, map_batches
@@ -70,6 +71,7 @@ class CurvatureOperator(ABC):
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.slices = {name: slice(end - size, end) for name, size, end in zip(parameters, sizes, ends, strict=True)}
         self._graphs = GraphStore(self.parameters, graph_bytes)
+        self._checkpointed = False  # whether the network is known to run blocks again in its backward pass
 
     @property
     def graph_bytes(self) -> int:
@@ -97,9 +99,15 @@ class CurvatureOperator(ABC):
         def add(batch: tuple[Tensor, ...]) -> None:
             nonlocal begun
             try:
-                with SecondDerivatives():
+                with SecondDerivatives(exchanged=not self._checkpointed):
                     graph = self._graphs.of(batch, self._graph)
                 parts = [self._product(graph, row) for row in v]
+            except CheckpointError:
+                if self._checkpointed:
+                    raise
+                # What a backward pass runs again, it runs outside of the mode: so is all of it from now on.
+                self._checkpointed, self._graphs = True, GraphStore(self.parameters, self._graphs.limit)
+                return add(batch)
             except RuntimeError:
                 self._graphs.clear()  # they may be what memory is wanting for
                 raise

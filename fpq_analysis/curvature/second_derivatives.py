@@ -26,7 +26,14 @@ class SecondDerivatives(TorchFunctionMode):
 
     Within transforms of `torch.func` they are PyTorch's, weight norm excepted.  `torch.autograd.forward_ad` is not
     supported.
+
+    Args:
+        exchanged: convolutions and BatchNorm; without, weight norm alone.
     """
+
+    def __init__(self, exchanged: bool = True) -> None:
+        super().__init__()
+        self.exchanged = exchanged
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -36,7 +43,9 @@ class SecondDerivatives(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
-        if torch._C._are_functorch_transforms_active():  # they want rules of their own from every Function
+        if (
+            not self.exchanged or torch._C._are_functorch_transforms_active()
+        ):  # they want rules of their own from every Function
             return function(*args, **kwargs)
         if function in CONVOLUTIONS:
             return _convolution(function, *args, **kwargs)
