@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Of commands, files and pages: what these print and write is the same on every processor.
-NOT_OF_NUMBERS := cli factories figures files guard hostile inspection notebooks pipeline report rooms runs sweeps tables \
+NOT_OF_NUMBERS := cli extending factories figures files guard hostile inspection notebooks pipeline report rooms runs sweeps tables \
 	text training
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 
