@@ -13,6 +13,7 @@ That an image's outputs do not depend on the other images is `samples.py`'s.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -103,13 +104,11 @@ def certify_features(model: nn.Module, batches: list[Batch], layers: dict[str, n
     def work(batch: tuple[Tensor, ...]) -> None:
         prove(model, lambda: check_rows(model(batch[0]), len(batch[0])), lambda: moves)
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        with full_precision(), torch.enable_grad(), requiring_grad(model):
+        with ExitStack() as hooks, full_precision(), torch.enable_grad(), requiring_grad(model):
+            for name, layer in layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(hook(name)))
             for _ in map_batches(list(batches), work):
                 pass
     except RuntimeError as error:
         raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,6 +8,7 @@ whose second factor serves all backward passes.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -75,16 +76,15 @@ class Recorder:
         self.n = 0
         self.leaves: list[Tensor] = []
         self.seen: dict[str, _Seen] = {}
-        self.handles: list[Any] = []
+        self.hooks = ExitStack()
 
     def __enter__(self) -> Recorder:
         for name, layer in self.layers.items():
-            self.handles.append(layer.register_forward_hook(self._hook(name)))
+            self.hooks.enter_context(layer.register_forward_hook(self._hook(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.hooks.close()
 
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
         """The outputs (B, C) with a graph that ends at the layers' outputs."""

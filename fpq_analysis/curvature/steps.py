@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -37,15 +38,11 @@ def watch(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Ste
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda module, args: starts.append(_clock())))
-        handles.append(module.register_forward_hook(finish(name)))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, args: starts.append(_clock())))
+            hooks.enter_context(module.register_forward_hook(finish(name)))
         return run(), steps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _clock() -> int:

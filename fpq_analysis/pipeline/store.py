@@ -57,11 +57,12 @@ def gather(home: Path, probe: str, overwrite: bool) -> None:
         UserError: if their pieces do not fit together, or those that stand there and are not replaced.
     """
     shards = {name: _by_key(home, name) for name in _shards(home, probe)}
+    own = _by_key(home, probe) if shards else {}
     found: dict[str, Rows] = {}
     for key in dict.fromkeys(key for rows in shards.values() for key in rows):
         parts = [rows[key] for rows in shards.values() if key in rows]
         found[key] = {place: row for part in parts for place, row in part.items()}
-        there = _by_key(home, probe).get(key, {})
+        there = own.get(key, {})
         if not there.keys() <= found[key].keys():
             parts.append(there)
         for part in [] if overwrite else parts[1:]:
@@ -78,7 +79,7 @@ def check_same(known: dict[str, float], signature: dict[str, float]) -> None:
         was = known.get(name, value)
         if abs(value - was) > SAME * max(1.0, abs(was)):
             raise UserError(
-                "The directions of this landscape come out otherwise than when it was pending (another machine or "
+                "The directions of this landscape come out otherwise than when it was begun (another machine or "
                 "release of torch, perhaps), so its points would not fit together. Draw it anew with --overwrite, "
                 "all shards in one place."
             )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,18 +197,14 @@ def _convolutions(model: nn.Module) -> dict[str, Any]:
 def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Of a layer called more than once, the last call's, as in distillation."""
     found: dict[str, Tensor] = {}
-    handles = []
-    for name, layer in _convolutions(model).items():
+    with ExitStack() as hooks:
+        for name, layer in _convolutions(model).items():
 
-        def keep(layer: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-            found[name] = by_channel(output.detach().clone())  # what comes behind may work in place
+            def keep(layer: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                found[name] = by_channel(output.detach().clone())  # what comes behind may work in place
 
-        handles.append(layer.register_forward_hook(keep))
-    try:
+            hooks.enter_context(layer.register_forward_hook(keep))
         model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

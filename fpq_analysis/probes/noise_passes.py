@@ -113,12 +113,10 @@ def _added(sites: Sites, moves: Features, size: float = 1.0) -> Iterator[None]:
     def adder(move: Tensor) -> Any:
         return lambda layer, args: (torch.add(args[0], move, alpha=size), *args[1:])
 
-    handles = [sites[name][0].register_forward_pre_hook(adder(move)) for name, move in moves.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, move in moves.items():
+            hooks.enter_context(sites[name][0].register_forward_pre_hook(adder(move)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Clean:
@@ -148,14 +146,12 @@ class _Clean:
                 (slope,) = torch.autograd.grad(quantizer.forward(before).sum(), before)
             self.lines[quantizer] = slope, output - slope * before.detach()
 
-        handles = [layer.register_forward_pre_hook(look) for layer in names]
-        handles += [quantizer.register_forward_hook(fit) for quantizer in self.inputs]
-        try:
-            with torch.no_grad():
-                self.outputs = view(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in names:
+                hooks.enter_context(layer.register_forward_pre_hook(look))
+            for quantizer in self.inputs:
+                hooks.enter_context(quantizer.register_forward_hook(fit))
+            self.outputs = view(x)
 
     @contextmanager
     def held(self) -> Iterator[None]:

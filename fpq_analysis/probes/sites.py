@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,8 @@ class Site:
             handle = self.module.register_forward_pre_hook(keep, prepend=True)
         else:
             handle = self.module.register_forward_hook(keep)
-        try:
+        with handle:
             model(x)
-        finally:
-            handle.remove()
         return by_channel(found[0])
 
 
@@ -109,16 +108,12 @@ class _Pass:
         self.modules = dict(model.named_modules())
         self.inputs: list[_Call] = []
         self.outputs: list[_Call] = []
-        handles = []
-        for name, module in self.modules.items():
-            handles.append(module.register_forward_pre_hook(self._note(name, self.inputs), prepend=True))
-            handles.append(module.register_forward_hook(self._note(name, self.outputs)))
-        try:
-            with torch.no_grad():
-                model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in self.modules.items():
+                before = module.register_forward_pre_hook(self._note(name, self.inputs), prepend=True)
+                hooks.enter_context(before)
+                hooks.enter_context(module.register_forward_hook(self._note(name, self.outputs)))
+            model(x)
 
     def _note(self, name: str, calls: list[_Call]) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:

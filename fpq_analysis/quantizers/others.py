@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -110,13 +111,10 @@ def rounded_weight(model: nn.Module, x: Tensor) -> str:
         return hook
 
     modules = dict(model.named_modules())
-    handles = [m.register_forward_pre_hook(record(name), with_kwargs=True) for name, m in modules.items()]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, m in modules.items():
+            hooks.enter_context(m.register_forward_pre_hook(record(name), with_kwargs=True))
+        model(x)
     by_owner: dict[str, list[str]] = {}
     ours = tuple(f"{name}." for name, m in modules.items() if isinstance(m, Quantizer))
     for name, p in model.named_parameters():

@@ -11,7 +11,7 @@ default takes the mean over batch, space and channels and sums over layers, `red
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,17 +68,15 @@ class Features:
     def __init__(self, model: nn.Module) -> None:
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
         self.outputs: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
+        self.hooks = ExitStack()
 
     def __enter__(self) -> Features:
         for name, layer in self.layers.items():
-            self.handles.append(layer.register_forward_hook(self._hook(name)))
+            self.hooks.enter_context(layer.register_forward_hook(self._hook(name)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.hooks.close()
         self.outputs.clear()
 
     def _hook(self, name: str) -> Any:
