@@ -14,7 +14,7 @@ from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
 
-# What each definition of the Hessian means; the README says the same.
+# What each definition of the Hessian means; docs/definitions.md says the same.
 DEFINITIONS = {
     "dequantized": (
         "The variables are Q(w), the weights that the quantized network computes with. It is the curvature of the "
