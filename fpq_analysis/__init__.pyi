@@ -45,6 +45,8 @@ from .runs.export import export_safetensors as export_safetensors
 from .runs.foreign import ForeignRuns as ForeignRuns
 from .runs.inspection import inspect_checkpoint as inspect_checkpoint
 from .runs.inspection import inspect_run as inspect_run
+from .training import CSDLoss as CSDLoss
+from .training import StochasticFeaturePerturbation as StochasticFeaturePerturbation
 from .training import TrainConfig as TrainConfig
 from .training import run_sweep as run_sweep
 from .training import train as train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -22,7 +23,7 @@ from fpq_analysis.files import read_jsonl
 from fpq_analysis.quantizers import clipped_fraction, quantizer_parameters, quantizers
 from fpq_analysis.runs import Run
 from fpq_analysis.runs.checkpoint import read_checkpoint
-from fpq_analysis.training.csd import EPS, Features, StandardizedDistance, check_pair, csd_loss
+from fpq_analysis.training.csd import EPS, CSDLoss, Features, StandardizedDistance, check_pair, csd_loss
 from fpq_analysis.training.loop import cosine
 from fpq_analysis.training.sfp import StochasticFeaturePerturbation
 from tests.nets import Residual, tiny
@@ -495,3 +496,74 @@ def test_embedded_data_is_used_without_download():
     data = load_dataset("digits")
     assert isinstance(data, Dataset)
     assert len(data.train) + len(data.test) == 1797
+
+
+# FPQ's parts in a loop of one's own -----------------------------------------------------------------------------------
+
+
+def test_the_parts_in_a_plain_loop_are_those_of_the_trainer():
+    """Noise from the generators of a seed, and the distance, against both written out."""
+    teacher = tiny().eval()
+    model = quantize(teacher, QuantSpec.parse("W4A4"))
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+    calibrate(model, x, "mse")
+    model.train()
+    state = torch.get_rng_state()
+    with StochasticFeaturePerturbation(model, p=0.5, seed=7), CSDLoss(model, teacher) as csd:
+        loss = nn.functional.cross_entropy(model(x), y) + csd(x)
+    assert torch.equal(state, torch.get_rng_state())
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+    generators = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    with StochasticFeaturePerturbation(model, 0.5, *generators), Features(model) as ours, Features(teacher) as theirs:
+        logits = model(x)
+        teacher(x)
+        wanted = nn.functional.cross_entropy(logits, y) + csd_loss(ours.take(), theirs.take())
+    assert float(loss.detach()) == float(wanted.detach())
+
+
+def test_noise_for_another_package_has_the_steps_it_is_told():
+    """A function is asked each time, as a step size may be learned."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)).train()
+    x, step, seen = torch.randn(64, 1, 8, 8), torch.tensor(0.0), []
+    with StochasticFeaturePerturbation(model, p=1.0, step_sizes={"0": lambda: step}) as noise:
+        assert [layer for layer, _ in noise.sites] == [model[0]]
+        model[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for size in (0.25, 1.0):
+            step.fill_(size)
+            model(x)
+            assert 0.49 * size < float((seen[-1] - x).abs().max()) <= 0.5 * size + 1e-6
+
+
+def test_a_copy_of_a_network_under_noise_is_not_perturbed_and_draws_nothing():
+    model = quantize(tiny(), QuantSpec.parse("W4A4"))
+    x = torch.randn(8, 1, 8, 8)
+    calibrate(model, x, "mse")
+    model.train()
+    clean = copy.deepcopy(model)(x)
+    with StochasticFeaturePerturbation(model, p=1.0) as noise, CSDLoss(model, tiny().eval()) as csd:
+        states = [g.get_state() for g in (noise.generator, noise.gate_generator)]
+        assert torch.equal(copy.deepcopy(model)(x), clean)
+        assert all(map(torch.equal, states, (g.get_state() for g in (noise.generator, noise.gate_generator))))
+        assert not csd.pair[0].outputs
+        assert not torch.equal(model(x), clean)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StochasticFeaturePerturbation(tiny(), 0.1), "nothing would get noise"),
+        (lambda: StochasticFeaturePerturbation(tiny(), 1.5), "p is 1.5"),
+        (lambda: StochasticFeaturePerturbation(tiny(), step_sizes={"conv1": torch.ones(())}), "no layer 'conv1'"),
+        (lambda: StochasticFeaturePerturbation(tiny(), site="before", step_sizes={}), "before one of this package"),
+        (lambda: CSDLoss(tiny(), nn.Sequential(nn.Linear(2, 2))), "another network"),
+        (lambda: CSDLoss(nn.Linear(2, 2), nn.Linear(2, 2)), "no convolution"),
+        (lambda: CSDLoss(tiny(), tiny(), "max"), "known are mean and sum"),
+        (lambda: CSDLoss(tiny(), tiny())(torch.zeros(2, 1, 8, 8)), "training mode"),
+        (lambda: CSDLoss(tiny(), tiny().eval())(torch.zeros(2, 1, 8, 8)), "has not run"),
+    ],
+)
+def test_parts_that_cannot_work_say_so(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -25,7 +25,10 @@ def uniform_rows(generators: list[torch.Generator], n: int) -> Tensor:
 
 
 class Noise:
-    """Context manager: inside, forward passes are perturbed, with noise drawn anew in each.
+    """Context manager: inside, forward passes of this network are perturbed, with noise drawn anew in each.
+
+    Those of a copy are not, and draw nothing, though a deep copy has the hooks too: what is measured on one leaves the
+    stream of the noise as it was.
 
     Args:
         model: a quantized model.
@@ -83,10 +86,12 @@ class FeatureNoise(Noise):
         """A hook on the layer, behind the quantizer's own there, or on the quantizer."""
 
         def perturb(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (self.add(args[0], quantizer), *args[1:]) if self.is_on(module) else None
+            on = module is place and self.is_on(module)
+            return (self.add(args[0], quantizer), *args[1:]) if on else None
 
         # Hooks run in the order of registration, so those on a layer see what the quantizer's hook there gives.
-        return (layer if self.site == "after" else quantizer).register_forward_pre_hook(perturb)
+        place = layer if self.site == "after" else quantizer
+        return place.register_forward_pre_hook(perturb)
 
 
 class WeightNoise(Noise):
@@ -97,6 +102,6 @@ class WeightNoise(Noise):
 
     def attach(self, layer: nn.Module, quantizer: Quantizer) -> Any:
         def perturb(module: nn.Module, args: Any, weight: Tensor) -> Tensor:
-            return self.add(weight, quantizer) if self.is_on(module) else weight
+            return self.add(weight, quantizer) if module is quantizer and self.is_on(module) else weight
 
         return quantizer.register_forward_hook(perturb)

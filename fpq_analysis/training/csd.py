@@ -10,8 +10,7 @@ default takes the mean over batch, space and channels and sums over layers, `red
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -81,12 +80,24 @@ class Features:
 
     def _hook(self, name: str) -> Any:
         def keep(layer: nn.Module, args: Any, output: Tensor) -> None:
-            self.outputs[name] = output
+            if layer is self.layers[name]:  # a deep copy has the hook too
+                self.outputs[name] = output
 
         return keep
 
     def take(self) -> list[Tensor]:
-        """The kept outputs, in order of layer names; they are forgotten here, so that memory can be freed."""
+        """The kept outputs, in order of layer names; they are forgotten here, so that memory can be freed.
+
+        Raises:
+            UserError: if a convolution has not run since.
+        """
+        missing = [name for name in self.layers if name not in self.outputs]
+        if missing:
+            raise UserError(
+                f"The convolution '{missing[0]}' has not run since the last distance ({len(missing)} of "
+                f"{len(self.layers)} have not). The forward passes whose features are compared must be inside of "
+                "'with', one before each distance."
+            )
         outputs = [self.outputs[name] for name in self.layers]
         self.outputs.clear()
         return outputs
@@ -100,8 +111,59 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     if ours != theirs:
         raise UserError(
             f"The teacher is another network than the student: only one of them has {sorted(ours ^ theirs)[:3]}. "
-            "Distillation compares layer by layer, so --init must name a run of the same --model."
+            "Distillation compares layer by layer, so it must be of the same form (--init: a run of the same --model)."
         )
+
+
+class CSDLoss:
+    """FPQ's channel-wise standardization distillation, for any training loop (arXiv:2503.11159, Eq. 15-17).
+
+    A context manager, inside of which the convolutions of both networks keep their outputs.  Called with what the
+    student was called with, it runs the teacher and gives the term of the loss, a scalar:
+
+        with CSDLoss(model, teacher) as csd:
+            for x, y in batches:
+                loss = F.cross_entropy(model(x), y) + csd(x)
+
+    Args:
+        model: the student; its quantizers may be of any package, as long as its convolutions are `nn.Conv1d`, `2d` or
+            `3d` (or derived from these) under the names that they have in the teacher.
+        teacher: in eval mode.
+        reduction: `mean` over batch, space and channels, or the paper's literal `sum`, which is about 1e7 times larger.
+
+    Raises:
+        UserError: if the two have not the same convolutions, or the teacher is in training mode.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, reduction: str = "mean") -> None:
+        if reduction not in ("mean", "sum"):
+            raise UserError(f"The reduction is '{reduction}'; known are mean and sum.")
+        check_pair(model, teacher)
+        self.teacher = teacher
+        self.reduction = reduction
+        self.pair = Features(model), Features(teacher)
+
+    def __enter__(self) -> CSDLoss:
+        for features in self.pair:
+            features.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for features in self.pair:
+            features.__exit__(*error)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The distance of the student's last forward pass, which had these arguments; scalar."""
+        if self.teacher.training:
+            raise UserError("The teacher is in training mode, where it would learn from the student. teacher.eval()")
+        with torch.no_grad():
+            self.teacher(*args, **kwargs)
+        return self.distance()
+
+    def distance(self) -> Tensor:
+        """The distance of both networks' last forward passes; scalar."""
+        student, teacher = (features.take() for features in self.pair)
+        return csd_loss(student, teacher, self.reduction)
 
 
 class CSD(Regularizer):
@@ -112,15 +174,11 @@ class CSD(Regularizer):
 
     def __init__(self, config: TrainConfig, model: nn.Module, teacher: nn.Module) -> None:
         super().__init__(config, model, teacher)
-        check_pair(model, teacher)
-        self.pair = Features(model), Features(teacher)
+        self.loss = CSDLoss(model, teacher, config.csd_reduction)
 
-    @contextmanager
-    def during(self, epoch: int) -> Iterator[None]:
+    def during(self, epoch: int) -> CSDLoss:
         """The convolutions of both networks keep their outputs."""
-        with self.pair[0], self.pair[1]:
-            yield
+        return self.loss
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
-        student, teacher = (features.take() for features in self.pair)
-        return {"csd": self.config.csd_weight * csd_loss(student, teacher, self.config.csd_reduction)}
+        return {"csd": self.config.csd_weight * self.loss.distance()}
