@@ -2,6 +2,7 @@
 from .doctor import diagnose as diagnose
 from .doctor import forecast_measurements as forecast_measurements
 from .errors import UserError as UserError
+from .integrations.monitor import CurvatureMonitor as CurvatureMonitor
 from .pipeline.figures import draw_figures as draw_figures
 from .pipeline.run import measure as measure
 from .pipeline.run import measure_landscapes as measure_landscapes

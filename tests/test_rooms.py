@@ -31,6 +31,18 @@ ROOMS = {
     "probes": {"curvature", "linalg", "losses", "measures", "methods", "models", "plots", "quantizers", "records"},
     "report": {"measures", "methods", "plots", "records", "runs"},
     "pipeline": {"data", "models", "plots", "probes", "records", "report", "runs"} | {"training"},
+    "integrations": {
+        "curvature",
+        "data",
+        "losses",
+        "methods",
+        "models",
+        "pipeline",
+        "probes",
+        "quantizers",
+        "records",
+        "runs",
+    },
     "compat": {"curvature", "losses", "plots", "probes"},
     "doctor": {"curvature", "data", "losses", "models", "quantizers", "runs"},
 }

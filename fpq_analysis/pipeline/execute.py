@@ -79,16 +79,9 @@ class _ActiveMeasurement:
         self.pieces = begin(task.probe, point)
         self._auxiliary = point.auxiliary
         measurement = task.measurement
+        common = columns(task.probe, content, task.sampling, task.settings, measurement.key)
         named = "through" in task.probe.needs
-        self._common = {
-            **describe(content, task.sampling),
-            "probe": task.probe.name,
-            "loss": task.sampling.loss,
-            "seed": task.sampling.seed,
-            "settings": task.settings,
-            "key": measurement.key,
-            "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None,
-        }
+        self._common = {**common, "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None}
 
     def complete(self, rows: Rows, **more: Any) -> Rows:
         """The rows with the columns that say what they are about."""
@@ -237,6 +230,16 @@ def describe(content: Checkpoint, sampling: Sampling) -> dict[str, Any]:
         "device": str(pick_device(sampling.device)),
         "dtype": content.dtype,
     }
+
+
+def columns(probe: Probe, content: Checkpoint, sampling: Sampling, settings: str, key: str) -> dict[str, Any]:
+    """The columns that all rows of a measurement share.
+
+    Args:
+        settings, key: see `plan.settings_of` and `plan.measurement_key`.
+    """
+    named = {"probe": probe.name, "loss": sampling.loss, "seed": sampling.seed, "settings": settings, "key": key}
+    return {**describe(content, sampling), **named}
 
 
 class _Kept:

@@ -7,17 +7,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fpq_analysis import records as rec
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.pipeline import store
 from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Sampling, Shard, Task
-from fpq_analysis.runs import Header, Run, Source, file_hash, source_of
+from fpq_analysis.runs import MONITORED, Header, Run, Source, file_hash, source_of
 from fpq_analysis.runs.factories import factory_name, source_hash
 
 if TYPE_CHECKING:
     from fpq_analysis.probes import Probe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,23 +102,27 @@ def plan(
         run = ends[0].parent
         root, chosen = run.parent, {run: ends[:1]}
         found: dict[Path, dict[int, Path]] = {run: {}}
+        live = set()
     else:
         ends, root = [], Path(ckpt_dir)
         found = _find(source, root, faults)
         chosen = {run: list(choose_epochs(paths, epochs).values()) for run, paths in found.items()}
-        if not any(chosen.values()) and not faults:
+        live = {run for run, paths in found.items() if not paths and (run / MONITORED).exists()}
+        if not any(chosen.values()) and not faults and not live:
             last = max((max(paths) for paths in found.values() if paths), default=0)
             raise UserError(f"No run in '{root}' has a checkpoint of epoch {epochs}; their last is {last}.")
-    settings = {**asdict(probe), "version": probe.version}  # type: ignore[call-overload]
-    settings |= {"n_data": sampling.n_data, "seed": sampling.seed}
-    if sampling.loss != Sampling.loss:
-        settings["loss"] = sampling.loss
+    settings = settings_of(probe, sampling)
     homes = {run: rec.home(root, run, records) for run in chosen}
     turns = itertools.count()
     measurements: list[PlannedMeasurement] = []
     done: set[str] = set()
     n_done = 0
+    hashed = rec.settings_key(probe.name, settings)
     for run, paths in chosen.items():
+        if run in live:
+            with going_on(_into(faults, run), f"'{run}'"):
+                done |= _monitored(run, homes[run], probe.name, hashed, epochs)
+            continue
         there: dict[str, dict[str, float]] = {}
         with going_on(_into(faults, run), f"'{run}'"):
             there = {} if overwrite else store.recorded(homes[run], probe.name)
@@ -127,7 +133,8 @@ def plan(
                 if needed is None:
                     continue
                 networks, auxiliary = needed
-                key = measurement_key(header, probe, settings, networks, auxiliary, sampling.model)
+                beside = _hashes(probe, networks, auxiliary)
+                key = measurement_key(header, probe, settings, beside, sampling.model)
                 known = there.get(key, {})
                 mine = [piece for piece in _pieces(probe, auxiliary) if next(turns) % shard[1] == shard[0] - 1]
                 left = tuple(piece for piece in mine if key not in there or (piece and piece not in known))
@@ -138,7 +145,7 @@ def plan(
                     measurements.append(PlannedMeasurement(*about, left, signature))
                 elif mine:
                     done.add(key)
-    settled = Path(records) if records else root, source, probe, sampling, rec.settings_key(probe.name, settings)
+    settled = Path(records) if records else root, source, probe, sampling, hashed
     return Plan(*settled, shard, overwrite, list(homes.values()), measurements, done, n_done, faults)
 
 
@@ -149,6 +156,24 @@ def _find(source: Source, root: Path, faults: list[tuple[Path, UserError]]) -> d
         with going_on(_into(faults, run), f"'{run}'"):
             found[run] = source.checkpoints(run)
     return found
+
+
+def _monitored(run: Path, home: Path, probe: str, settings: str, epochs: str) -> set[str]:
+    """Keys of what a monitor measured with these settings, the newest of every epoch asked for.
+
+    Raises:
+        UserError: if there is nothing, and nothing can be measured any more.
+    """
+    rows = rec.read_rows(home / "records" / f"{probe}.jsonl")
+    keys = {row["epoch"]: row["key"] for row in rows if row.get("settings") == settings}
+    chosen = set(choose_epochs(dict(sorted(keys.items())), epochs).values())
+    if not chosen:
+        raise UserError(
+            f"'{run}' was measured by a monitor while it was trained, and holds no checkpoint to measure. Of {probe} "
+            f"with these settings and epochs ({epochs}) it has no records"
+            + (": give the --n-data, --seed and settings of the monitor." if rows else ".")
+        )
+    return chosen
 
 
 def _into(faults: list[tuple[Path, UserError]], path: Path) -> Callable[[UserError], None]:
@@ -168,8 +193,8 @@ def _one(source: Source, path: Path, epochs: str) -> Path:
     return chosen[-1]
 
 
-def choose_epochs(found: dict[int, Path], epochs: str) -> dict[int, Path]:
-    """Of a run's checkpoints those asked for.
+def choose_epochs(found: dict[int, T], epochs: str) -> dict[int, T]:
+    """Of a run's checkpoints, by epoch, those asked for.
 
     Args:
         epochs: `all`; `last`; or numbers with commas between, of which a run may lack some.
@@ -215,24 +240,36 @@ def _pieces(probe: Probe, auxiliary: tuple[Path, ...]) -> Sequence[str]:
     return probe.pieces(len(auxiliary)) if hasattr(probe, "pieces") else [""]
 
 
+def _hashes(probe: Probe, networks: dict[str, Path], auxiliary: tuple[Path, ...]) -> dict[str, str] | list[str]:
+    """The hashes of the files that a measurement needs beside its checkpoint."""
+    if hasattr(probe, "pieces"):
+        return list(map(file_hash, auxiliary))
+    return {need: file_hash(path) for need, path in networks.items()}
+
+
+def settings_of(probe: Probe, sampling: Sampling) -> dict[str, Any]:
+    """What decides the numbers of every checkpoint alike: the probe with its settings, and the sample."""
+    settings = {**asdict(probe), "version": probe.version}  # type: ignore[call-overload]
+    settings |= {"n_data": sampling.n_data, "seed": sampling.seed}
+    return settings if sampling.loss == Sampling.loss else settings | {"loss": sampling.loss}
+
+
 def measurement_key(
     header: Header,
     probe: Probe,
     settings: dict[str, Any],
-    networks: dict[str, Path],
-    auxiliary: tuple[Path, ...],
-    model: str | None,
+    beside: dict[str, str] | list[str],
+    model: str | None = None,
 ) -> str:
     """Key of a measurement: it holds whatever decides the numbers.
 
     Args:
-        settings: of the probe and the sample.
-        networks, auxiliary, model: see `PlannedMeasurement` and `Sampling`.
+        settings: see `settings_of`.
+        beside: hashes of the further networks that the probe needs: by need, or of a probe made of pieces, in a row.
+        model: see `Sampling`.
     """
     name, code = network_code(header, model)
     about = {"epoch": header.epoch, "data": header.data, "network": name, "factory": code, **header.stated}
-    hashes = {need: file_hash(path) for need, path in networks.items()}
-    beside = list(map(file_hash, auxiliary)) if hasattr(probe, "pieces") else hashes
     return rec.measurement_key(header.sha256, probe.name, {**settings, **about, "others": beside})
 
 

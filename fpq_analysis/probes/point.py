@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from fpq_analysis.losses import LossFunction
+
 Rows = list[dict[str, Any]]
 
 
@@ -39,7 +41,7 @@ class Point:
 
     model: nn.Module
     batches: tuple[Tensor, Tensor]
-    loss: str = "cross_entropy"
+    loss: str | LossFunction = "cross_entropy"
     seed: int = 0
     teacher: nn.Module | None = None
     previous: nn.Module | None = None

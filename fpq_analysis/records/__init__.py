@@ -3,6 +3,7 @@
 from fpq_analysis.records.table import COLUMNS as COLUMNS
 from fpq_analysis.records.table import append as append
 from fpq_analysis.records.table import done as done
+from fpq_analysis.records.table import drop_after as drop_after
 from fpq_analysis.records.table import home as home
 from fpq_analysis.records.table import load as load
 from fpq_analysis.records.table import measurement_key as measurement_key

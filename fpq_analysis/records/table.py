@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import append_jsonl, read_lines
+from fpq_analysis.files import append_jsonl, read_lines, write_text
 from fpq_analysis.schema import RecordRow, fits
 from fpq_analysis.text import printable
 
@@ -107,6 +107,15 @@ def _clean(row: dict[str, Any]) -> dict[str, Any]:
 def done(run: Path, probe: str) -> set[str]:
     """Keys of the complete measurements."""
     return {row["key"] for row in read_rows(_file(run, probe))}
+
+
+def drop_after(run: Path, probe: str, epoch: int) -> None:
+    """Remove the measurements of later epochs."""
+    path = _file(run, probe)
+    rows = read_rows(path)
+    late = {row["key"] for row in rows if row["epoch"] > epoch}
+    if late:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["key"] not in late))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ What is imported here needs no torch.  The modules that read weights do: `checkp
 `inspection`.
 """
 
+from fpq_analysis.runs.run import MONITORED as MONITORED
 from fpq_analysis.runs.run import PLACES as PLACES
 from fpq_analysis.runs.run import Header as Header
 from fpq_analysis.runs.run import Run as Run

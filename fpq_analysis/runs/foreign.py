@@ -25,7 +25,7 @@ from fpq_analysis.quantizers import QuantSpec, quantize
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.checkpoint import COUNTER, Checkpoint
 from fpq_analysis.runs.factories import factory_name
-from fpq_analysis.runs.run import Header, Run, find_runs
+from fpq_analysis.runs.run import Header, Run, find_runs, monitored_runs
 from fpq_analysis.runs.source import OwnRuns
 from fpq_analysis.runs.stamps import Stamp, check_same, known_stamp, remember
 
@@ -89,9 +89,9 @@ class ForeignRuns(os.PathLike[str]):
         """
         runs = foreign_runs(folder)
         if not runs:
-            return find_runs(folder)
+            return find_runs(folder, monitored=True)
         _ = self._images  # missing data are one error, not one a file
-        return runs
+        return sorted({*runs, *monitored_runs(folder)})
 
     def checkpoints(self, run: Path) -> dict[int, Path]:
         """Epoch to file for one run, in order of epochs; see `foreign_epochs`."""

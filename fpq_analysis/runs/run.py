@@ -6,6 +6,7 @@
 <run>/train.jsonl          a row an epoch
 <run>/resume.pt            optimiser state, for going on after a kill; replaced every epoch
 <run>/records/             what was measured, see `records/table.py`
+<run>/records/monitor.json a monitor measured in the training itself; there need be no checkpoint files
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fpq_analysis.files import read_json, read_jsonl
 from fpq_analysis.runs.stamps import file_hash, read_stamps
 from fpq_analysis.schema import RunFile, TrainRow, check
 
+MONITORED = "records/monitor.json"
 CHECKPOINT_NAME = re.compile(r"epoch_(\d{4,})\.pt")
 FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `foreign.py`
 # Not settings of a run: where things lay on one machine.
@@ -252,8 +254,11 @@ def number_of(row: dict[str, Any], key: str) -> float | None:
     return float(value) if good else None  # type: ignore[arg-type]
 
 
-def find_runs(folder: str | Path) -> list[Path]:
+def find_runs(folder: str | Path, *, monitored: bool = False) -> list[Path]:
     """Every run at or below `folder`, sorted: the folders that hold `epoch_NNNN.pt` files.
+
+    Args:
+        monitored: also those that hold what a monitor measured, without such files.
 
     Raises:
         UserError: if the folder does not exist or holds no checkpoint.
@@ -261,13 +266,19 @@ def find_runs(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"No folder '{folder}'. A run, or a folder of runs, is wanted; 'fpq-analyze train' makes one.")
-    runs = sorted({path.parent for path in folder.rglob("epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)})
+    found = {path.parent for path in folder.rglob("epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)}
+    runs = sorted(found | monitored_runs(folder) if monitored else found)
     if not runs:
         raise UserError(
             f"'{folder}' holds no checkpoints (files named epoch_0000.pt, ...), nor does any folder below it. "
             f"'fpq-analyze train' or 'fpq-analyze demo' makes some. For those of another program: {FOREIGN_OPTIONS}."
         )
     return runs
+
+
+def monitored_runs(folder: str | Path) -> set[Path]:
+    """The runs at or below `folder` that a monitor measured while they were trained."""
+    return {path.parent.parent for path in Path(folder).rglob(MONITORED)}
 
 
 def versions() -> dict[str, str]:

@@ -40,7 +40,7 @@ class OwnRuns:
 
     def find_runs(self, folder: str | Path) -> list[Path]:
         """See `run.find_runs`."""
-        return find_runs(folder)
+        return find_runs(folder, monitored=True)
 
     def checkpoints(self, run: Path) -> dict[int, Path]:
         """See `Run.checkpoints`."""
