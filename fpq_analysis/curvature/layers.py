@@ -80,7 +80,8 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         for name, layer in self.layers.items():
-            self.hooks.enter_context(layer.register_forward_hook(self._hook(name)))
+            # Ahead of others, which may change the output: a quantizer's, say.
+            self.hooks.enter_context(layer.register_forward_hook(self._hook(name), prepend=True))
         return self
 
     def __exit__(self, *_: object) -> None:

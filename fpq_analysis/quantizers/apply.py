@@ -24,6 +24,7 @@ from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)
 INPUT_QUANTIZER = "input_quantizer"
+OF_WEIGHT = r"parametrizations\.weight\.\d+"
 
 
 def quantize(model: nn.Module, spec: QuantSpec) -> nn.Module:
@@ -93,15 +94,14 @@ def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer, bool]]:
-    """(name of the layer, quantizer, whether it is the weight's) for every quantizer of the model."""
-    for name, layer in model.named_modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            for module in layer.parametrizations["weight"]:
-                if isinstance(module, Quantizer):
-                    yield name, module, True
-        quantizer = getattr(layer, INPUT_QUANTIZER, None)
-        if isinstance(quantizer, Quantizer):
-            yield name, quantizer, False
+    """(name of the layer, quantizer, whether it is the weight's) for every quantizer of the model.
+
+    One that is of no layer's weight or input, as those at outputs of other programs' networks, goes by its own name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            layer = re.sub(rf"(^|\.)({OF_WEIGHT}|{INPUT_QUANTIZER})$", "", name)
+            yield layer, module, bool(re.search(rf"(^|\.){OF_WEIGHT}$", name))
 
 
 def stored_quantizers(state: dict[str, Tensor], spec: QuantSpec) -> Iterator[tuple[str, Quantizer, bool]]:

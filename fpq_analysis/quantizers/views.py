@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, quantizer_parameters, quantizers, weight_quantizers
+from fpq_analysis.quantizers.apply import quantizer_parameters, quantizers, weight_quantizers
+from fpq_analysis.quantizers.base import Quantizer
 
 DEFINITIONS = ("dequantized", "latent", "float")
 
@@ -50,8 +51,11 @@ def view(model: nn.Module, definition: str) -> nn.Module:
         if is_weight:
             _own_class(layers[name])
             parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=definition == "dequantized")
-        elif definition == "float":
-            setattr(layers[name], INPUT_QUANTIZER, nn.Identity())
+    if definition == "float":
+        for module in layers.values():
+            for name, child in module.named_children():
+                if isinstance(child, Quantizer):
+                    setattr(module, name, nn.Identity())
     return model
 
 

@@ -1,0 +1,117 @@
+"""Other programs' quantized networks, turned into networks quantized as ours are."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fpq_analysis.errors import UserError
+from fpq_analysis.quantizers.adapters.agreement import Passed, check_agreement
+from fpq_analysis.quantizers.base import Quantizer
+
+Adapter = Callable[[Any], nn.Module]
+A = TypeVar("A", bound=Adapter)
+# The module of a class begins with the first; the file beside this one has the adapters of such classes.
+FRONT_ENDS = {"torch.ao.": "torch_ao"}
+OBSERVERS = ("observer_enabled", "static_enabled")  # switches of those that set a scale by what passes through
+
+_adapters: dict[type[nn.Module], Adapter] = {}
+
+
+def register_adapter(*kinds: type[nn.Module]) -> Callable[[A], A]:
+    """Decorator: this function turns a module of another program, of one of these classes, into ours.
+
+    It is given the module, in eval mode, of a copy made for measuring, and returns what takes its place:
+
+    - for a layer with a quantized weight, the plain layer, its weight parametrized by a `Quantizer` (`plain_layer`);
+    - for a quantizer of activations, a `Quantizer`; `nn.Identity()` if it is switched off.
+
+    Modules inside what it returns are turned afterwards.  Subclasses are turned alike, unless they have adapters of
+    their own.  Whether the result computes what the module computed is checked on the data, see `adopt`.
+
+        @register_adapter(MyQuantLinear)
+        def _(layer):
+            return plain_layer(layer, nn.Linear, Affine(layer.scale, layer.zero_point, -8, 7))
+    """
+
+    def register(adapter: A) -> A:
+        _adapters.update(dict.fromkeys(kinds, adapter))
+        return adapter
+
+    return register
+
+
+def plain_layer(layer: nn.Module, kind: type[nn.Module], weight: Quantizer | None) -> nn.Module:
+    """`layer` itself as a `kind`, a base of its class, with this quantizer on its weight; its hooks stay.
+
+    What else the layer has is left; take out submodules that are not used any more.
+    """
+    if parametrize.is_parametrized(layer):
+        raise UserError("it is parametrized by something else too")
+    layer.__class__ = kind
+    if weight is not None:
+        parametrize.register_parametrization(layer, "weight", weight.eval())
+    return layer
+
+
+def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
+    """`model`, if no module of it has an adapter; or else a copy in eval mode that is quantized as our networks are.
+
+    In the copy scales are frozen, observers switched off, and parameters have the names they had.  It computes the
+    same, which is checked: each layer with a quantizer, on what it gets for `inputs`, must give what the original gave;
+    the weights used must be equal, and so the outputs.
+
+    Args:
+        inputs: what the model is called with, on any device; None for no check.
+
+    Raises:
+        UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
+    """
+    if not any(_find(module) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model).eval()
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model.float()  # as for every measurement, and ahead of comparing
+    for module in model.modules():
+        for switch in OBSERVERS:
+            if isinstance(getattr(module, switch, None), Tensor):
+                getattr(module, switch).zero_()
+    names = [name for name, module in model.named_modules() if _find(module)]
+    before = None if inputs is None else Passed.of(model, names, inputs)
+    adopted = _turn(model, "", {})
+    if before is not None:
+        check_agreement(before, adopted, inputs)
+    return adopted
+
+
+def _find(module: nn.Module) -> Adapter | None:
+    for kind in type(module).__mro__:
+        for place, front_end in FRONT_ENDS.items():
+            if kind.__module__.startswith(place):
+                importlib.import_module(f"{__package__}.{front_end}")  # its package is there: this is a class of it
+        if kind in _adapters:
+            return _adapters[kind]
+    return None
+
+
+def _turn(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """What takes the module's place, with all inside turned; a module that is in two places stays one."""
+    if isinstance(module, Quantizer):
+        return module
+    if module not in done:
+        adapter = _find(module)
+        try:
+            done[module] = turned = adapter(module) if adapter else module
+        except UserError as error:
+            raise UserError(f"'{name}' ({type(module).__name__}) cannot be turned into our form: {error}.") from error
+        done[turned] = turned
+        for inner, child in list(turned._modules.items()):
+            if child is not None:
+                setattr(turned, inner, _turn(child, f"{name}.{inner}".lstrip("."), done))
+    return done[module]
