@@ -35,9 +35,13 @@ from .probes import spectral_density as spectral_density
 from .probes.landscape import Landscape as Landscape
 from .probes.landscape import LandscapeSettings as LandscapeSettings
 from .probes.landscape import landscape as landscape
+from .quantizers import Affine as Affine
 from .quantizers import QuantSpec as QuantSpec
+from .quantizers import adopt as adopt
 from .quantizers import calibrate as calibrate
+from .quantizers import plain_layer as plain_layer
 from .quantizers import quantize as quantize
+from .quantizers import register_adapter as register_adapter
 from .report.page import write_report as write_report
 from .report.paper import paper_tables as paper_tables
 from .runs.checkpoint import load as load

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.devices import pick_device
@@ -19,6 +20,7 @@ from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, Finding, prepare, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.quantizers import adopt
 from fpq_analysis.runs import source_of
 
 
@@ -46,7 +48,13 @@ def diagnose(
     Raises:
         UserError: if there are no data, or the loss has an unknown name.
     """
-    found = {name: check(model) for name, check in STANDING.items()}
+    batches = as_batches(batches)
+    try:
+        adopted = adopt(model, batches[0][0][:2])
+    except UserError as error:
+        return _frame({"quantizers": Finding(FAULT, str(error))})
+    found = {name: check(model if name == "mode" else adopted) for name, check in STANDING.items()}
+    model = adopted
     if any(finding.status == FAULT for name, finding in found.items() if name != "mode"):
         return _frame(found)
     tested = prepare(model, batches, loss, device, seed)

@@ -19,6 +19,7 @@ from fpq_analysis.errors import UserError, explained
 from fpq_analysis.pipeline.plan import network_code
 from fpq_analysis.pipeline.task import Sampling, Task, TaskResult
 from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
+from fpq_analysis.quantizers import adopt
 from fpq_analysis.runs import file_hash
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.foreign import ForeignCheckpoint
@@ -152,7 +153,9 @@ def build_network(content: Checkpoint, sampling: Sampling) -> nn.Module:
     device = pick_device(sampling.device)
     net = content.build(sampling.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if isinstance(content, ForeignCheckpoint):
-        content.check_runs(net, images(content, sampling)[0])
+        inputs = images(content, sampling)[0]
+        content.check_runs(net, inputs)
+        return adopt(net, inputs[:2])
     return net
 
 

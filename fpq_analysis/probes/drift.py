@@ -134,7 +134,7 @@ def feature_drift(
     """
     where = torch.device(device) if device is not None else model_device(model)
     data = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
-    pair = _Pair(take_view(model, "dequantized").to(where), take_view(teacher, "dequantized").to(where))
+    pair = _Pair(*(take_view(net, "dequantized", data[0][:2]).to(where) for net in (model, teacher)))
     n = sum(map(len, data))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)

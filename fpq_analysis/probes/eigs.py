@@ -148,7 +148,7 @@ def hessian_eigs(
         subject.n_data,
         matrix.n_products,
         seed,
-        math.nan if subject.foreign else clipped_fraction(model),
+        math.nan if subject.foreign else clipped_fraction(subject.model),
         found.start,
     )
 

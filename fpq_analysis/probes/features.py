@@ -138,7 +138,7 @@ def feature_statistics(
     where = torch.device(device) if device is not None else model_device(model)
     data = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
     n = sum(map(len, data))
-    view = take_view(model, "dequantized").to(where)
+    view = take_view(model, "dequantized", data[0][:2]).to(where)
     site = find_site(view, layer, data[0][:1])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     shown = order[:n_images].sort().values

@@ -89,7 +89,7 @@ def gradient_norms(
     """
     settings = GradNorm(definition, n_draws, batch_size)
     subject = prepare(model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch)
-    return Measurement(settings.name, _measure(model, subject, settings, seed), seed, SHOWN)
+    return Measurement(settings.name, _measure(subject, settings, seed), seed, SHOWN)
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,15 @@ class GradNorm(GradNormSettings):
     def __call__(self, point: Point) -> Rows:
         """Rows: the layers' norms, then the model's; the clean norm over all data is last."""
         subject = prepare(point.model, point.batches, loss=point.loss, definition=self.definition)
-        return _measure(point.model, subject, self, point.seed)
+        return _measure(subject, self, point.seed)
 
 
-def _measure(model: nn.Module, subject: Subject, settings: GradNorm, seed: int) -> Rows:
+def _measure(subject: Subject, settings: GradNorm, seed: int) -> Rows:
     minibatches = _minibatches(subject.data, settings.batch_size)
     rows: Rows = []
     arms: list[tuple[str, ArmNoise]] = [("clean", NoNoise())]
     if settings.definition != "float":
-        arms += noise_arms(model, subject, settings.n_draws, seed)
+        arms += noise_arms(subject.model, subject, settings.n_draws, seed)
     for arm, noise in arms:
         rows = [*_of_arm(arm, noise, subject, minibatches, settings), *rows]  # the clean ones end up last
     common = {"definition": settings.definition, "n_data": subject.n_data}

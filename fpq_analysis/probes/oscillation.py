@@ -22,7 +22,7 @@ from fpq_analysis.measures import OscillationSettings
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.trace import ROOT
-from fpq_analysis.quantizers import Quantizer, weight_codes, weight_quantizers
+from fpq_analysis.quantizers import Quantizer, adopt, weight_codes, weight_quantizers
 
 
 def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = OscillationSettings.eps) -> Measurement:
@@ -82,6 +82,7 @@ def _check(eps: float) -> None:
 @torch.no_grad()
 def _counts(model: nn.Module, previous: nn.Module, eps: float) -> dict[str, Tensor]:
     """By layer, [weights, near, flipped, flipped by the step, flipped and near]."""
+    model, previous = adopt(model), adopt(previous)
     now, before = weight_quantizers(model), weight_quantizers(previous)
     if not now:
         raise UserError(

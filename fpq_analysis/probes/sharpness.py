@@ -107,7 +107,7 @@ def sharpness(
     """
     settings = Sharpness(definition, rho, rho_adaptive, sigma, n_draws, n_flips)
     subject = prepare(model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch)
-    return Measurement(settings.name, _measure(model, subject, settings, seed), seed)
+    return Measurement(settings.name, _measure(subject, settings, seed), seed)
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,17 @@ class Sharpness:
     def __call__(self, point: Point) -> Rows:
         """Rows: the layers' quantities, then the model's; its scaled trace is last."""
         subject = prepare(point.model, point.batches, loss=point.loss, definition=self.definition)
-        return _measure(point.model, subject, self, point.seed)
+        return _measure(subject, self, point.seed)
 
 
-def _measure(model: nn.Module, subject: Subject, settings: Sharpness, seed: int) -> Rows:
+def _measure(subject: Subject, settings: Sharpness, seed: int) -> Rows:
     losses = _Losses(subject)
     gradient = losses.gradient()
     layers, total = _scaled_traces(subject, seed)
     rows = [*_one_step(losses, gradient, settings), _average_case(losses, settings, seed)]
     grids = {
         name: Grid.of(losses.weights[name], quantizer)
-        for name, quantizer in _weight_quantizers(model).items()
+        for name, quantizer in _weight_quantizers(subject.model).items()
         if name in losses.weights and settings.definition == "dequantized"
     }
     if grids:

@@ -24,7 +24,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device
 from fpq_analysis.probes.fit import Fit, examine
-from fpq_analysis.quantizers import check_definition_applies, check_plain, quantizers, rounds_weights, variables
+from fpq_analysis.quantizers import adopt, check_definition_applies, check_plain, quantizers, rounds_weights, variables
 from fpq_analysis.quantizers import view as take_view
 
 OPERATORS = ("hessian", "gauss-newton", "fisher")
@@ -35,7 +35,8 @@ class Subject:
     """One model under one definition, ready to be measured.
 
     Attributes:
-        view: a copy of the model in eval mode, see `quantizers/views.py`.
+        model: what was handed over, or if other programs' quantizers are in it, a copy with ours in their place.
+        view: a copy of it in eval mode, see `quantizers/views.py`.
         data: micro-batches on its device.
         parameters: the variables, by name.
         fit: loss and accuracy on these data.
@@ -43,6 +44,7 @@ class Subject:
         foreign: whether quantizers of another package round the weights (known in `latent` only).
     """
 
+    model: nn.Module
     view: nn.Module
     data: list[Batch]
     loss: Loss
@@ -99,14 +101,16 @@ def prepare(
             whose output is random, or mixes samples, or whose weights are rounded by what is not of this package.
     """
     where = torch.device(device) if device is not None else model_device(model)
-    check_definition_applies(model, definition)
+    pairs = as_batches(batches, micro_batch)
     _check_weights(model)
+    model = adopt(model, pairs[0][0][:2])
+    check_definition_applies(model, definition)
     view = take_view(model, definition).to(where)
     named = variables(view)
     if not named:
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
     dtype = _precision(view)
-    data = [(_to(x, where, dtype), y.to(where)) for x, y in as_batches(batches, micro_batch)]
+    data = [(_to(x, where, dtype), y.to(where)) for x, y in pairs]
     resolved = resolve_loss(loss)
     fit = examine(view, data, resolved)
     check_samples_apart(view, data)
@@ -121,7 +125,7 @@ def prepare(
     # A layer's parameters side by side, so that each layer is one block of the matrix.
     layers = list(dict.fromkeys(map(layer_of, named)))
     named = dict(sorted(named.items(), key=lambda item: layers.index(layer_of(item[0]))))
-    return Subject(view, data, resolved, named, fit, micro_batch, foreign)
+    return Subject(model, view, data, resolved, named, fit, micro_batch, foreign)
 
 
 def _check_weights(model: nn.Module) -> None:

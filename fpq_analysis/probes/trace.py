@@ -185,6 +185,7 @@ def hessian_trace(
     where: dict[str, Any] = {"loss": loss, "parameters": parameters, "device": device, "micro_batch": micro_batch}
     batches = as_batches(batches, micro_batch)  # an iterator can be gone through once
     subject = prepare(model, batches, definition=definition, **where)
+    model = subject.model
     estimate, reason = None, "asked for"
     if method == "auto" or method in BY_SAMPLE:
         try:

@@ -106,8 +106,8 @@ def _measure(
     micro_batch: int | None = None,
 ) -> Rows:
     where = torch.device(device) if device is not None else model_device(model)
-    net = view(model, "latent").to(where)  # the network as it is
     images = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
+    net = view(model, "latent", images[0][:2]).to(where)  # the network as it is
     # A seed an image, so that its noise depends on nothing but that.
     seeds = torch.randint(2**31, (sum(map(len, images)),), generator=torch.Generator().manual_seed(seed))
     work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split([len(x) for x in images]), strict=True))

@@ -1,5 +1,9 @@
 """Quantizers with straight-through gradients, and what turns a float model into a quantized one."""
 
+from fpq_analysis.quantizers.adapters import adopt as adopt
+from fpq_analysis.quantizers.adapters import plain_layer as plain_layer
+from fpq_analysis.quantizers.adapters import register_adapter as register_adapter
+from fpq_analysis.quantizers.affine import Affine as Affine
 from fpq_analysis.quantizers.apply import calibrate as calibrate
 from fpq_analysis.quantizers.apply import changed_fraction as changed_fraction
 from fpq_analysis.quantizers.apply import clipped_fraction as clipped_fraction

@@ -10,11 +10,11 @@ from fpq_analysis.quantizers.fake_quantize import round_straight_through
 
 
 class Affine(Quantizer):
-    """(clip(round(x / scale) + zero_point, low, high) - zero_point) scale, as torch's own `fake_quantize_*` ops have it.
+    """(clip(round(x / scale) + zero_point, low, high) - zero_point) scale, as torch's `fake_quantize_*` ops have it.
 
-    Made of plain operations.  The gradient is one where the rounded value is within `low` .. `high`, zero elsewhere, and
-    in a learned scale and zero point that of LSQ (arXiv:1902.08153) and LSQ+ (arXiv:2004.09576).  A zero point that is
-    no whole number is added before rounding.
+    Made of plain operations.  The gradient is one where the rounded value is within `low` .. `high`, zero elsewhere;
+    in a learned scale and zero point it is that of LSQ (arXiv:1902.08153) and LSQ+ (arXiv:2004.09576).  A zero point
+    that is no whole number is added before rounding.
 
     Args:
         scale, zero_point: of shape (), or broadcastable to x.  Parameters stay parameters.
@@ -23,9 +23,11 @@ class Affine(Quantizer):
             into.  Broadcastable to x, not zero.
     """
 
-    def __init__(
-        self, scale: Tensor, zero_point: Tensor, low: int, high: int, *, factor: Tensor | None = None
-    ) -> None:
+    scale: Tensor
+    zero: Tensor
+    factor: Tensor | None
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, low: int, high: int, *, factor: Tensor | None = None) -> None:
         super().__init__((high - low).bit_length())
         self.low, self.high, self.levels = low, high, high - low
         for name, value in (("scale", scale), ("zero", zero_point), ("factor", factor)):

@@ -1,6 +1,7 @@
 """Quantizers that are not of this package: recognised by their classes' names, and by what they do to a weight.
 
-Their rounding cannot be taken out, so only the Hessian in the trained weights, `latent`, is available.  A
+Those that have no adapter (`adapters/`), that is: the others have become ours before.  Their rounding cannot be taken
+out, so only the Hessian in the trained weights, `latent`, is available.  A
 weight that is rounded shows in this: moving it a little leaves the output of its layer as it was, though the gradient,
 which is straight-through, says otherwise.  No list of classes is needed for that, and nothing is imported.
 """
@@ -29,7 +30,10 @@ CLASSES = {
 WEIGHT = "weight"  # in the name of what quantizes one
 SWITCHES = ("fake_quant_enabled", "enabled", "is_enabled", "is_quant_enabled")  # by which they are taken off
 DISABLE = "model.apply(torch.ao.quantization.disable_observer)"
-LATENT = "Measure definition='latent' (--definition latent): the Hessian in the trained weights."
+LATENT = (
+    "Measure definition='latent' (--definition latent), the Hessian in the trained weights; or tell how it rounds: "
+    "fpq_analysis.register_adapter."
+)
 DISAGREES = (
     "does not move the output as its gradient says (it is rounded behind a straight-through estimator, or a backward "
     "is no derivative)"

@@ -17,23 +17,28 @@ For a model without quantizers the three are the same.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.quantizers.adapters import adopt
 from fpq_analysis.quantizers.apply import quantizer_parameters, quantizers, weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer
 
 DEFINITIONS = ("dequantized", "latent", "float")
 
 
-def view(model: nn.Module, definition: str) -> nn.Module:
+def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
     """An eval-mode copy of `model` for the named definition; the model itself is not touched.
 
+    Args:
+        inputs: some of what the model is called with, to check on that other programs' quantizers are known well.
+
     Raises:
-        UserError: if the definition is unknown.
+        UserError: if the definition is unknown, or see `adopt`.
     """
     check_definition(definition)
     if isinstance(model, torch.jit.ScriptModule):
@@ -41,7 +46,7 @@ def view(model: nn.Module, definition: str) -> nn.Module:
             "The model is a TorchScript program (torch.jit.script or trace), whose layers cannot be changed. "
             "Give the module it was made from, with its weights: model.load_state_dict(scripted.state_dict())."
         )
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(adopt(model, inputs)).eval()
     for parameter in quantizer_parameters(model):
         parameter.requires_grad_(False)
     if definition == "latent":

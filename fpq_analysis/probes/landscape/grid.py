@@ -36,7 +36,7 @@ from fpq_analysis.probes.landscape.surface import Surface
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.probes.subject import check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
-from fpq_analysis.quantizers import view
+from fpq_analysis.quantizers import adopt, view
 
 # A grid step that moves weights further than this, in quantization steps, passes over whole stairs of the staircase.
 ALIASED = 0.5
@@ -84,6 +84,7 @@ class LossGrid:
             micro_batch = DEVICE_BATCH
         base = "float" if choices.weights == "float" else "dequantized"
         subject = prepare(model, batches, loss=loss, definition=base, device=where, micro_batch=micro_batch)
+        model = subject.model
         network = make_movable(model, subject.view, choices.weights)
         self.choices = choices
         self.points = np.zeros((0, choices.dim))
@@ -98,12 +99,13 @@ class LossGrid:
             "sem": 0.0,
         }
         carried_moves: list[Move] = []
+        others = (adopt(other, subject.data[0][0][:2]) for other in auxiliary)
         if choices.plane == "random":
             self.directions = geometry.random_directions(network.sizes, choices.dim, seed)
         elif choices.plane == "hessian":
             self.directions = self._eigenvectors(model, subject.data, loss, seed)
         else:
-            self.directions, carried_moves = self._follow(network, auxiliary, base)
+            self.directions, carried_moves = self._follow(network, others, base)
         self.axes = self._grid()
         self._places = {quantity("off_plane", (place,)): place for place in range(len(self.points))}
         self._cells = {quantity("rise", cell): cell for cell in choices.cells()}
@@ -138,7 +140,7 @@ class LossGrid:
         ]
 
     def _follow(
-        self, network: MovableNetwork, auxiliary: Sequence[nn.Module], base: str
+        self, network: MovableNetwork, auxiliary: Iterable[nn.Module], base: str
     ) -> tuple[list[Move], list[Move]]:
         """Moves of the variables and of what is carried along; the states of all networks are kept to be measured."""
         found = [make_movable(other, view(other, base).cpu(), self.choices.weights) for other in auxiliary]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -76,8 +76,12 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     if not any(_find(module) for module in model.modules()):
         return model
     model = copy.deepcopy(model).eval()
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+    kinds = {p.dtype for p in model.parameters()}
+    if kinds & {torch.float16, torch.bfloat16}:
         model.float()  # as for every measurement, and ahead of comparing
+    if torch.float64 in kinds and inputs is not None:
+        adopt(copy.deepcopy(model).float(), inputs)  # the check; other programs' kernels may know float32 only
+        inputs = None
     for module in model.modules():
         for switch in OBSERVERS:
             if isinstance(getattr(module, switch, None), Tensor):

@@ -1,15 +1,14 @@
 """Networks of `torch.ao.quantization`, prepared for training in eager mode or by FX (`prepare_qat`, `prepare_qat_fx`).
 
 A layer fused with its BatchNorm rounds w gamma / sigma, and divides what comes out by gamma / sigma ahead of the
-BatchNorm.  Here it is a convolution with the weight Q(w gamma / sigma) sigma / gamma, then the BatchNorm, which gives the
-same.  So the weights of all definitions are in the units of w: `dequantized` is the weight as the BatchNorm behind it
-sees it.  The slope gamma / sigma within Q is a part of the step size there, which is a constant.
+BatchNorm.  Here it is a convolution with the weight Q(w gamma / sigma) sigma / gamma, then the BatchNorm, which gives
+the same.  So the weights of all definitions are in the units of w: `dequantized` is the weight as the BatchNorm behind
+it sees it.  The slope gamma / sigma within Q is a part of the step size there, which is a constant.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def _relu(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _batch_norm(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return module.bn(output)  # type: ignore[operator, union-attr]
+    return module.bn(output)  # type: ignore[operator]
 
 
 def _plain(module: Any, kind: type[nn.Module], factor: Tensor | None = None) -> nn.Module:
@@ -102,7 +101,9 @@ def _affine(module: Any, weight: Tensor | None, factor: Tensor | None = None) ->
     observer = getattr(settled, "activation_post_process", None)
     seen = [getattr(observer, name, torch.zeros(1)) for name in ("min_val", "max_val")]
     if not all(bool(t.isfinite().all()) for t in (settled.scale, *seen)):
-        raise UserError("it has seen no data yet, so it has no scale: run the network in training mode, or load a state")
+        raise UserError(
+            "it has seen no data yet, so it has no scale: run the network in training mode, or load a state"
+        )
     dtype = module.scale.dtype if weight is None else weight.dtype
     return Affine(
         _constant(module, settled, "scale", weight, dtype),
@@ -123,5 +124,3 @@ def _constant(module: Any, settled: Any, name: str, weight: Tensor | None, dtype
     else:
         value = value.reshape(())
     return nn.Parameter(value) if isinstance(getattr(module, name), nn.Parameter) else value
-
-
