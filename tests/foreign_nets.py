@@ -95,8 +95,8 @@ class Net(nn.Module):
         super().__init__()
         self.quant = ao.QuantStub()
         self.conv1, self.bn1, self.relu1 = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU()
-        self.conv2, self.relu2 = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
-        self.conv3, self.bn3 = nn.Conv2d(3, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.conv2, self.relu2 = nn.Conv2d(3, 2, 3, padding=1), nn.ReLU()
+        self.conv3, self.bn3 = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
         self.fc = nn.Linear(32, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _grid_of(fq: Any, ndim: int = 0, factor: Tensor | None = None) -> Grid:
     return Grid(scale, zero, int(fq.activation_post_process.quant_min), int(fq.activation_post_process.quant_max))
 
 
-def torch_ao(qconfig: Any = None, share: float = 0.5) -> Pair:
+def torch_ao(qconfig: Any = None, share: float = 0.5, swap: Any = None) -> Pair:
     """Eager mode, layers fused; a few steps of training; then the weights' ranges are narrowed to clip that share."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -143,7 +143,12 @@ def torch_ao(qconfig: Any = None, share: float = 0.5) -> Pair:
         model = ao.fuse_modules_qat(Net().train(), FUSED)
         model.qconfig = qconfig or ao.get_default_qat_qconfig("fbgemm")
         ao.prepare_qat(model, inplace=True)
+        for layer in (model.conv1, model.conv2, model.conv3, model.fc) if swap else ():
+            layer.weight_fake_quant = swap(n=len(layer.weight))
         _train(model)
+        for module in model.modules():
+            if hasattr(module, "enable_param_learning"):
+                module.enable_param_learning()
         return _pair_of_net(model, share, lambda name: model.get_submodule(name).activation_post_process)
 
 
@@ -195,3 +200,158 @@ def _narrow(fq: Any, weight: Tensor, share: float) -> None:
     scale, zero = observer.calculate_qparams()
     fq.scale.data.copy_(scale.view_as(fq.scale))
     fq.zero_point.data.copy_(zero.view_as(fq.zero_point))
+
+
+def torch_ao_fx() -> Pair:
+    """By FX, where activations are quantized by modules of the graph."""
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        net = Net()
+        net.quant = nn.Identity()
+        model = prepare_qat_fx(net.train(), ao.get_default_qat_qconfig_mapping("fbgemm"), (X,))
+        _train(model)
+        # What the graph rounds: the input, which the identity leaves as it is; after each layer; after flattening.
+        places = {"quant": 0, "conv1": 2, "conv2": 3, "conv3": 4, "fc": 6}
+        model.activation_post_process_5.disable_fake_quant()  # flattened values are rounded already
+        return _pair_of_net(model, 0.5, lambda name: model.get_submodule(f"activation_post_process_{places[name]}"))
+
+
+def torch_ao_learnable() -> Pair:
+    """LSQ's quantizers, which have no second derivative of their own, scales by channel and for a whole tensor."""
+    from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize as Learnable
+
+    def of_weight(**more: Any) -> Any:
+        observer = ao.MovingAveragePerChannelMinMaxObserver
+        constants = {"dtype": torch.qint8, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
+        return Learnable(observer=observer, quant_min=-8, quant_max=7, channel_len=more["n"], **constants)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_input = Learnable.with_args(observer=ao.MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+        default = ao.get_default_qat_qconfig("fbgemm")
+        return torch_ao(ao.QConfig(activation=of_input, weight=default.weight), swap=of_weight)
+
+
+def torch_ao_plain() -> Pair:
+    """The quantizer that is not fused with its observer, with one scale a tensor and a zero point."""
+    weight = ao.FakeQuantize.with_args(
+        observer=ao.MovingAverageMinMaxObserver,
+        quant_min=0,
+        quant_max=15,
+        dtype=torch.quint8,
+        qscheme=torch.per_tensor_affine,
+    )
+    return torch_ao(ao.QConfig(activation=ao.default_fake_quant, weight=weight))
+
+
+# --- torchao and Brevitas ---
+
+
+def _mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def _run_mlp(used: Any, rounded: Any, x: Tensor) -> Tensor:
+    x = F.linear(rounded("1", x.flatten(1)), used("1.weight"), used("1.bias")).relu()
+    return F.linear(rounded("3", x), used("3.weight"), used("3.bias"))
+
+
+class ByToken(Grid):
+    """Asymmetric 8-bit quantization with the range of each row, as torchao has it for activations."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, -128, 127)
+
+    def straight_through(self, x: Tensor) -> Tensor:
+        low, high = x.detach().amin(1, keepdim=True).clamp(max=0), x.detach().amax(1, keepdim=True).clamp(min=0)
+        scale = ((high.float() - low.float()) / 255).clamp(min=torch.finfo(torch.float32).eps)
+        zero = (self.low - (low.float() / scale).round()).clamp(self.low, self.high)
+        return Grid(scale.double(), zero.double(), self.low, self.high).straight_through(x)
+
+
+def torchao(learned: bool = False) -> Pair:
+    """4-bit weights by groups of three, or with learned scales a row; activations token by token."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig, initialize_fake_quantizers
+
+    model = _mlp()
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    if learned:
+        more: dict[str, Any] = {"granularity": "per_channel", "is_dynamic": False, "range_learning": True}
+        more |= {"scale_precision": torch.float32, "zero_point_precision": torch.float32}
+    else:
+        more = {"group_size": 3, "is_dynamic": False}
+    weights = IntxFakeQuantizeConfig(torch.int4, **more)
+    quantize_(model, QATConfig(activation_config=inputs, weight_config=weights, step="prepare"))
+    if learned:
+        initialize_fake_quantizers(model, (X,))
+    model(X)
+    grids = {}
+    for name in ("1", "3"):
+        layer = model.get_submodule(name)
+        quantizer = layer.weight_fake_quantizer
+        with torch.no_grad():
+            rows = layer.weight.abs().reshape(quantizer.scale.numel(), -1)
+            narrow = (rows.median(1).values / 8).view_as(quantizer.scale)
+            quantizer.scale.data.copy_(narrow)
+        scale = quantizer.scale.detach().double()
+        grids[f"{name}.weight"] = Grid(scale.repeat_interleave(layer.in_features // scale.shape[1], 1), 0.0, -8, 7)
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters() if "quantizer" not in n}
+    return Pair(model.eval(), tensors, grids, {"1": ByToken(), "3": ByToken()}, _run_mlp)
+
+
+class Average(Grid):
+    """Brevitas' weights on 4 bits with the mean magnitude of each row as the range, differentiated through."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0.0, -7, 7)
+
+    def _grid(self, x: Tensor) -> Grid:
+        return Grid(x.abs().mean(1, keepdim=True) / 7, 0.0, -7, 7)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self._grid(x).value(x)
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self._grid(x).inside(x)
+
+    def straight_through(self, x: Tensor) -> Tensor:
+        scale = self._grid(x).scale
+        ratio = x / scale
+        return (ratio.round().clamp(-7, 7).detach() + ratio - ratio.detach()) * scale
+
+
+def brevitas() -> Pair:
+    """Weights that half of are beyond the range; the gradient passes the clip, and the scale."""
+    from brevitas import nn as qnn
+    from brevitas.inject.enum import StatsOp
+    from brevitas.quant import Int8WeightPerChannelFloat
+
+    class OfWeights(Int8WeightPerChannelFloat):
+        bit_width = 4
+        scaling_stats_op = StatsOp.AVE
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(),
+        qnn.QuantIdentity(bit_width=8, return_quant_tensor=True),
+        qnn.QuantLinear(36, 6, True, weight_quant=OfWeights),
+        qnn.QuantReLU(bit_width=4),
+        qnn.QuantLinear(6, 3, True, weight_quant=OfWeights),
+    )
+    model.train()(X)
+    model.eval()(X)
+    double = copy.deepcopy(model).double()
+    scales = {name: double.get_submodule(name).act_quant.scale().detach() for name in ("1", "3")}
+    activations = {"1": Grid(scales["1"], 0.0, -128, 127), "3": Grid(scales["3"], 0.0, 0, 15)}
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters() if "quant" not in n}
+
+    def run(used: Any, rounded: Any, x: Tensor) -> Tensor:
+        x = F.linear(rounded("1", x.flatten(1)), used("2.weight"), used("2.bias")).relu()
+        return F.linear(rounded("3", x), used("4.weight"), used("4.bias"))
+
+    return Pair(model, tensors, {f"{name}.weight": Average() for name in ("2", "4")}, activations, run)

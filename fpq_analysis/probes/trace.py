@@ -29,7 +29,7 @@ from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
-from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives
+from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives, weight_quantizers
 from fpq_analysis.records.queries import AT_CHANCE
 
 BY_SAMPLE = ("exact", "sampled")
@@ -193,6 +193,9 @@ def hessian_trace(
                 raise NotExactError("the Fisher matrix has labels of its own")
             if subject.foreign:
                 raise NotExactError("the weights are rounded by quantizers that are not of this package")
+            mixing = [name for name, (q, _) in weight_quantizers(model).items() if not q.elementwise]
+            if definition == "latent" and mixing:
+                raise NotExactError(f"the weight quantizer of '{mixing[0]}' mixes weights")
             chosen, why = (method, reason) if method != "auto" else exact_or_sampled(subject, tol)
             baked = subject if definition != "latent" else prepare(model, batches, **where)
             traces = _by_sample(model, definition, baked, chosen, n_labels, tol, seed)

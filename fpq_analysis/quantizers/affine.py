@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,27 +11,62 @@ from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.fake_quantize import round_straight_through
 
 
-class Affine(Quantizer):
+def affine(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, *, quotient: bool = False) -> Tensor:
     """(clip(round(x / scale) + zero_point, low, high) - zero_point) scale, as torch's `fake_quantize_*` ops have it.
 
     Made of plain operations.  The gradient is one where the rounded value is within `low` .. `high`, zero elsewhere;
-    in a learned scale and zero point it is that of LSQ (arXiv:1902.08153) and LSQ+ (arXiv:2004.09576).  A zero point
-    that is no whole number is added before rounding.
+    in scale and zero point it is that of LSQ (arXiv:1902.08153) and LSQ+ (arXiv:2004.09576).
 
     Args:
-        scale, zero_point: of shape (), or broadcastable to x.  Parameters stay parameters.
+        scale, zero_point: broadcastable to x.
+        low, high: the least and the largest whole number.
+        quotient: round(x / scale + zero_point), in place of torch's round(x (1 / scale)) + zero_point.  They differ in
+            the last digit of the ratio, and where it is halfway.
+    """
+    q, clipped = _rounded(x, scale, zero_point, low, high, quotient)
+    # A bound is in range: see `fake_quantize`.
+    return (torch.where(q.detach() == clipped, q, clipped) - zero_point) * scale
+
+
+def _rounded(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, quotient: bool
+) -> tuple[Tensor, Tensor]:
+    if quotient:
+        q = round_straight_through(x / scale + zero_point)
+    elif bool((zero_point == zero_point.round()).all()):
+        q = round_straight_through(x * (1 / scale)) + zero_point
+    else:  # in torch, too, it is added before rounding if it is no whole number
+        q = round_straight_through(x * (1 / scale) + zero_point)
+    return q, q.detach().clamp(low, high)
+
+
+class Affine(Quantizer):
+    """`affine` with constants.
+
+    Args:
+        scale, zero_point: of shape (), or broadcastable to x.  Parameters stay parameters; the zero point is rounded.
         low, high: the least and the largest whole number.  `bits` is what it takes to store these.
         factor: x is multiplied by it before, and divided by it after: for a weight that a BatchNorm's slope is folded
             into.  Broadcastable to x, not zero.
+        quotient: see `affine`.
     """
 
     scale: Tensor
     zero: Tensor
     factor: Tensor | None
 
-    def __init__(self, scale: Tensor, zero_point: Tensor, low: int, high: int, *, factor: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        scale: Tensor,
+        zero_point: Tensor,
+        low: int,
+        high: int,
+        *,
+        factor: Tensor | None = None,
+        quotient: bool = False,
+    ) -> None:
         super().__init__((high - low).bit_length())
-        self.low, self.high, self.levels = low, high, high - low
+        self.low, self.high, self.levels, self.quotient = low, high, high - low, quotient
         for name, value in (("scale", scale), ("zero", zero_point), ("factor", factor)):
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -55,27 +92,46 @@ class Affine(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """On the grid; straight-through."""
-        if self.factor is not None:
-            x = x * self.factor
-        q, clipped = self._rounded(x)
-        # A bound is in range: see `fake_quantize`.
-        x = (torch.where(q.detach() == clipped, q, clipped) - self._zero()) * self.scale
+        x = x if self.factor is None else x * self.factor
+        x = affine(x, self.scale, self._zero(), self.low, self.high, quotient=self.quotient)
         return x if self.factor is None else x / self.factor
-
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        zero, ratio = self._zero(), x * (1 / self.scale)
-        if bool((zero == zero.round()).all()):
-            q = round_straight_through(ratio) + zero
-        else:
-            q = round_straight_through(ratio + zero)
-        return q, q.detach().clamp(self.low, self.high)
 
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:
         """Where the rounded value is below `low` or above `high`."""
-        q, inside = self._rounded(x if self.factor is None else x * self.factor)
+        x = x if self.factor is None else x * self.factor
+        q, inside = _rounded(x, self.scale, self._zero(), self.low, self.high, self.quotient)
         return q != inside
 
     def used(self, weight: Tensor) -> Tensor:
         """What the other program's layer computes with, from the value on the grid."""
         return weight if self.factor is None else weight * self.factor
+
+
+class Dynamic(Quantizer):
+    """`affine` with constants that are worked out from each x: of activations, so that it has no step size to speak of.
+
+    Args:
+        choose: gives scale and zero point of an x, broadcastable to it.
+        low, high: as for `Affine`.
+    """
+
+    def __init__(self, choose: Callable[[Tensor], tuple[Tensor, Tensor]], low: int, high: int) -> None:
+        super().__init__((high - low).bit_length())
+        self.choose, self.low, self.high, self.levels = choose, low, high, high - low
+        self.step_size = self.zero_point = torch.empty(0)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """On the grid; straight-through."""
+        return affine(x, *self._constants(x), self.low, self.high)
+
+    @torch.no_grad()
+    def clipped(self, x: Tensor) -> Tensor:
+        """Where the rounded value is below `low` or above `high`."""
+        q, inside = _rounded(x, *self._constants(x), self.low, self.high, False)
+        return q != inside
+
+    @torch.no_grad()
+    def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self.choose(x.detach())
+        return scale.to(x.dtype), zero.to(x.dtype)

@@ -55,9 +55,14 @@ def quantize(model: nn.Module, spec: QuantSpec) -> nn.Module:
             quantizer.calibrate(layer.weight, spec.weight_calibration)
             parametrize.register_parametrization(layer, "weight", quantizer)
         if act_bits != FLOAT_BITS:
-            layer.register_module(INPUT_QUANTIZER, of_input(act_bits).to(layer.weight.device))
-            layer.register_forward_pre_hook(_quantize_input)
+            quantize_input(layer, of_input(act_bits).to(layer.weight.device))
     return model
+
+
+def quantize_input(layer: nn.Module, quantizer: Quantizer) -> None:
+    """Put `quantizer` in front of the layer."""
+    layer.register_module(INPUT_QUANTIZER, quantizer)
+    layer.register_forward_pre_hook(_quantize_input)
 
 
 def _quantize_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

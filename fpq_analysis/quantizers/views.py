@@ -58,7 +58,7 @@ def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
             parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=definition == "dequantized")
     if definition == "float":
         for module in layers.values():
-            for name, child in module.named_children():
+            for name, child in list(module._modules.items()):  # not named_children, which gives shared ones once
                 if isinstance(child, Quantizer):
                     setattr(module, name, nn.Identity())
     return model

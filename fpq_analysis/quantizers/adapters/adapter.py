@@ -13,12 +13,15 @@ from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers.adapters.agreement import Passed, check_agreement
+from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
+from fpq_analysis.quantizers.others import WEIGHT, other_quantizers
 
 Adapter = Callable[[Any], nn.Module]
 A = TypeVar("A", bound=Adapter)
 # The module of a class begins with the first; the file beside this one has the adapters of such classes.
-FRONT_ENDS = {"torch.ao.": "torch_ao"}
+FRONT_ENDS = {"torch.ao.": "torch_ao", "torchao.": "torchao", "brevitas.": "brevitas"}
+OUTPUT_QUANTIZER = "output_quantizer"
 OBSERVERS = ("observer_enabled", "static_enabled")  # switches of those that set a scale by what passes through
 
 _adapters: dict[type[nn.Module], Adapter] = {}
@@ -47,21 +50,42 @@ def register_adapter(*kinds: type[nn.Module]) -> Callable[[A], A]:
     return register
 
 
-def plain_layer(layer: nn.Module, kind: type[nn.Module], weight: Quantizer | None) -> nn.Module:
-    """`layer` itself as a `kind`, a base of its class, with this quantizer on its weight; its hooks stay.
+class UnknownQuantizerError(Exception):
+    """Raised by an adapter for a module that it does not know after all: the network is left as it is."""
+
+
+def plain_layer(
+    layer: nn.Module, kind: type[nn.Module], weight: Quantizer | None, inputs: Quantizer | None = None
+) -> nn.Module:
+    """`layer` itself as a `kind`, a base of its class, with these quantizers on its weight and input; its hooks stay.
 
     What else the layer has is left; take out submodules that are not used any more.
     """
     if parametrize.is_parametrized(layer):
-        raise UserError("it is parametrized by something else too")
+        raise UnknownQuantizerError("it is parametrized by something else too")
     layer.__class__ = kind
     if weight is not None:
         parametrize.register_parametrization(layer, "weight", weight.eval())
+    if inputs is not None:
+        quantize_input(layer, inputs.eval())
     return layer
 
 
+def quantize_output(module: nn.Module, quantizer: Quantizer) -> None:
+    """Put `quantizer` behind the module, ahead of other hooks."""
+    module.register_module(OUTPUT_QUANTIZER, quantizer.eval())
+    module.register_forward_hook(_quantize_output, prepend=True)
+
+
+def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    rounded: Tensor = getattr(module, OUTPUT_QUANTIZER)(output)
+    return rounded
+
+
 def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
-    """`model`, if no module of it has an adapter; or else a copy in eval mode that is quantized as our networks are.
+    """A copy of a network that another program quantized, quantized as our networks are, in eval mode.
+
+    `model` itself if there is nothing to adopt, or not all of its weights' quantizers have adapters.
 
     In the copy scales are frozen, observers switched off, and parameters have the names they had.  It computes the
     same, which is checked: each layer with a quantizer, on what it gets for `inputs`, must give what the original gave;
@@ -75,7 +99,7 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     """
     if not any(_find(module) for module in model.modules()):
         return model
-    model = copy.deepcopy(model).eval()
+    original, model = model, copy.deepcopy(model).eval()
     kinds = {p.dtype for p in model.parameters()}
     if kinds & {torch.float16, torch.bfloat16}:
         model.float()  # as for every measurement, and ahead of comparing
@@ -88,7 +112,12 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
                 getattr(module, switch).zero_()
     names = [name for name, module in model.named_modules() if _find(module)]
     before = None if inputs is None else Passed.of(model, names, inputs)
-    adopted = _turn(model, "", {})
+    try:
+        adopted = _turn(model, "", {})
+    except UnknownQuantizerError:  # what stands in the way of a measurement is said by `others.py`
+        return original
+    if any(WEIGHT in name for name, _, _ in other_quantizers(adopted)):
+        return original
     if before is not None:
         check_agreement(before, adopted, inputs)
     return adopted

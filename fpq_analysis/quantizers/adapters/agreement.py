@@ -97,8 +97,9 @@ def check_agreement(before: Passed, adopted: nn.Module, inputs: Any) -> None:
             with _Weights() as weights:
                 output = modules[name](*_copied(call.args), **_copied(call.kwargs))
             _check_weights(name, modules[name], call.weights, weights.found)
-            steps = [q.step_size.max() for q in modules[name].children() if isinstance(q, Quantizer)]
-            _check(f"what '{name}' puts out", call.output, output, max(map(float, steps), default=0.0), FLIPPED)
+            steps = [q.step_size for q in modules[name].children() if isinstance(q, Quantizer)]
+            largest = max((float(step.max()) for step in steps if step.numel()), default=0.0)
+            _check(f"what '{name}' puts out", call.output, output, largest, FLIPPED)
     rounds = any(isinstance(module, Quantizer) for module in modules.values())
     output = adopted(_on_device(inputs, adopted))
     for was, now in zip(tree_leaves(_plain(before.output)), tree_leaves(_plain(output)), strict=True):

@@ -19,7 +19,7 @@ from torch.ao.quantization import FakeQuantizeBase
 from torch.nn import functional as F
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.quantizers.adapters.adapter import plain_layer, register_adapter
+from fpq_analysis.quantizers.adapters.adapter import UnknownQuantizerError, plain_layer, register_adapter
 from fpq_analysis.quantizers.affine import Affine
 
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
@@ -92,10 +92,10 @@ def _affine(module: Any, weight: Tensor | None, factor: Tensor | None = None) ->
     if not bool(module.fake_quant_enabled):
         return None
     if getattr(module, "is_dynamic", False):
-        raise UserError("its scale is set anew from every batch, so that samples are not rounded one by one")
+        raise UnknownQuantizerError("its scale is of each batch, so that samples depend on each other")
     per_channel = module.qscheme in PER_CHANNEL
     if per_channel and weight is None:
-        raise UserError("it rounds activations with a scale for each channel, which no adapter here knows")
+        raise UnknownQuantizerError("it rounds activations with a scale for each channel, which no adapter here knows")
     settled = copy.deepcopy(module).float()  # the fused ones know float32 only,
     settled(torch.zeros(1) if weight is None else weight.float())  # and work their scale out when they run
     observer = getattr(settled, "activation_post_process", None)
