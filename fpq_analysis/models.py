@@ -305,3 +305,9 @@ def model_device(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def model_precision(model: nn.Module) -> torch.dtype | None:
+    """Type of the model's floating-point parameters; None where they are of several types, or there is none."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else None

@@ -25,6 +25,7 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import atomic_write
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.nests import size
 from fpq_analysis.probes import hessian_eigs, hessian_trace, spectral_density
 from fpq_analysis.probes.subject import Subject, prepare
 
@@ -98,7 +99,7 @@ class hessian:
             n, variables = current.subject.n_data, current.variables
             with full_precision(), torch.enable_grad():
                 losses = [
-                    self.criterion(functional_call(current.subject.view, variables, (x,)), y) * (len(x) / n)
+                    self.criterion(functional_call(current.subject.view, variables, (x,)), y) * (size(x) / n)
                     for x, y in current.subject.data
                 ]
                 current.gradients = list(

@@ -26,6 +26,7 @@ from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.curvature.samples import spread
+from fpq_analysis.nests import Nest, size, split, take
 
 GRADIENT_IMAGES = 2  # whose gradients are compared
 
@@ -47,8 +48,8 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
     generator = torch.Generator().manual_seed(seed)
     try:
         with full_precision(), torch.enable_grad():
-            prove_parameters(model, batches[0][0][:FEW], parameters)
-            for image in spread(batches, GRADIENT_IMAGES).split(1):
+            prove_parameters(model, take(batches[0][0], slice(FEW)), parameters)
+            for image in split(spread(batches, GRADIENT_IMAGES), 1):
                 _check_first_derivatives(model, image, parameters, layers, generator)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise NotExactError(f"the check itself failed ({type(error).__name__}: {error})") from error
@@ -56,7 +57,7 @@ def certify(model: nn.Module, batches: list[Batch], parameters: dict[str, Tensor
 
 def _check_first_derivatives(
     model: nn.Module,
-    image: Tensor,
+    image: Nest,
     parameters: dict[str, Tensor],
     layers: dict[str, nn.Module],
     generator: torch.Generator,
@@ -102,7 +103,7 @@ def certify_features(model: nn.Module, batches: list[Batch], layers: dict[str, n
         return move
 
     def work(batch: tuple[Tensor, ...]) -> None:
-        prove(model, lambda: check_rows(model(batch[0]), len(batch[0])), lambda: moves)
+        prove(model, lambda: check_rows(model(batch[0]), size(batch)), lambda: moves)
 
     try:
         with ExitStack() as hooks, full_precision(), torch.enable_grad(), requiring_grad(model):

@@ -31,6 +31,7 @@ from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.losses import Loss, draw_uniforms
+from fpq_analysis.nests import device_of, size, take
 
 FEW = 2  # images that stand for a batch in the proof
 
@@ -78,10 +79,11 @@ def per_sample_traces(
                 outputs = recorder.run(model, x)
             graph = graph_signature(outputs)
             if graph not in proven:
+                few = take(x, slice(FEW))
                 # Where a few take the same way, custom Functions are tried out on these: on many it takes long.
                 with Recorder(layers, parameters, derivatives or {}, passes) as recorder_of_few:
-                    same = graph_signature(recorder_of_few.run(model, x[:FEW])) == graph
-                prove_parameters(model, x[:FEW] if same else x, parameters)
+                    same = graph_signature(recorder_of_few.run(model, few)) == graph
+                prove_parameters(model, few if same else x, parameters)
                 proven.add(graph)
             with torch.no_grad():
                 z = outputs.detach()
@@ -94,7 +96,7 @@ def per_sample_traces(
     parts: list[tuple[Tensor, ...]] = list(batches)
     if n_labels is not None:
         assert generator is not None
-        parts = [(x, y, draw_uniforms(len(x), n_labels, generator).to(x.device)) for x, y in batches]
+        parts = [(x, y, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, y in batches]
     yield from map_batches(parts, measure)
 
 
@@ -105,7 +107,7 @@ def exact_passes(model: nn.Module, loss: Loss, batch: Batch) -> int:
     Raises:
         NotExactError: if the loss has no `output_factor`, or the model does not give a row of outputs a sample.
     """
-    x, y = (t[:1] for t in batch)
+    x, y = take(batch, slice(1))
     return len(_factor(loss, check_rows(model(x), 1), y))
 
 

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fpq_analysis.curvature.functions import fault_of_function
 from fpq_analysis.curvature.operations import OPAQUE, RULES, UNKNOWN, Fault, Node, NotExactError, operation
 from fpq_analysis.curvature.steps import label
+from fpq_analysis.nests import Nest
 
 
 def nodes(output: Tensor) -> list[Node]:
@@ -92,7 +93,7 @@ def prove(model: nn.Module, run: Callable[[], Tensor], variables: Callable[[], d
     return output
 
 
-def prove_parameters(model: nn.Module, x: Tensor, parameters: dict[str, Tensor]) -> None:
+def prove_parameters(model: nn.Module, x: Nest, parameters: dict[str, Tensor]) -> None:
     """`prove` that the outputs for inputs `x` are piecewise linear in each parameter, and that each is used once.
 
     Raises:

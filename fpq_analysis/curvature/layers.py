@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fpq_analysis.curvature.operations import NotExactError
+from fpq_analysis.nests import Nest, size
 
 FORWARDS = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, _BatchNorm, nn.SyncBatchNorm)}
 
@@ -87,10 +88,10 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.hooks.close()
 
-    def run(self, model: nn.Module, x: Tensor) -> Tensor:
+    def run(self, model: nn.Module, x: Nest) -> Tensor:
         """The outputs (B, C) with a graph that ends at the layers' outputs."""
-        self.n = len(x)
-        outputs = check_rows(model(x), len(x))
+        self.n = size(x)
+        outputs = check_rows(model(x), self.n)
         idle = [name for name in self.layers if name not in self.seen]
         if idle:
             raise NotExactError(f"the layer '{idle[0]}' did not run in the forward pass")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.nests import size, split
 
 T = TypeVar("T")
 SHARE = 0.5  # of the free memory, for graphs that are kept: bases and the work itself need the rest
@@ -35,8 +36,8 @@ def map_batches(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor,
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-            size = len(batches[done][0])
-            if size == 1:
+            most = (size(batches[done]) + 1) // 2
+            if size(batches[done]) == 1:
                 raise UserError(
                     "There is not enough memory for a single sample. Use a machine with more of it, smaller inputs, or "
                     "fewer probes at a time."
@@ -46,13 +47,9 @@ def map_batches(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor,
             done += 1
             continue
         # Outside of the handler: the error holds the frames of the failed attempt, and with them its tensors.
-        batches[done:] = [part for batch in batches[done:] for part in _split(batch, (size + 1) // 2)]
+        batches[done:] = [part for batch in batches[done:] for part in split(batch, most)]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _split(batch: tuple[Tensor, ...], most: int) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(t.split(most) for t in batch), strict=True))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -24,6 +24,7 @@ from fpq_analysis.curvature.memory import GraphStore, map_batches
 from fpq_analysis.curvature.second_derivatives import SecondDerivatives
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.losses import Loss, LossFunction, draw_uniforms
+from fpq_analysis.nests import device_of, size
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -62,7 +63,7 @@ class CurvatureOperator(ABC):
         self.loss = loss
         self.batches: list[tuple[Tensor, ...]] = list(batches)
         self.parameters = list(parameters.values())
-        self.n_data = sum(len(batch[0]) for batch in batches)
+        self.n_data = sum(map(size, batches))
         self.n_products = 0
         sizes = [p.numel() for p in self.parameters]
         self.size = sum(sizes)
@@ -165,7 +166,7 @@ class HessianOperator(CurvatureOperator):
 
     def _graph(self, batch: tuple[Tensor, ...]) -> list[tuple[int, Tensor]]:
         x, y = batch
-        loss = self.loss(self.model(x), y) * (len(x) / self.n_data)
+        loss = self.loss(self.model(x), y) * (size(x) / self.n_data)
         # A parameter the loss does not use has no gradient; one it is linear in has a constant gradient.
         gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         return [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
@@ -251,7 +252,7 @@ class FisherOperator(GaussNewtonOperator):
         super().__init__(model, loss, batches, parameters)
         self.draw = loss.draw
         generator = torch.Generator().manual_seed(seed)
-        self.batches = [(x, draw_uniforms(len(x), n_labels, generator).to(x.device)) for x, _ in batches]
+        self.batches = [(x, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, _ in batches]
 
     def _at_outputs(self, z: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         if z.ndim != 2:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.nests import device_of
 
 
 def pyhessian_trace_samples(
@@ -38,7 +39,7 @@ def pyhessian_trace_samples(
     wanted = {id(p) for p in parameters.values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)
-    cuda = batches[0][0].is_cuda
+    cuda = device_of(batches[0]).type == "cuda"
     data = {"data": batches[0]} if len(batches) == 1 else {"dataloader": batches}
     try:
         # It draws from the global generator.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.steps import first_difference, watch
 from fpq_analysis.errors import UnfitError
+from fpq_analysis.nests import Nest, alike, device_of, mapped, size, take
 
 # Numbers that differ by more than so many units in the last place, of the largest of them, do so for another reason
 # than the order in which a device adds.
@@ -25,7 +26,7 @@ def tolerance(t: Tensor) -> float:
 
 
 @torch.no_grad()
-def repeatable(model: nn.Module, x: Tensor) -> Tensor:
+def repeatable(model: nn.Module, x: Nest) -> Tensor:
     """The outputs for `x`, (B, ...), if another forward pass gives the same.
 
     The second pass finds PyTorch's random numbers in another state.  Where the outputs then differ by as little as a
@@ -35,7 +36,8 @@ def repeatable(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         UnfitError: if it gives others, with the module where they begin to differ and what it does.
     """
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+    device = device_of(x)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         first, second = (_seeded(model, x, seed) for seed in SEEDS)
         if torch.equal(first, second) or not bool(first.isfinite().all()):
             return first
@@ -54,7 +56,7 @@ def repeatable(model: nn.Module, x: Tensor) -> Tensor:
     raise UnfitError(f"{finding}{', as it draws random numbers' if random else ''}.", RANDOM if random else UNKNOWN)
 
 
-def _seeded(model: nn.Module, x: Tensor, seed: int) -> Tensor:
+def _seeded(model: nn.Module, x: Nest, seed: int) -> Tensor:
     torch.manual_seed(seed)
     outputs = model(x)
     if not isinstance(outputs, Tensor):
@@ -68,20 +70,24 @@ def _seeded(model: nn.Module, x: Tensor, seed: int) -> Tensor:
 def check_samples_apart(model: nn.Module, batches: list[Batch]) -> None:
     """Raise `UnfitError` if a sample's output changes with the samples beside it."""
     x = spread(batches, 3)
-    if len(x) < 2:
+    if size(x) < 2:
         return
+
+    def copies(place: int) -> Nest:
+        return mapped(lambda t: torch.empty_like(t).copy_(t[place]), x)
+
     with torch.no_grad(), full_precision():
         together = model(x)
         # Each image among copies of itself, at its own place in a batch of the same size: of another size, rounding
         # would differ, and behind a quantizer flip levels, which is no smaller than what mixing does.
-        alone = torch.cat([model(torch.empty_like(x).copy_(image))[i : i + 1] for i, image in enumerate(x)])
+        alone = torch.cat([model(copies(i))[i : i + 1] for i in range(size(x))])
         if not bool(torch.isfinite(alone).all()):
             return  # nothing to compare; the measurement will not be finite, and says so
         if together.shape == alone.shape and bool(
             (together - alone).abs().max() <= tolerance(alone) * alone.abs().max()
         ):
             return
-        first = torch.empty_like(x).copy_(x[0])
+        first = copies(0)
         steps = [watch(model, lambda given=given: model(given))[1] for given in (x, first)]  # type: ignore[misc]
     one = [[step._replace(value=step.value[:1]) for step in seen] for seen in steps]
     where = first_difference(one[0], one[1], tolerance(alone))
@@ -91,12 +97,16 @@ def check_samples_apart(model: nn.Module, batches: list[Batch]) -> None:
     )
 
 
-def spread(batches: list[Batch], n: int, turn: int = 0) -> Tensor:
-    """`n` inputs spread evenly over all batches, others each turn; repeated if there are fewer."""
-    total = sum(len(x) for x, _ in batches)
+def spread(batches: list[Batch], n: int, turn: int = 0) -> Nest:
+    """`n` inputs spread evenly over all batches, others each turn; repeated if there are fewer.
+
+    Where samples are of several shapes, all are of the first one's.
+    """
+    inputs = [x for x, _ in batches if alike(x, batches[0][0])]
+    total = sum(map(size, inputs))
     wanted = [(turn + (i * total // n if n <= total else i)) % total for i in range(n)]
-    starts, images = 0, {}
-    for x, _ in batches:
-        images.update({i: x[i - starts] for i in set(wanted) if starts <= i < starts + len(x)})
-        starts += len(x)
-    return torch.stack([images[i] for i in wanted])
+    start, found = 0, {}
+    for x in inputs:
+        found.update({i: take(x, i - start) for i in set(wanted) if start <= i < start + size(x)})
+        start += size(x)
+    return mapped(lambda *rows: torch.stack(rows), *(found[i] for i in wanted))

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.batches import Batch, merged
 from fpq_analysis.curvature.exact import exact_passes, per_sample_traces
 from fpq_analysis.losses import Loss
+from fpq_analysis.nests import alike, device_of, joined, size, split, take
 
 # Cost of what comes before the labels (forward pass, patches, their products), in labels: measured on ResNet-20.
 FORWARD_COST = 1.5
@@ -129,15 +130,17 @@ def _to_tolerance(
     draw: Callable[..., list[_Part]], batches: list[Batch], generator: torch.Generator, tol: float, exact_passes: int
 ) -> SampleTraces | None:
     """None where the sum over classes for every sample is cheaper than what the tolerance would take."""
-    population = sum(len(x) for x, _ in batches)
-    order = torch.randperm(population, generator=generator).to(batches[0][0].device)
-    inputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
-    size = len(batches[0][0])
+    population = sum(map(size, batches))
+    order = torch.randperm(population, generator=generator).to(device_of(batches[0]))
+    whole = joined(list(batches)) if all(alike(batch, batches[0]) for batch in batches) else None
+    singles = [] if whole is not None else [one for batch in batches for one in split(batch, 1)]
 
-    def take(start: int, stop: int) -> list[Batch]:
-        return [(inputs[i], targets[i]) for i in order[start:stop].split(size)]
+    def drawn(start: int, stop: int) -> list[Batch]:
+        if whole is not None:
+            return [take(whole, places) for places in order[start:stop].split(size(batches[0]))]
+        return merged([singles[i] for i in order[start:stop].tolist()], size(batches[0]))
 
-    parts = draw(take(0, min(PILOT, population)), 2)
+    parts = draw(drawn(0, min(PILOT, population)), 2)
     passes = 2 * min(PILOT, population)
     pilot = SampleTraces(*_joined(parts), population, 2)
     one_label = {name: 2 * float(variance.mean()) for name, variance in pilot.label_variance.items()}
@@ -160,7 +163,7 @@ def _to_tolerance(
         spread = max(float(traces[ALL].var()) - float(variance[ALL].mean()), 0.0)
         needed = 1.1 * (spread + within) / (wanted + spread / population) if wanted else population
         stop = min(population, max(math.ceil(needed), found.n + found.n // 4 + 1))
-        parts += draw(take(found.n, stop), labels, one_label)
+        parts += draw(drawn(found.n, stop), labels, one_label)
         passes += labels * (stop - found.n)
     return None
 

@@ -19,6 +19,7 @@ from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_func
 from fpq_analysis.doctor.model_under_test import FAULT, NOTE, OK, Finding, ModelUnderTest, first, nodes, owner, short
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses import check_mean
+from fpq_analysis.nests import Nest, leaves, take
 from fpq_analysis.quantizers import (
     clipped_fraction,
     live_observer,
@@ -123,7 +124,7 @@ def _tf32(tested: ModelUnderTest) -> Finding:
 
 def _finite(tested: ModelUnderTest) -> Finding:
     for x, y in tested.data:
-        if not bool(x.isfinite().all()):
+        if not all(bool(t.isfinite().all()) for t in leaves(x)):
             return Finding(FAULT, "The inputs hold NaN or infinity.", "Check the images and their normalisation.")
         try:
             with torch.no_grad():
@@ -144,7 +145,7 @@ def _finite(tested: ModelUnderTest) -> Finding:
     return Finding(OK, "The loss and its gradient are finite.")
 
 
-def _loss(tested: ModelUnderTest, x: Tensor, y: Tensor) -> float:
+def _loss(tested: ModelUnderTest, x: Nest, y: Nest) -> float:
     z = tested.model(x)
     # On CUDA, cross-entropy answers a class that is not there with an error that ends the process.
     if tested.loss.check is not None:
@@ -184,7 +185,7 @@ def _mean_loss(tested: ModelUnderTest) -> Finding:
 
 
 def _rounding(tested: ModelUnderTest) -> Finding:
-    name = rounded_weight(tested.model, tested.few[0][:2])
+    name = rounded_weight(tested.model, take(tested.few[0], slice(2)))
     if not name:
         return Finding(OK, "No weight is rounded by anything but quantizers of this package.")
     return Finding(NOTE, f"'{name}' {DISAGREES}.", LATENT)

@@ -19,7 +19,9 @@ from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, w
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, Finding, prepare, same_random_state, short
 from fpq_analysis.errors import UnfitError, UserError, naming
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.nests import take
 from fpq_analysis.quantizers import adopt
 from fpq_analysis.runs import source_of
 
@@ -31,12 +33,13 @@ def diagnose(
     loss: str | LossFunction = "cross_entropy",
     device: str | torch.device | None = None,
     seed: int = 0,
+    forward: ForwardFunction | None = None,
 ) -> pd.DataFrame:
     """Check whether the curvature of `model` can be measured on these data.
 
     Args:
         model: any `nn.Module` whose output the loss takes; quantized ones are checked as `dequantized`.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         device: where to compute; None for where the model is.
         seed: of the random directions.
@@ -50,14 +53,14 @@ def diagnose(
     """
     batches = as_batches(batches)
     try:
-        adopted = adopt(model, batches[0][0][:2])
+        adopted = adopt(with_forward(model, forward), take(batches[0][0], slice(2)))
     except UserError as error:
         return _frame({"quantizers": Finding(FAULT, str(error))})
     found = {name: check(model if name == "mode" else adopted) for name, check in STANDING.items()}
     model = adopted
     if any(finding.status == FAULT for name, finding in found.items() if name != "mode"):
         return _frame(found)
-    tested = prepare(model, batches, loss, device, seed)
+    tested = prepare(model, batches, loss, device, seed, forward)
     with same_random_state(tested.device):
         for name, check in RUNNING.items():
             try:

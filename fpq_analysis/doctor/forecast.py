@@ -20,7 +20,9 @@ from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import SHARE, free_memory
 from fpq_analysis.doctor.model_under_test import prepare, same_random_state
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.nests import size, take
 
 FORECAST_COLUMNS = ["measurement", "seconds", "peak MB"]
 FORECAST_IMAGES = 32
@@ -39,6 +41,7 @@ def forecast_measurements(
     loss: str | LossFunction = "cross_entropy",
     device: str | torch.device | None = None,
     seed: int = 0,
+    forward: ForwardFunction | None = None,
 ) -> pd.DataFrame:
     """Time and memory of the usual measurements, from timings on few of the images and linear in their number.
 
@@ -49,21 +52,21 @@ def forecast_measurements(
         measurement, seconds, peak MB: memory for tensors beside the data, weights included.  The exact trace's row is
         NaN where it does not hold.
     """
-    tested = prepare(model, batches, loss, device, seed)
+    tested = prepare(model, batches, loss, device, seed, forward)
     own, where = tested.variables, tested.device
-    sizes = [len(x) for x, _ in tested.data]  # of the micro-batches
-    x, y = (part[:FORECAST_IMAGES] for part in tested.data[0])
-    scale, wider = sum(sizes) / len(x), max(sizes) / len(x)
+    sizes = list(map(size, tested.data))  # of the micro-batches
+    few = take(tested.data[0], slice(FORECAST_IMAGES))
+    scale, wider = sum(sizes) / size(few), max(sizes) / size(few)
 
     def operator() -> HessianOperator:
-        return HessianOperator(tested.model, tested.loss, [(x, y)], own)
+        return HessianOperator(tested.model, tested.loss, [few], own)
 
     with same_random_state(where):
         seconds = peak = float("nan")
         with suppress(NotExactError):
-            exact_passes(tested.model, tested.loss, (x, y))
-            certify(tested.model, [(x, y)], own, seed)
-            traces = partial(per_sample_traces, tested.model, tested.loss, [(x, y)], own)
+            exact_passes(tested.model, tested.loss, few)
+            certify(tested.model, [few], own, seed)
+            traces = partial(per_sample_traces, tested.model, tested.loss, [few], own)
             seconds, peak = _measure(lambda: list(traces()), where)
         rows = [("trace (exact)", seconds * scale, peak * wider)]
         vector = tested.random(torch.cat([p.detach().reshape(-1) for p in own.values()]))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.steps import Step, watch
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import Loss, LossFunction, resolve_loss
-from fpq_analysis.models import model_device
+from fpq_analysis.models import model_device, model_precision
+from fpq_analysis.nests import Nest, moved, take
 from fpq_analysis.quantizers import variables
 from fpq_analysis.quantizers import view as take_view
 
@@ -49,8 +51,7 @@ class ModelUnderTest:
 
     @property
     def few(self) -> Batch:
-        x, y = self.data[0]
-        return x[:FEW], y[:FEW]
+        return take(self.data[0], slice(FEW))
 
     def few_loss(self) -> Tensor:
         return self.loss(self.model(self.few[0]), self.few[1])
@@ -61,7 +62,7 @@ class ModelUnderTest:
         return dict(zip(self.variables, found, strict=True))
 
     @torch.no_grad()
-    def steps(self, x: Tensor) -> list[Step]:
+    def steps(self, x: Nest) -> list[Step]:
         return watch(self.model, lambda: self.model(x))[1]
 
     def random(self, like: Tensor) -> Tensor:
@@ -71,8 +72,8 @@ class ModelUnderTest:
     def precise(self) -> ModelUnderTest:
         """The same in float64 on few images; as it is, where the model or the device does not know float64."""
         with suppress(RuntimeError, TypeError):
-            x, y = (t.double() if t.is_floating_point() else t for t in self.few)
-            found = replace(self, model=copy.deepcopy(self.model).double(), data=[(x, y)])
+            few = moved(self.few, self.device, torch.float64)
+            found = replace(self, model=copy.deepcopy(self.model).double(), data=[few])
             if found.few_loss().dtype == torch.float64:
                 return found
         return replace(self, data=[self.few])
@@ -84,6 +85,7 @@ def prepare(
     loss: str | LossFunction,
     device: str | torch.device | None,
     seed: int,
+    forward: ForwardFunction | None = None,
 ) -> ModelUnderTest:
     """Copy the model as `dequantized` to `device` (None: where it is), and the data.
 
@@ -91,8 +93,9 @@ def prepare(
         UserError: if there are no data, or the loss has an unknown name.
     """
     where = torch.device(device) if device is not None else model_device(model)
-    data = [(x.to(where), y.to(where)) for x, y in as_batches(batches)]
-    copied = take_view(model, "dequantized").to(where)
+    copied = take_view(with_forward(model, forward), "dequantized").to(where)
+    dtype = model_precision(copied)
+    data = [(moved(x, where, dtype), moved(y, where)) for x, y in as_batches(batches)]
     return ModelUnderTest(copied, data, resolve_loss(loss), where, torch.Generator().manual_seed(seed))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.linalg import SpectralMeasure, spectral_measure
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
@@ -88,6 +89,7 @@ def spectral_density(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> DensityEstimate:
     """Spectral measure of the Hessian by stochastic Lanczos quadrature: `n_draws` times `n_steps` products.
 
@@ -104,7 +106,14 @@ def spectral_density(
     """
     _check_settings(definition, operator, n_draws, n_steps)
     subject = prepare(
-        model, batches, loss=loss, definition=definition, parameters=parameters, device=device, micro_batch=micro_batch
+        model,
+        batches,
+        loss=loss,
+        definition=definition,
+        parameters=parameters,
+        device=device,
+        micro_batch=micro_batch,
+        forward=forward,
     )
     matrix = subject.operator(operator, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.intervals import half_interval
-from fpq_analysis.models import model_device
+from fpq_analysis.models import model_device, model_precision
+from fpq_analysis.nests import Nest, moved, size, take
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.sites import by_channel, wide
@@ -114,6 +116,7 @@ def feature_drift(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> FeatureDrift:
     """Mean shift, decorrelation and Wasserstein distance of every convolution's channels from the teacher's.
 
@@ -125,24 +128,28 @@ def feature_drift(
     Args:
         model: any `nn.Module` with convolutions.
         teacher: another, of the same architecture.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.  Targets are not used.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).  Targets are not used.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Raises:
         UserError: if the networks' convolutions differ, there is none, or a value is not finite.
     """
     where = torch.device(device) if device is not None else model_device(model)
-    data = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
-    pair = _Pair(*(take_view(net, "dequantized", data[0][:2]).to(where) for net in (model, teacher)))
-    n = sum(map(len, data))
+    inputs = [x for x, _ in as_batches(batches, micro_batch)]
+    networks = (with_forward(network, forward) for network in (model, teacher))
+    student, teacher = (take_view(net, "dequantized", take(inputs[0], slice(2))).to(where) for net in networks)
+    pair = _Pair(student, teacher)
+    data = [moved(x, where, model_precision(student)) for x in inputs]
+    n = sum(map(size, data))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     n_blocks = min(BLOCKS, n)
     block = torch.empty(n, dtype=torch.long).index_copy_(0, order, torch.arange(n) % n_blocks)
 
     with torch.no_grad(), full_precision():
-        first = pair(data[0][:1])
+        first = pair(take(data[0], slice(1)))
         width = sum(s.shape[1] for s, _ in first.values())
         n_kept = min(n, max(1, KEPT_VALUES // width))
         n_places = min(max(1, KEPT_VALUES // (width * n_kept)), max(s.shape[2] for s, _ in first.values()))
@@ -152,7 +159,7 @@ def feature_drift(
         def work(batch: tuple[Tensor, ...]) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
             return pair(batch[0]), batch[1]
 
-        numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split([len(x) for x in data]), strict=True))
+        numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split(list(map(size, data))), strict=True))
         for outputs, numbers in map_batches(numbered, work):
             for name, (s, t) in outputs.items():
                 layers[name].add(s, t, block[numbers], row_of[numbers])
@@ -178,7 +185,7 @@ class _Pair:
                 "Drift compares layer by layer, so both must have one architecture."
             )
 
-    def __call__(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def __call__(self, x: Nest) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer that runs, both outputs as (N, C, places)."""
         ours, theirs = _outputs(self.student, x), _outputs(self.teacher, x)
         both = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
@@ -194,7 +201,7 @@ def _convolutions(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, CONVOLUTIONS)}
 
 
-def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _outputs(model: nn.Module, x: Nest) -> dict[str, Tensor]:
     """Of a layer called more than once, the last call's, as in distillation."""
     found: dict[str, Tensor] = {}
     with ExitStack() as hooks:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.linalg import eigenpairs
 from fpq_analysis.linalg.eigs import check_which
 from fpq_analysis.losses import LossFunction
@@ -106,6 +107,7 @@ def hessian_eigs(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
     n_products: int = N_PRODUCTS,
 ) -> EigenEstimate:
     """The k largest, smallest, or largest-in-magnitude eigenvalues of the Hessian of the mean loss.
@@ -113,19 +115,27 @@ def hessian_eigs(
     The model is measured as for `hessian_trace`.
 
     Args:
-        model, batches, loss, definition, operator, parameters, seed, device, micro_batch: as for `hessian_trace`.
+        model, batches, loss, definition, operator, parameters, seed: as for `hessian_trace`.
         which: `LA` (largest), `SA` (smallest), `LM` (largest in magnitude).
         tol: a pair has converged when `|H v - value v|` is within `tol` times `|value|`.
         start: `start` of an earlier estimate, of this network at an epoch nearby: fewer products, the same values.
         eigenvectors: return them.
         n_products: the most products to make; pairs that have not converged by then are returned as such.
+        device, micro_batch, forward: as for `hessian_trace`.
 
     Raises:
         UserError: for names and numbers that make no sense, or a matrix that is not finite or not symmetric.
     """
     _check_settings(k, which, definition, operator, tol, n_products)
     subject = prepare(
-        model, batches, loss=loss, definition=definition, parameters=parameters, device=device, micro_batch=micro_batch
+        model,
+        batches,
+        loss=loss,
+        definition=definition,
+        parameters=parameters,
+        device=device,
+        micro_batch=micro_batch,
+        forward=forward,
     )
     matrix = subject.operator(operator, seed)
     if start is not None and len(start) != matrix.size:

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.measures import FeatureSettings
-from fpq_analysis.models import model_device
+from fpq_analysis.models import model_device, model_precision
+from fpq_analysis.nests import moved, size, take
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result, with_error
 from fpq_analysis.probes.sites import find_site, wide
@@ -117,6 +119,7 @@ def feature_statistics(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> FeatureStatistics:
     """Statistics of one layer's output for each channel, and its density for a few samples.
 
@@ -125,21 +128,23 @@ def feature_statistics(
 
     Args:
         model: any `nn.Module`.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.  Targets are not used.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).  Targets are not used.
         layer: `NAME`, `NAME:input` or `auto`, see the top of the file.  Axis 1 of its output are the channels.
         n_images: samples, drawn by `seed`, to give a density for.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Raises:
         UserError: if there is no such layer, it does not put out one (N, C, ...) tensor a pass, or one of its values is
             not finite.
     """
     where = torch.device(device) if device is not None else model_device(model)
-    data = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
-    n = sum(map(len, data))
-    view = take_view(model, "dequantized", data[0][:2]).to(where)
-    site = find_site(view, layer, data[0][:1])
+    inputs = [x for x, _ in as_batches(batches, micro_batch)]
+    view = take_view(with_forward(model, forward), "dequantized", take(inputs[0], slice(2))).to(where)
+    data = [moved(x, where, model_precision(view)) for x in inputs]
+    n, one = sum(map(size, data)), take(data[0], slice(1))
+    site = find_site(view, layer, one)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     shown = order[:n_images].sort().values
     raw, rounded = _Channels(), _Channels() if site.quantizer else None
@@ -148,9 +153,9 @@ def feature_statistics(
     def work(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return site.values(view, batch[0]), batch[1]
 
-    numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split([len(x) for x in data]), strict=True))
+    numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split(list(map(size, data))), strict=True))
     with torch.no_grad(), full_precision():
-        n_kept = min(n, max(1, KEPT_VALUES // site.values(view, data[0][:1]).numel()))
+        n_kept = min(n, max(1, KEPT_VALUES // site.values(view, one).numel()))
         kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:n_kept], True)
         for values, numbers in map_batches(numbered, work):
             raw.add(values, kept[numbers])

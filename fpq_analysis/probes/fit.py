@@ -15,11 +15,16 @@ from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.steps import watch
 from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.losses import Loss, check_factor, check_mean
+from fpq_analysis.nests import Nest, alike, described, joined, leaves, size, take
 
 # So many samples are looked at, spread over the data; of a loss that is to be tried out all, to see each batch.
 MOST = 4096
 # The fewest samples, and the p-value, at which an accuracy is called no better than chance.
 FEWEST, UNSURE = 64, 0.05
+OWN_CALL = (
+    ": a mapping is handed over by keyword, a tuple by place, and any other call is a function (model, inputs) to the "
+    "outputs, forward=... (--forward)"
+)
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,22 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
             if loss.mean is None:
                 losses = loss.sample_losses(z, y)
             if loss.output_factor is not None:
-                check_factor(loss, z[-8:], y[-8:])
-            ends = [(z[-8:], y[-8:])]  # batches are as large as they are: some across their borders
-            if tail and tail[0][0].shape[1:] == z.shape[1:] and tail[0][1].shape[1:] == y.shape[1:]:
-                check_mean(loss, torch.cat([tail[0][0], z[:8]]), torch.cat([tail[0][1], y[:8]]))
+                check_factor(loss, *take((z, y), slice(-8, None)))
+            ends = [take((z, y), slice(-8, None))]  # batches are as large as they are: some across their borders
+            if tail and alike(tail[0], (z, y)):
+                check_mean(loss, *joined([tail[0], take((z, y), slice(8))]))
             tail[:] = ends
         if not bool(losses.isfinite().all()):
             raise UserError(f"The loss is not finite on these data{_largest(x, z)}. Check the inputs' normalisation.")
         hits, classes = _hits(z, y)
         return losses.cpu(), hits.cpu(), classes.cpu()
 
-    every = max(1, math.ceil(sum(len(x) for x, _ in data) / MOST)) if loss.check is not None else 1
+    every = max(1, math.ceil(sum(map(size, data)) / MOST)) if loss.check is not None else 1
     with torch.no_grad(), full_precision():
         parts = [torch.cat(part) for part in zip(*map_batches(list(data[::every]), look), strict=True)]
     if loss.check is not None and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
         for x, y in data:
-            loss.check(torch.empty((len(x), *next(iter(shapes))), device="meta"), y)
+            loss.check(torch.empty((size(x), *next(iter(shapes))), device="meta"), y)
     losses, hits, classes = (part.double() for part in parts)
     n = len(losses)
     error = float(losses.std()) / math.sqrt(n) if n > 1 else math.nan
@@ -96,7 +101,7 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
     return Fit(float(losses.mean()), error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), chance, n)
 
 
-def _outputs(view: nn.Module, x: Tensor) -> Tensor:
+def _outputs(view: nn.Module, x: Nest) -> Tensor:
     try:
         z = repeatable(view, x)
     except UserError:
@@ -107,15 +112,15 @@ def _outputs(view: nn.Module, x: Tensor) -> Tensor:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         raise _does_not_run(x, error) from error
-    if z.shape[:1] != x.shape[:1]:
+    if z.shape[:1] != (size(x),):
         raise UserError(
-            f"The model gives an output of shape {tuple(z.shape)} for {len(x)} inputs; it must give a row for each."
+            f"The model gives an output of shape {tuple(z.shape)} for {size(x)} inputs; it must give a row for each."
         )
     if not bool(z.isfinite().all()):
         steps = watch(view, lambda: view(x))[1]
         bad = next((step.label for step in steps if not bool(step.value.isfinite().all())), "")
         where = f"; {bad} is the first module whose output is not" if bad else ""
-        cause = "the inputs hold NaN or infinity" if x.is_floating_point() and not bool(x.isfinite().all()) else where
+        cause = "the inputs hold NaN or infinity" if not all(bool(t.isfinite().all()) for t in leaves(x)) else where
         raise UserError(
             f"The model's output is not finite on these data: {cause.removeprefix('; ') or 'it overflowed'}. Check the "
             "inputs and their normalisation, and the weights; or measure in float64 (model.double(), inputs.double())."
@@ -123,15 +128,15 @@ def _outputs(view: nn.Module, x: Tensor) -> Tensor:
     return z
 
 
-def _does_not_run(x: Tensor, error: Exception) -> UserError:
+def _does_not_run(x: Nest, error: Exception) -> UserError:
     what = str(error).strip().split("\n")[0][:200].rstrip(".")
     return UserError(
-        f"The model cannot be run on these inputs, of shape {tuple(x.shape)} and type {x.dtype} "
-        f"({type(error).__name__}: {what}). Check their shape and type against what its forward takes."
+        f"The model cannot be run on these inputs, of {described(x)} ({type(error).__name__}: {what}). Check their "
+        f"shape and type against what its forward takes{'' if isinstance(x, Tensor) else OWN_CALL}."
     )
 
 
-def _check_digits(loss: Loss, z: Tensor, x: Tensor) -> None:
+def _check_digits(loss: Loss, z: Tensor, x: Nest) -> None:
     largest = float(z.abs().max())
     if loss.resolution and largest * torch.finfo(z.dtype).eps > loss.resolution:
         kind = str(z.dtype).removeprefix("torch.")
@@ -142,14 +147,15 @@ def _check_digits(loss: Loss, z: Tensor, x: Tensor) -> None:
         )
 
 
-def _largest(x: Tensor, z: Tensor | None) -> str:
-    inputs = f"; the largest input is {float(x.abs().max()):.1e}" if x.is_floating_point() else ""
+def _largest(x: Nest, z: Tensor | None) -> str:
+    real = [float(t.abs().max()) for t in leaves(x) if t.is_floating_point()]
+    inputs = f"; the largest input is {max(real):.1e}" if real else ""
     return inputs + (f", the largest output {float(z.abs().max()):.1e}" if z is not None else "")
 
 
-def _hits(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _hits(z: Tensor, y: Nest) -> tuple[Tensor, Tensor]:
     """(B,) share of a sample's targets with the largest output, and all targets; empty where they are no classes."""
-    classes = z.ndim > 1 and z.shape[1] > 1 and y.shape == z.shape[:1] + z.shape[2:]
+    classes = isinstance(y, Tensor) and z.ndim > 1 and z.shape[1] > 1 and y.shape == z.shape[:1] + z.shape[2:]
     if not classes or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
         return z.new_empty(0), z.new_empty(0)
     return (z.argmax(1) == y).reshape(len(z), -1).float().mean(1), y.reshape(-1)

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis import nests
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.measures import GradNormSettings
@@ -59,6 +61,7 @@ def gradient_norms(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Measurement:
     """Euclidean norm of the gradient of the mean loss with respect to the weights: clean, and in noise.
 
@@ -68,7 +71,7 @@ def gradient_norms(
 
     Args:
         model: any `nn.Module`.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         definition: whose gradient: `dequantized` (the weights the network uses), `latent` (the trained ones: clipped
             weights drop out), `float` (quantizers off; clean only).
@@ -78,6 +81,7 @@ def gradient_norms(
         seed: of the noise.  Two models of one architecture get the same, on any device, and compare in pairs.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Returns:
         Rows for each layer, quantity and arm (see the top of this file), those of the whole model last: `sem` is the
@@ -88,7 +92,9 @@ def gradient_norms(
         UserError: for settings out of range, data the loss does not fit, or a gradient that is not finite.
     """
     settings = GradNorm(definition, n_draws, batch_size)
-    subject = prepare(model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch)
+    subject = prepare(
+        model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch, forward=forward
+    )
     return Measurement(settings.name, _measure(subject, settings, seed), seed, SHOWN)
 
 
@@ -136,13 +142,14 @@ def _minibatches(data: list[Batch], size: int) -> list[Minibatch]:
     found: list[Minibatch] = []
     room, start = 0, 0
     for x, y in data:
-        while len(x):
+        while nests.size(x):
             if room == 0:
                 found.append([])
                 room = size
-            n = min(room, len(x))
-            found[-1].append((x[:n], y[:n], torch.arange(start, start + n)))
-            x, y, room, start = x[n:], y[n:], room - n, start + n
+            n = min(room, nests.size(x))
+            found[-1].append((*nests.take((x, y), slice(n)), torch.arange(start, start + n)))
+            x, y = nests.take((x, y), slice(n, None))
+            room, start = room - n, start + n
     return found
 
 
@@ -226,7 +233,7 @@ class _Gradient:
         def add(batch: tuple[Tensor, ...]) -> None:
             x, y, samples = batch
             self.noise.see(samples)
-            loss = subject.loss(subject.view(x), y) * len(x)
+            loss = subject.loss(subject.view(x), y) * nests.size(x)
             for total, g in zip(sums, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True):
                 if g is not None:
                     total += g

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg.estimate import degrees_of_freedom
 from fpq_analysis.losses import LossFunction
@@ -65,6 +66,7 @@ def noise_response(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Measurement:
     """Loss increase under noise at the input of every convolution, measured and predicted to second order.
 
@@ -73,7 +75,7 @@ def noise_response(
 
     Args:
         model: a network quantized by `quantize`, whose convolutions run once in a forward pass.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         sizes: widths of the noise, in steps of each convolution's input; 1, FPQ's own, is always added.
         n_draws: pairs of opposite noise for each sample; noise in one layer alone gets the first two of them.
@@ -81,6 +83,7 @@ def noise_response(
             architecture get the same, and so do all sizes.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Returns:
         Rows for each layer and quantity, those of the whole model last: `sem` is the standard error from draws, labels
@@ -105,7 +108,7 @@ def noise_response(
             fit, or a loss that is not finite.
     """
     settings = NoiseResponse(tuple(sizes), n_draws)
-    subject = prepare(model, batches, loss=loss, device=device, micro_batch=micro_batch)
+    subject = prepare(model, batches, loss=loss, device=device, micro_batch=micro_batch, forward=forward)
     return Measurement(settings.name, _measure(subject, settings, seed), seed, SHOWN)
 
 

@@ -21,6 +21,7 @@ from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import draw_uniforms
+from fpq_analysis.nests import Nest, leaves, moved, size
 from fpq_analysis.probes.subject import Subject
 from fpq_analysis.probes.trace import N_LABELS, exact_or_sampled
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
@@ -126,7 +127,7 @@ class _Clean:
     the rounding residue in range, and the clipped value outside.
     """
 
-    def __init__(self, view: nn.Module, sites: Sites, x: Tensor) -> None:
+    def __init__(self, view: nn.Module, sites: Sites, x: Nest) -> None:
         self.inputs = [quantizer for _, quantizer, is_weight in quantizers(view) if not is_weight]
         self.features: Features = {}
         self.lines: dict[Quantizer, tuple[Tensor, Tensor]] = {}
@@ -187,7 +188,7 @@ class _Measurement:
 
     def run(self) -> dict[str, Tensor]:
         """Fields of `Responses`, samples last."""
-        places = torch.arange(self.subject.n_data).split([len(x) for x, _ in self.subject.data])
+        places = torch.arange(self.subject.n_data).split(list(map(size, self.subject.data)))
         batches = [(x, y, place) for (x, y), place in zip(self.subject.data, places, strict=True)]
         with full_precision():
             parts = list(map_batches(batches, self._batch))  # type: ignore[arg-type]
@@ -197,7 +198,7 @@ class _Measurement:
         x, y, places = batch
         view = self.subject.view
         clean = _Clean(view, self.sites, x)
-        noise = [self._noise(clean, places, k, x) for k in range(self.n_draws)]
+        noise = [self._noise(clean, places, k, leaves(x)[0]) for k in range(self.n_draws)]
         found = self._derivatives(clean, x, y, places, noise)
         with torch.no_grad():
             found |= self._losses("real", x, y, noise)
@@ -205,7 +206,7 @@ class _Measurement:
                 found |= self._losses("surrogate", x, y, noise)
         return found
 
-    def _losses(self, kind: str, x: Tensor, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
+    def _losses(self, kind: str, x: Nest, y: Nest, noise: list[Features]) -> dict[str, Tensor]:
         here = self.subject.sample_losses(self.subject.view(x), y)
 
         def change(moves: Features, size: float) -> Tensor:
@@ -239,9 +240,7 @@ class _Measurement:
         }
         return {name: named.get(name, like.new_zeros(len(places), 1)) for name in self.sites}  # 0: it did not run
 
-    def _derivatives(
-        self, clean: _Clean, x: Tensor, y: Tensor, places: Tensor, noise: list[Features]
-    ) -> dict[str, Tensor]:
+    def _derivatives(self, clean: _Clean, x: Nest, y: Nest, places: Tensor, noise: list[Features]) -> dict[str, Tensor]:
         """`traces`; and where they are exact, `seconds` and `linear`."""
         deltas = {name: torch.zeros_like(move).requires_grad_() for name, move in noise[0].items()}
         with torch.enable_grad(), _added(self.sites, deltas):
@@ -266,7 +265,7 @@ class _Measurement:
         variables = list(deltas.values())
         return torch.autograd.grad(outputs, variables, cotangent, retain_graph=True, materialize_grads=True)
 
-    def _to_first_order(self, outputs: Tensor, deltas: Features, y: Tensor, noise: list[Features]) -> dict[str, Tensor]:
+    def _to_first_order(self, outputs: Tensor, deltas: Features, y: Nest, noise: list[Features]) -> dict[str, Tensor]:
         """What the noise does to logits that are linear in it: `seconds` and `linear`, see `Responses`."""
         slopes = []  # of each logit, (K, L, B): its change by each layer's noise
         for c in range(outputs.shape[1]):
@@ -286,7 +285,7 @@ class _Measurement:
         moves = torch.cat([moves, joint[:, None]], 1)
         z = outputs.detach().cpu().double()
         assert self.subject.loss.output_factor is not None
-        factor = self.subject.loss.output_factor(z, y.cpu())
+        factor = self.subject.loss.output_factor(z, moved(y, z.device))
         seconds = torch.einsum("nbc,klbc->nklb", factor, moves).square().sum(0) / 2
         losses = self.subject.sample_losses
         linear = [
@@ -295,10 +294,10 @@ class _Measurement:
         ]
         return {"seconds": seconds, "linear": torch.stack(linear) - losses(z, y)}
 
-    def _hutchinson(self, clean: _Clean, outputs: Tensor, y: Tensor, places: Tensor, deltas: Features) -> Tensor:
+    def _hutchinson(self, clean: _Clean, outputs: Tensor, y: Nest, places: Tensor, deltas: Features) -> Tensor:
         """(N_PROBES, L, B): samples do not mix, so one product gives each of them its own estimate."""
         variables = list(deltas.values())
-        total = self.subject.loss(outputs, y) * len(y)
+        total = self.subject.loss(outputs, y) * len(outputs)
         first = torch.autograd.grad(total, variables, create_graph=True, materialize_grads=True)
         draws = []
         for k in range(N_PROBES):

@@ -42,8 +42,10 @@ from fpq_analysis.curvature.memory import freed_memory_kept, map_batches
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.sampling import ALL, collected, layer_blocks, layer_of
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.nests import size
 from fpq_analysis.probes.grid_codes import Flip, Grid, likely_worst_flips, random_flips
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
@@ -76,6 +78,7 @@ def sharpness(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Measurement:
     """Measures of sharpness that do not change when layers are rescaled, and some in units of the quantization step.
 
@@ -84,17 +87,15 @@ def sharpness(
 
     Args:
         model: any `nn.Module`; the quantities in steps are for those quantized by `quantize`.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         definition: `dequantized` moves the weights the network uses; `float` the trained ones, quantizers off.
-        rho: length of SAM's step.
-        rho_adaptive: length of ASAM's, relative to each weight.
+        rho, rho_adaptive: length of SAM's step; of ASAM's, relative to each weight.
         sigma: length of the average-case move of a parameter tensor, relative to the tensor's.
         n_draws: pairs of opposite moves for each mean.
         n_flips: random bits flipped for their mean, one at a time.
         seed: of moves, flips and labels.  Two models of one architecture get the same, and compare in pairs.
-        device: where to compute; None for where the model is.
-        micro_batch: samples to hold at a time; None chooses by the size of an input.
+        device, micro_batch, forward: as for `hessian_trace`.
 
     Returns:
         Rows for each layer and quantity, those of the whole model last: `sem` is the standard error from draws, labels
@@ -106,7 +107,9 @@ def sharpness(
         UserError: for settings out of range, data the loss does not fit, or a loss that is not finite.
     """
     settings = Sharpness(definition, rho, rho_adaptive, sigma, n_draws, n_flips)
-    subject = prepare(model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch)
+    subject = prepare(
+        model, batches, loss=loss, definition=definition, device=device, micro_batch=micro_batch, forward=forward
+    )
     return Measurement(settings.name, _measure(subject, settings, seed), seed)
 
 
@@ -193,7 +196,7 @@ class _Losses:
 
         def add(batch: tuple[Tensor, ...]) -> None:
             x, y = batch
-            loss = subject.loss(subject.view(x), y) * (len(x) / subject.n_data)
+            loss = subject.loss(subject.view(x), y) * (size(x) / subject.n_data)
             found = torch.autograd.grad(loss, list(subject.parameters.values()), allow_unused=True)
             for total, part in zip(sums.values(), found, strict=True):
                 if part is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.nests import Nest
 from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, QUANTIZABLE
 
@@ -33,7 +34,7 @@ class Site:
     of_input: bool
     quantizer: Quantizer | None
 
-    def values(self, model: nn.Module, x: Tensor) -> Tensor:
+    def values(self, model: nn.Module, x: Nest) -> Tensor:
         """(N, C, places), a copy of the values, as what comes behind may work in place."""
         found: list[Tensor] = []
 
@@ -59,7 +60,7 @@ def wide(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
-def find_site(model: nn.Module, layer: str, x: Tensor) -> Site:
+def find_site(model: nn.Module, layer: str, x: Nest) -> Site:
     """The place that `layer` names, from one forward pass over `x`.
 
     Raises:
@@ -104,7 +105,7 @@ class _Call:
 class _Pass:
     """One forward pass: what every module took and put out, in the order of execution."""
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Nest) -> None:
         self.modules = dict(model.named_modules())
         self.inputs: list[_Call] = []
         self.outputs: list[_Call] = []

@@ -21,8 +21,10 @@ from fpq_analysis.curvature import (
 from fpq_analysis.curvature.batches import Batch, full_precision, merged
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import Loss, LossFunction, resolve_loss
-from fpq_analysis.models import model_device
+from fpq_analysis.models import model_device, model_precision
+from fpq_analysis.nests import Nest, device_of, mapped, moved, size, take
 from fpq_analysis.probes.fit import Fit, examine
 from fpq_analysis.quantizers import adopt, check_definition_applies, check_plain, quantizers, rounds_weights, variables
 from fpq_analysis.quantizers import view as take_view
@@ -41,6 +43,7 @@ class Subject:
         parameters: the variables, by name.
         fit: loss and accuracy on these data.
         micro_batch: the most samples at once, if that was asked for.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
         foreign: whether quantizers of another package round the weights (known in `latent` only).
     """
 
@@ -56,9 +59,9 @@ class Subject:
     @property
     def n_data(self) -> int:
         """Number of samples."""
-        return sum(len(x) for x, _ in self.data)
+        return sum(map(size, self.data))
 
-    def sample_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+    def sample_losses(self, outputs: Tensor, y: Nest) -> Tensor:
         """Each sample's loss: (B,) float64 on the CPU."""
         return self.loss.sample_losses(outputs, y).cpu()
 
@@ -70,10 +73,10 @@ class Subject:
         """
         check_operator(kind)
         data = merged(self.data) if self.micro_batch is None else self.data
-        if data[0][0].device.type == "cpu":
+        if device_of(data[0]).type == "cpu":
             # Second derivatives of channels-last convolutions take up to twice as long on a CPU.
             self.view.to(memory_format=torch.contiguous_format)
-            data = [(x.contiguous(), y) for x, y in data]
+            data = [(mapped(Tensor.contiguous, x), y) for x, y in data]
         if kind == "hessian":
             return HessianOperator(self.view, self.loss, data, self.parameters)
         if kind == "gauss-newton":
@@ -90,6 +93,7 @@ def prepare(
     parameters: str | Iterable[str] | None = None,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Subject:
     """Check and bring together what is to be measured; the model handed over is not touched.
 
@@ -103,18 +107,18 @@ def prepare(
     where = torch.device(device) if device is not None else model_device(model)
     pairs = as_batches(batches, micro_batch)
     _check_weights(model)
-    model = adopt(model, pairs[0][0][:2])
+    model = adopt(with_forward(model, forward), take(pairs[0][0], slice(2)))
     check_definition_applies(model, definition)
     view = take_view(model, definition).to(where)
     named = variables(view)
     if not named:
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
     dtype = _precision(view)
-    data = [(_to(x, where, dtype), y.to(where)) for x, y in pairs]
+    data = [(moved(x, where, dtype), moved(y, where)) for x, y in pairs]
     resolved = resolve_loss(loss)
     fit = examine(view, data, resolved)
     check_samples_apart(view, data)
-    few, foreign = data[0][0][:1], False
+    few, foreign = take(data[0][0], slice(1)), False
     with full_precision():
         if definition != "latent":
             check_plain(view, few, definition)
@@ -148,12 +152,7 @@ def _precision(view: nn.Module) -> torch.dtype | None:
     if kinds & {torch.float16, torch.bfloat16}:
         # A second derivative in 8 or 11 bits is rounding, so it is that of these weights in float32.
         view.double() if torch.float64 in kinds else view.float()
-    kinds = {p.dtype for p in view.parameters() if p.is_floating_point()}
-    return kinds.pop() if len(kinds) == 1 else None
-
-
-def _to(x: Tensor, where: torch.device, dtype: torch.dtype | None) -> Tensor:
-    return x.to(where, dtype) if x.is_floating_point() and dtype is not None else x.to(where)
+    return model_precision(view)
 
 
 def check_operator(kind: str) -> None:

@@ -23,9 +23,11 @@ from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_blocks
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.losses import LossFunction
+from fpq_analysis.nests import device_of
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
@@ -145,6 +147,7 @@ def hessian_trace(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> TraceEstimate:
     """Trace of the Hessian of the mean loss with respect to its parameters.
 
@@ -167,7 +170,7 @@ def hessian_trace(
 
     Args:
         model: any `nn.Module`; for methods by sample one that gives (N, C) outputs.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (`quantizers/views.py`).
         operator: `hessian`, `gauss-newton`, or `fisher` (one label a sample, drawn by `seed`).
@@ -177,12 +180,19 @@ def hessian_trace(
         seed: of the probes, labels and samples drawn.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Raises:
         UserError: for a method that does not apply to the model, unknown names, or a result that is not finite.
     """
     _check_settings(method, definition, operator, tol, n_products, n_labels)
-    where: dict[str, Any] = {"loss": loss, "parameters": parameters, "device": device, "micro_batch": micro_batch}
+    where: dict[str, Any] = {
+        "loss": loss,
+        "parameters": parameters,
+        "device": device,
+        "micro_batch": micro_batch,
+        "forward": forward,
+    }
     batches = as_batches(batches, micro_batch)  # an iterator can be gone through once
     subject = prepare(model, batches, definition=definition, **where)
     model = subject.model
@@ -269,7 +279,7 @@ def _by_sample(
     derivatives = {}
     if definition == "latent":
         # Curvature in w is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone and is piecewise linear.
-        where = subject.data[0][0].device
+        where = device_of(subject.data[0])
         derivatives = {name: d.to(where) for name, d in latent_derivatives(model).items()}
     named = subject.parameters
     certify(subject.view, subject.data, named)

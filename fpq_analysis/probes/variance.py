@@ -26,9 +26,11 @@ from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.measures import VarianceSettings
-from fpq_analysis.models import model_device
+from fpq_analysis.models import model_device, model_precision
+from fpq_analysis.nests import Nest, described, mapped, moved, named_leaves, size, take
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
@@ -46,6 +48,7 @@ def output_variance(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Measurement:
     """Variance of a classifier's output under Gaussian noise on its input.
 
@@ -54,12 +57,13 @@ def output_variance(
 
     Args:
         model: any `nn.Module` that gives (N, C) logits.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs; the targets are not looked at.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md); the targets are not looked at.
         sds: standard deviations of the noise, in units of the input as the network gets it (after normalisation).
         n_draws: of noise for each image.  The images share none; the `sds` share all, so that a sweep is smooth.
         seed: of the noise.  Two networks get the same, on any device, and compare in pairs.
         device: where to compute; None for where the model is.
         micro_batch: images to hold at a time; None chooses by the size of one.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Returns:
         Rows for each quantity (see the top of this file) and sd: `sem` is the standard error from the draws for these
@@ -69,7 +73,7 @@ def output_variance(
         UserError: for settings out of range, a model without logits, or an output that is not finite.
     """
     settings = OutputVariance(tuple(sds), n_draws)
-    return Measurement(settings.name, _measure(model, batches, settings, seed, device, micro_batch), seed)
+    return Measurement(settings.name, _measure(model, batches, settings, seed, device, micro_batch, forward), seed)
 
 
 @dataclass(frozen=True)
@@ -104,27 +108,31 @@ def _measure(
     seed: int,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Rows:
     where = torch.device(device) if device is not None else model_device(model)
-    images = [x.to(where) for x, _ in as_batches(batches, micro_batch)]
-    net = view(model, "latent", images[0][:2]).to(where)  # the network as it is
+    inputs = [x for x, _ in as_batches(batches, micro_batch)]
+    net = view(with_forward(model, forward), "latent", take(inputs[0], slice(2))).to(where)  # the network as it is
+    images = [moved(x, where, model_precision(net)) for x in inputs]
+    name = _noisy_field(images[0])
     # A seed an image, so that its noise depends on nothing but that.
-    seeds = torch.randint(2**31, (sum(map(len, images)),), generator=torch.Generator().manual_seed(seed))
-    work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split([len(x) for x in images]), strict=True))
+    seeds = torch.randint(2**31, (sum(map(size, images)),), generator=torch.Generator().manual_seed(seed))
+    work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split(list(map(size, images))), strict=True))
     with torch.no_grad(), full_precision():
-        parts = list(map_batches(work, lambda batch: _of_images(net, batch[0], batch[1], settings)))
+        parts = list(map_batches(work, lambda batch: _of_images(net, batch[0], batch[1], settings, name)))
     found = torch.cat(parts, 2)  # (sds and quantities, value and error, images)
     names = [(quantity, sd) for sd in settings.sds for quantity in QUANTITIES]
     return [_row(f"{name}@{sd:g}", numbers) for (name, sd), numbers in zip(names, found, strict=True)]
 
 
-def _of_images(net: nn.Module, x: Tensor, seeds: Tensor, settings: OutputVariance) -> Tensor:
+def _of_images(net: nn.Module, x: Nest, seeds: Tensor, settings: OutputVariance, name: str) -> Tensor:
     """(sds x QUANTITIES, 2, B): of every image the quantity and the variance of its error from the draws."""
-    noise = torch.stack([_noise(x[0], int(seed), settings.n_draws) for seed in seeds], 1)  # (K, B, ...)
+    image = dict(named_leaves(x))[name][0]
+    noise = torch.stack([_noise(image, int(seed), settings.n_draws) for seed in seeds], 1)  # (K, B, ...)
     clean = _logits(net, x)
     found = []
     for sd in settings.sds:
-        z = torch.stack([_logits(net, x + sd * draw.to(x)) for draw in noise])  # (K, B, C)
+        z = torch.stack([_logits(net, _noisy(x, sd, draw)) for draw in noise])  # (K, B, C)
         flipped = (z.argmax(2) != clean.argmax(1)).double()
         share = flipped.mean(0)
         found.append(torch.stack([share, share * (1 - share) / (len(z) - 1)]))
@@ -133,12 +141,25 @@ def _of_images(net: nn.Module, x: Tensor, seeds: Tensor, settings: OutputVarianc
     return torch.stack(found)
 
 
+def _noisy_field(x: Nest) -> str:
+    """Which of the inputs gets the noise: the only one of real numbers."""
+    real = [name for name, t in named_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()]
+    if len(real) == 1:
+        return real[0]
+    held = f"several are ({', '.join(real)})" if real else f"these are of {described(x)}"
+    raise UserError(f"The variance of a prediction wants noise on the one input that is of real numbers, and {held}.")
+
+
+def _noisy(x: Nest, sd: float, draw: Tensor) -> Nest:
+    return mapped(lambda t: t + sd * draw.to(t) if t.is_floating_point() else t, x)
+
+
 def _noise(image: Tensor, seed: int, n_draws: int) -> Tensor:
     """(K, *image.shape), on the CPU."""
     return torch.randn((n_draws, *image.shape), generator=torch.Generator().manual_seed(seed))
 
 
-def _logits(net: nn.Module, x: Tensor) -> Tensor:
+def _logits(net: nn.Module, x: Nest) -> Tensor:
     """(N, C) float64 on the CPU."""
     z = net(x)
     if not isinstance(z, Tensor) or z.ndim != 2:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.landscape.choices import LandscapeChoices, quantity
 from fpq_analysis.probes.landscape.directions import Move
@@ -110,6 +111,7 @@ def landscape(
     seed: int = 0,
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
+    forward: ForwardFunction | None = None,
 ) -> Landscape:
     """The mean loss on a grid of points about a network, in eval mode; full precision, no augmentation.
 
@@ -118,7 +120,7 @@ def landscape(
 
     Args:
         model: any `nn.Module`.
-        batches: a pair (inputs, targets) of tensors, or any iterable of such pairs.
+        batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         plane: `random` (filter-normalised), `hessian` (top eigenvectors), `pca` (a trajectory that ends with `model`)
             or `checkpoints` (through `model` and one or two others).
         weights: `dequantized`, `requantized`, `straight-through` or `float`: see docs/landscape.md.
@@ -132,6 +134,7 @@ def landscape(
         seed: of random directions, and of the start of the eigenvectors.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
 
     Raises:
         UserError: for choices that are unknown or contradict each other, networks that are not alike or lie on one
@@ -139,7 +142,15 @@ def landscape(
     """
     settings = LandscapeSettings(plane, weights, dim, points, span, batchnorm)
     grid = LossGrid(
-        model, batches, settings, auxiliary=auxiliary, seed=seed, loss=loss, device=device, micro_batch=micro_batch
+        model,
+        batches,
+        settings,
+        auxiliary=auxiliary,
+        seed=seed,
+        loss=loss,
+        device=device,
+        micro_batch=micro_batch,
+        forward=forward,
     )
     pieces = settings.pieces(len(auxiliary))
     rows = [*grid.notes]

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.models import model_device
+from fpq_analysis.nests import device_of, take
 from fpq_analysis.probes.eigs import hessian_eigs
 from fpq_analysis.probes.landscape import directions as geometry
 from fpq_analysis.probes.landscape.choices import DEFINITION, LandscapeChoices, quantity
@@ -53,7 +55,7 @@ class LossGrid:
     Args:
         model: the centre; not touched.
         auxiliary: further networks: of a trajectory those before its last, the centre (pca), or one or two others.
-        batches, seed, loss, device, micro_batch: as for `landscape`.
+        batches, seed, loss, device, micro_batch, forward: as for `landscape`.
 
     Attributes:
         axes: coordinates of the grid along each axis.
@@ -77,8 +79,10 @@ class LossGrid:
         loss: str | LossFunction = "cross_entropy",
         device: str | torch.device | None = None,
         micro_batch: int | None = None,
+        forward: ForwardFunction | None = None,
     ) -> None:
         check_auxiliary(choices, len(auxiliary))
+        model = with_forward(model, forward)
         where = torch.device(device) if device is not None else model_device(model)
         if micro_batch is None and where.type == "cuda":
             micro_batch = DEVICE_BATCH
@@ -99,7 +103,7 @@ class LossGrid:
             "sem": 0.0,
         }
         carried_moves: list[Move] = []
-        others = (adopt(other, subject.data[0][0][:2]) for other in auxiliary)
+        others = (adopt(with_forward(other, forward), take(subject.data[0][0], slice(2))) for other in auxiliary)
         if choices.plane == "random":
             self.directions = geometry.random_directions(network.sizes, choices.dim, seed)
         elif choices.plane == "hessian":
@@ -125,7 +129,7 @@ class LossGrid:
             definition=definition,
             eigenvectors=True,
             seed=seed,
-            device=data[0][0].device,
+            device=device_of(data[0]),
             n_products=N_PRODUCTS,
         )
         assert found.vectors is not None

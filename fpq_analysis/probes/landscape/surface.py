@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.memory import map_batches
+from fpq_analysis.nests import joined
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.movable import MovableNetwork
 from fpq_analysis.probes.subject import Subject
@@ -92,7 +93,7 @@ class Surface:
             for norm in self.norms:
                 norm.momentum = 1.0
                 norm.train()
-            self.network.view(torch.cat([batch[0] for batch in self.batches]))
+            self.network.view(joined([batch[0] for batch in self.batches]))
         finally:
             for norm, momentum in zip(self.norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import Forward
 from fpq_analysis.quantizers.adapters.agreement import Passed, check_agreement
 from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
@@ -137,6 +138,8 @@ def _turn(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.
     """What takes the module's place, with all inside turned; a module that is in two places stays one."""
     if isinstance(module, Quantizer):
         return module
+    if isinstance(module, Forward):
+        return Forward(_turn(module.network, name, done), module.function)
     if module not in done:
         adapter = _find(module)
         try:
