@@ -90,7 +90,12 @@ def alike(one: Nest, other: Nest) -> bool:
 
 def moved(nest: Nest, device: torch.device, dtype: torch.dtype | None = None) -> Nest:
     """On a device; floating-point tensors in this type, if one is given."""
-    return mapped(lambda t: t.to(device, dtype) if dtype and t.is_floating_point() else t.to(device), nest)
+
+    def move(t: Tensor) -> Tensor:
+        t = t.clone() if t.is_inference() else t  # made in inference mode, and not to be saved for a backward pass
+        return t.to(device, dtype) if dtype and t.is_floating_point() else t.to(device)
+
+    return mapped(move, nest)
 
 
 def described(nest: Nest) -> str:

@@ -13,7 +13,7 @@ import torch.ao.quantization as ao
 from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, weight_norm
 
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
 from fpq_analysis.cli.hessian import print_traces
@@ -459,3 +459,69 @@ def test_a_label_that_is_no_class_is_found_wherever_it_is(place):
     y[place] = 3
     with pytest.raises(UserError, match="0 to C - 1"):
         hessian_trace(net(), (x, y), method="hutchinson", n_products=2)
+
+
+def test_what_was_made_in_inference_mode_is_measured_and_in_it_nothing_is():
+    with torch.inference_mode():
+        model, data = net(), (X.clone(), Y.clone())
+        with pytest.raises(UserError, match="torch.inference_mode"):
+            hessian_trace(model, data)
+    found = hessian_trace(model, data)
+    assert found.method == "exact"
+    assert found.value == hessian_trace(net(), (X, Y)).value
+
+
+class Taken(nn.Module):
+    """Its outputs are taken out of autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return self.body(x).detach()
+
+
+class Bags(nn.Module):
+    """An operation without a second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(7, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.bag(x.long().abs() % 7))
+
+
+def _with_graph():
+    model = weight_norm(nn.Linear(6, 3))
+    model(X)  # and holds its weight's graph now
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (Taken, "no gradient in any parameter"),
+        (Bags, "no second derivative .*embedding_bag.*doctor"),
+        (_with_graph, "'weight' is a result of a forward pass.*no_grad"),
+    ],
+)
+def test_what_cannot_be_differentiated_or_copied_is_said_in_words(build, says):
+    with pytest.raises(UserError, match=says):
+        hessian_trace(build(), (X, Y), **FEW)
+    with pytest.raises(UserError, match=says):
+        hessian_eigs(build(), (X, Y), k=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_with_its_graph_is_measured_after_a_pass_without_gradients():
+    model = _with_graph()
+    with torch.no_grad():
+        model(X)
+    plain = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
+    found, truth = (hessian_trace(m, (X, Y), method="deflated", n_products=200) for m in (model, plain))
+    assert found.value == pytest.approx(truth.value, rel=1e-3)

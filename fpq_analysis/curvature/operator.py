@@ -10,6 +10,7 @@ Flat vectors are rows, of the variables one after the other.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 MAX_DENSE_BYTES = 2**33
+# How PyTorch says that a derivative can be taken once only.
+_SECOND = re.compile("derivative for .* is not implemented|once_differentiable|[Dd]ouble backward|once only|Sparse")
 
 
 class CurvatureOperator(ABC):
@@ -109,8 +112,13 @@ class CurvatureOperator(ABC):
                 # What a backward pass runs again, it runs outside of the mode: so is all of it from now on.
                 self._checkpointed, self._graphs = True, GraphStore(self.parameters, self._graphs.limit)
                 return add(batch)
-            except RuntimeError:
+            except RuntimeError as error:
                 self._graphs.clear()  # they may be what memory is wanting for
+                if _SECOND.search(str(error)):
+                    raise UserError(
+                        f"The model has no second derivative ({str(error).split('. ')[0].strip().rstrip('.')}). "
+                        "`fpq-analyze doctor` names the operation, and what to use in its place."
+                    ) from error
                 raise
             for row, part in zip(result, parts, strict=True):
                 for where, product in zip(self.slices.values(), part, strict=True):

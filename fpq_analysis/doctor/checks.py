@@ -17,7 +17,7 @@ from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.steps import differ, label, watch
 from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_functions, report
 from fpq_analysis.doctor.model_under_test import FAULT, NOTE, OK, Finding, ModelUnderTest, first, nodes, owner, short
-from fpq_analysis.errors import UnfitError
+from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.losses import check_mean
 from fpq_analysis.nests import Nest, leaves, take
 from fpq_analysis.quantizers import (
@@ -246,7 +246,7 @@ def _symmetric(tested: ModelUnderTest) -> Finding:
     both = tested.random(torch.zeros(2, operator.size, dtype=operator.dtype, device=operator.device))
     try:
         (u, v), (hu, hv) = both, operator.products(both)
-    except RuntimeError:
+    except (RuntimeError, UserError):
         return Finding(NOTE, "Not checked, as there is no second derivative.")
     scale = float(hu.norm() * v.norm() + hv.norm() * u.norm()) / len(u) ** 0.5  # what the lengths alone would give
     gap = float((u @ hv - v @ hu).abs()) / (scale or 1.0)

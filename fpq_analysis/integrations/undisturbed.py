@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.quantizers.copies import eval_copy
 
 ACCELERATED = "_original_forward"  # where accelerate keeps the forward that it puts autocast around
 
@@ -61,20 +61,14 @@ def plain_copy(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"A {type(model).__name__} was given, and a torch.nn.Module is measured.")
     _check_whole(model)
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:  # whatever hangs on the user's network
-        raise UserError(
-            f"The network cannot be copied ({type(error).__name__}: {error}), and only a copy is measured. Does it "
-            "keep outputs, files or a trainer among its attributes or hooks? Give the part without these."
-        ) from error
+    copied = eval_copy(model)
     for module in copied.modules():
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
         if ACCELERATED in vars(module):
             vars(module).pop("forward", None)
             del vars(module)[ACCELERATED]
-    return copied.eval()
+    return copied
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -70,5 +70,6 @@ def check_symmetric(projected: Tensor, dtype: torch.dtype) -> None:
     if float((projected - projected.T).abs().max()) > 10 * torch.finfo(dtype).eps ** 0.5 * float(projected.abs().max()):
         raise UserError(
             "The matrix of second derivatives is not symmetric, so it is no Hessian: the backward of some custom "
-            "autograd.Function is not the derivative of its forward. `fpq-analyze doctor` names it."
+            "autograd.Function is not the derivative of its forward (`fpq-analyze doctor` names it), or the model "
+            "computes something in half precision."
         )

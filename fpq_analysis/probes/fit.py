@@ -106,7 +106,7 @@ def _outputs(view: nn.Module, x: Nest) -> Tensor:
         z = repeatable(view, x)
     except UserError:
         raise
-    except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
         raise _does_not_run(x, error) from error
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):

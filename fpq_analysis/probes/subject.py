@@ -104,6 +104,8 @@ def prepare(
         UserError: for data, targets, a loss, a definition or patterns that do not fit; for a model without variables,
             whose output is random, or mixes samples, or whose weights are rounded by what is not of this package.
     """
+    if torch.is_inference_mode_enabled():
+        raise UserError("Nothing can be differentiated inside torch.inference_mode(). torch.no_grad() is no hindrance.")
     where = torch.device(device) if device is not None else model_device(model)
     pairs = as_batches(batches, micro_batch)
     _check_weights(model)
@@ -120,6 +122,7 @@ def prepare(
     check_samples_apart(view, data)
     few, foreign = take(data[0][0], slice(1)), False
     with full_precision():
+        _check_differentiable(view, few)
         if definition != "latent":
             check_plain(view, few, definition)
         elif not any(True for _ in quantizers(view)):
@@ -130,6 +133,15 @@ def prepare(
     layers = list(dict.fromkeys(map(layer_of, named)))
     named = dict(sorted(named.items(), key=lambda item: layers.index(layer_of(item[0]))))
     return Subject(model, view, data, resolved, named, fit, micro_batch, foreign)
+
+
+def _check_differentiable(view: nn.Module, few: Nest) -> None:
+    with torch.enable_grad():
+        if not view(few).requires_grad:
+            raise UserError(
+                "The model's outputs have no gradient in any parameter: its forward runs under torch.no_grad(), or "
+                "takes them out of autograd (.detach(), .data, NumPy)."
+            )
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -16,7 +16,6 @@ For a model without quantizers the three are the same.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.quantizers.adapters import adopt
 from fpq_analysis.quantizers.apply import quantizer_parameters, quantizers, weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer
+from fpq_analysis.quantizers.copies import eval_copy
 
 DEFINITIONS = ("dequantized", "latent", "float")
 
@@ -46,7 +46,7 @@ def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
             "The model is a TorchScript program (torch.jit.script or trace), whose layers cannot be changed. "
             "Give the module it was made from, with its weights: model.load_state_dict(scripted.state_dict())."
         )
-    model = copy.deepcopy(adopt(model, inputs)).eval()
+    model = eval_copy(adopt(model, inputs))
     for parameter in quantizer_parameters(model):
         parameter.requires_grad_(False)
     if definition == "latent":

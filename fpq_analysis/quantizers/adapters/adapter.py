@@ -16,6 +16,7 @@ from fpq_analysis.forward import Forward
 from fpq_analysis.quantizers.adapters.agreement import Passed, check_agreement
 from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
+from fpq_analysis.quantizers.copies import eval_copy
 from fpq_analysis.quantizers.others import WEIGHT, other_quantizers
 
 Adapter = Callable[[Any], nn.Module]
@@ -100,7 +101,7 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     """
     if not any(_find(module) for module in model.modules()):
         return model
-    original, model = model, copy.deepcopy(model).eval()
+    original, model = model, eval_copy(model)
     kinds = {p.dtype for p in model.parameters()}
     if kinds & {torch.float16, torch.bfloat16}:
         model.float()  # as for every measurement, and ahead of comparing
