@@ -30,9 +30,10 @@ from fpq_analysis import (
     sharpness,
     spectral_density,
 )
+from fpq_analysis.batch import as_batch
 from fpq_analysis.compat.pyhessian import hessian as Hessian
 from fpq_analysis.curvature import HessianOperator, as_batches, check_samples_apart
-from fpq_analysis.curvature.batches import as_batch, merged
+from fpq_analysis.curvature.batches import merged
 from fpq_analysis.doctor import diagnose, forecast_measurements
 from fpq_analysis.forward import Forward, with_forward
 from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY

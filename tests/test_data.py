@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from fpq_analysis import UserError
-from fpq_analysis.data import _crop, evaluation_batches, load_dataset, training_batches, training_sample
+from fpq_analysis.data import evaluation_batches, load_dataset, training_batches, training_sample
+from fpq_analysis.data.batches import _crop
 
 
 @pytest.fixture(scope="module")
