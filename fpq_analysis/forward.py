@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.nests import Nest
+from fpq_analysis.nests import Nest, described
 
 # (model, inputs) to the outputs.
 ForwardFunction = Callable[[nn.Module, Any], Any]
+OWN_CALL = (
+    ": a mapping is handed over by keyword, a tuple by place, and any other call is a function (model, inputs) to the "
+    "outputs, forward=... (--forward)"
+)
 
 
 def call(model: nn.Module, inputs: Nest) -> Any:
@@ -103,3 +108,24 @@ def with_forward(model: nn.Module, function: ForwardFunction | None = None) -> n
     if isinstance(model, (Forward, torch.jit.ScriptModule)):
         return model
     return Forward(model, function)
+
+
+@contextmanager
+def running(inputs: Nest) -> Iterator[None]:
+    """Inside, whatever a network raises for these inputs is said in words; where memory runs out excepted.
+
+    Raises:
+        UserError: with what it raised, and the shapes and types of the inputs.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        what = str(error).strip().split("\n")[0][:200].rstrip(".")
+        raise UserError(
+            f"The model cannot be run on these inputs, of {described(inputs)} ({type(error).__name__}: {what}). Check "
+            f"their shape and type against what its forward takes{'' if isinstance(inputs, Tensor) else OWN_CALL}."
+        ) from error

@@ -15,12 +15,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, weight_norm
 
-from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
+from fpq_analysis import (
+    QuantSpec,
+    UserError,
+    calibrate,
+    feature_drift,
+    feature_statistics,
+    hessian_trace,
+    landscape,
+    noise_response,
+    oscillation,
+    output_variance,
+    quantize,
+)
 from fpq_analysis.cli.hessian import print_traces
 from fpq_analysis.doctor import diagnose
 from fpq_analysis.losses import check_mean
 from fpq_analysis.probes import HessianTrace, Point, gradient_norms, hessian_eigs, sharpness, spectral_density
-from fpq_analysis.quantizers import rounded_weight
+from fpq_analysis.quantizers import clipped_fraction, rounded_weight
 from tests.nets import dense_hessian, networks, tiny
 
 X, Y = torch.randn(20, 6, generator=torch.Generator().manual_seed(3)), torch.arange(20) % 3
@@ -525,3 +537,68 @@ def test_a_weight_with_its_graph_is_measured_after_a_pass_without_gradients():
     plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
     found, truth = (hessian_trace(m, (X, Y), method="deflated", n_products=200) for m in (model, plain))
     assert found.value == pytest.approx(truth.value, rel=1e-3)
+
+
+FUNCTIONS = [hessian_trace, gradient_norms, sharpness, spectral_density, output_variance, feature_statistics]
+
+
+def quantized(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = quantize(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)), W4A4
+    )
+    images = torch.randn(12, 1, 8, 8)
+    calibrate(model, images, "minmax")
+    return model.to(dtype), (images, torch.arange(12) % 3)
+
+
+W4A4 = QuantSpec(weight_bits=4, act_bits=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_quantized_network_in_half_precision_is_that_of_the_same_weights_in_float32(dtype):
+    model, data = quantized(dtype)
+    wide = copy.deepcopy(model).float()
+    for measure in FUNCTIONS:
+        found, truth = (measure(m, data).frame()["value"] for m in (model, wide))
+        pd.testing.assert_series_equal(found, truth)
+    moved = [copy.deepcopy(m) for m in (model, wide)]
+    for m in moved:
+        with torch.no_grad():
+            m[0].parametrizations.weight.original.mul_(0.75)
+    found, truth = (oscillation(*pair).frame()["value"] for pair in zip((model, wide), moved, strict=True))
+    pd.testing.assert_series_equal(found, truth)
+    assert clipped_fraction(model) == clipped_fraction(wide)
+
+
+@pytest.mark.parametrize("measure", [*FUNCTIONS, noise_response, landscape])
+def test_numbers_do_not_depend_on_the_default_type(measure):
+    model, data = quantized()
+    settings = {"points": 3} if measure is landscape else {}
+    truth = measure(model, data, **settings).frame()["value"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = measure(model, data, **settings).frame()["value"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pd.testing.assert_series_equal(found, truth)
+
+
+@pytest.mark.parametrize(
+    "measure", [feature_statistics, output_variance, functools.partial(feature_drift, quantized()[0])]
+)
+def test_inputs_that_the_network_does_not_take_are_said_in_words(measure):
+    model, (images, labels) = quantized()
+    with pytest.raises(UserError, match=r"cannot be run on these inputs, of shape .*, 2, 8, 8\)"):
+        measure(model, (torch.cat([images, images], 1), labels))
+
+
+def test_a_teacher_in_another_precision_is_measured_in_the_finer_one():
+    model, data = quantized()
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        teacher[2].bias.add_(1)
+    finer = feature_drift(copy.deepcopy(model).double(), teacher, data).frame()["value"]
+    assert finer.tolist() == pytest.approx(
+        feature_drift(model, teacher, data).frame()["value"].tolist(), rel=1e-3, abs=1e-5
+    )

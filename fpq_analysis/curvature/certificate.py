@@ -64,7 +64,7 @@ def _check_first_derivatives(
 ) -> None:
     with requiring_grad(model), Recorder(layers, parameters, {}, 1) as recorder:
         logits = recorder.run(model, image)
-        r = torch.randn(logits.shape, generator=generator).to(logits)
+        r = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits)
         formula = recorder.squared_norms(logits, r.unsqueeze(0))
     with requiring_grad(model, parameters.values()):
         found = torch.autograd.grad((model(image) * r).sum(), list(parameters.values()), allow_unused=True)

@@ -41,7 +41,7 @@ def training_batches(
     order = torch.randperm(n, generator=generator).to(labels.device)
     pad = max(1, images.shape[-1] // 8)
     shift = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator).to(labels.device)
-    mirror = (torch.rand(n, generator=generator) < 0.5).to(labels.device)
+    mirror = (torch.rand(n, generator=generator, dtype=torch.float32) < 0.5).to(labels.device)
     for start in range(0, n - size + 1, size):
         index = order[start : start + size]
         x = images[index]

@@ -20,7 +20,7 @@ from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import SHARE, free_memory
 from fpq_analysis.doctor.model_under_test import prepare, same_random_state
-from fpq_analysis.forward import ForwardFunction
+from fpq_analysis.forward import ForwardFunction, running
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.nests import size, take
 
@@ -56,6 +56,8 @@ def forecast_measurements(
     own, where = tested.variables, tested.device
     sizes = list(map(size, tested.data))  # of the micro-batches
     few = take(tested.data[0], slice(FORECAST_IMAGES))
+    with running(few[0]), torch.no_grad():
+        tested.model(few[0])
     scale, wider = sum(sizes) / size(few), max(sizes) / size(few)
 
     def operator() -> HessianOperator:

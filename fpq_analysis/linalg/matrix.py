@@ -53,7 +53,7 @@ def random_signs(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:
 
 def random_normal(matrix: Matrix, k: int, generator: torch.Generator) -> Tensor:
     """(k, size) independent standard normal numbers, likewise."""
-    numbers = torch.randn((k, matrix.size), generator=generator, device=generator.device)
+    numbers = torch.randn((k, matrix.size), generator=generator, device=generator.device, dtype=torch.float32)
     return numbers.to(matrix.device, matrix.dtype)
 
 

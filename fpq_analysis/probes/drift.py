@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fpq_analysis.curvature.batches import Batch, as_batches, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
-from fpq_analysis.forward import ForwardFunction, with_forward
+from fpq_analysis.forward import ForwardFunction, running, with_forward
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.models import model_device, model_precision
 from fpq_analysis.nests import Nest, moved, size, take
@@ -140,6 +140,9 @@ def feature_drift(
     inputs = [x for x, _ in as_batches(batches, micro_batch)]
     networks = (with_forward(network, forward) for network in (model, teacher))
     student, teacher = (take_view(net, "dequantized", take(inputs[0], slice(2))).to(where) for net in networks)
+    kinds = [kind for kind in map(model_precision, (student, teacher)) if kind is not None]
+    if len(kinds) == 2:  # in the finer of both
+        student, teacher = (net.to(torch.promote_types(*kinds)) for net in (student, teacher))
     pair = _Pair(student, teacher)
     data = [moved(x, where, model_precision(student)) for x in inputs]
     n = sum(map(size, data))
@@ -211,7 +214,8 @@ def _outputs(model: nn.Module, x: Nest) -> dict[str, Tensor]:
                 found[name] = by_channel(output.detach().clone())  # what comes behind may work in place
 
             hooks.enter_context(layer.register_forward_hook(keep))
-        model(x)
+        with running(x):
+            model(x)
     return found
 
 
@@ -236,7 +240,7 @@ class _Layer:
         taken = min(n_places, self.n_places)
         # Places in random order for each kept image; all of them need no drawing.
         self.places = (
-            torch.rand(n_kept, self.n_places, generator=generator).topk(taken).indices
+            torch.rand(n_kept, self.n_places, generator=generator, dtype=torch.float32).topk(taken).indices
             if taken < self.n_places
             else torch.arange(taken).expand(n_kept, taken)
         )

@@ -14,17 +14,14 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.steps import watch
 from fpq_analysis.errors import UnfitError, UserError
+from fpq_analysis.forward import running
 from fpq_analysis.losses import Loss, check_factor, check_mean
-from fpq_analysis.nests import Nest, alike, described, joined, leaves, size, take
+from fpq_analysis.nests import Nest, alike, joined, leaves, size, take
 
 # So many samples are looked at, spread over the data; of a loss that is to be tried out all, to see each batch.
 MOST = 4096
 # The fewest samples, and the p-value, at which an accuracy is called no better than chance.
 FEWEST, UNSURE = 64, 0.05
-OWN_CALL = (
-    ": a mapping is handed over by keyword, a tuple by place, and any other call is a function (model, inputs) to the "
-    "outputs, forward=... (--forward)"
-)
 
 
 @dataclass(frozen=True)
@@ -102,16 +99,8 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
 
 
 def _outputs(view: nn.Module, x: Nest) -> Tensor:
-    try:
+    with running(x):
         z = repeatable(view, x)
-    except UserError:
-        raise
-    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, AssertionError) as error:
-        raise _does_not_run(x, error) from error
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise
-        raise _does_not_run(x, error) from error
     if z.shape[:1] != (size(x),):
         raise UserError(
             f"The model gives an output of shape {tuple(z.shape)} for {size(x)} inputs; it must give a row for each."
@@ -126,14 +115,6 @@ def _outputs(view: nn.Module, x: Nest) -> Tensor:
             "inputs and their normalisation, and the weights; or measure in float64 (model.double(), inputs.double())."
         )
     return z
-
-
-def _does_not_run(x: Nest, error: Exception) -> UserError:
-    what = str(error).strip().split("\n")[0][:200].rstrip(".")
-    return UserError(
-        f"The model cannot be run on these inputs, of {described(x)} ({type(error).__name__}: {what}). Check their "
-        f"shape and type against what its forward takes{'' if isinstance(x, Tensor) else OWN_CALL}."
-    )
 
 
 def _check_digits(loss: Loss, z: Tensor, x: Nest) -> None:

@@ -107,7 +107,7 @@ class NoiseInWeights:
         generator = torch.Generator().manual_seed(self.seeds[index])
         for (layer, quantizer), offset in zip(self.sites, self.offsets, strict=True):
             weight = layer.weight.detach()
-            uniform = (torch.rand(weight.shape, generator=generator) - 0.5).to(weight)
+            uniform = (torch.rand(weight.shape, generator=generator, dtype=torch.float32) - 0.5).to(weight)
             offset.noise = uniform * (self.size * quantizer.step_size.detach().to(weight))
 
     def see(self, samples: Tensor) -> None: ...

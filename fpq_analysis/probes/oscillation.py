@@ -22,7 +22,7 @@ from fpq_analysis.measures import OscillationSettings
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.trace import ROOT
-from fpq_analysis.quantizers import Quantizer, adopt, weight_codes, weight_quantizers
+from fpq_analysis.quantizers import Quantizer, adopt, weight_codes, weight_quantizers, widened
 
 
 def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = OscillationSettings.eps) -> Measurement:
@@ -106,7 +106,7 @@ def _counts(model: nn.Module, previous: nn.Module, eps: float) -> dict[str, Tens
 
 def threshold_distance(quantizer: Quantizer, x: Tensor) -> Tensor:
     """Distance to the nearest rounding threshold, in steps, shape of x: at most 1/2 within the grid."""
-    position = quantizer.position(x)
+    position = quantizer.position(widened(x))
     threshold = position.floor().clamp(0, quantizer.levels - 1) + 0.5
     return (position - threshold).abs()
 

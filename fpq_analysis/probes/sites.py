@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import running
 from fpq_analysis.nests import Nest
 from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers.apply import INPUT_QUANTIZER, QUANTIZABLE
@@ -114,7 +115,8 @@ class _Pass:
                 before = module.register_forward_pre_hook(self._note(name, self.inputs), prepend=True)
                 hooks.enter_context(before)
                 hooks.enter_context(module.register_forward_hook(self._note(name, self.outputs)))
-            model(x)
+            with running(x):
+                model(x)
 
     def _note(self, name: str, calls: list[_Call]) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:

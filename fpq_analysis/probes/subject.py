@@ -104,8 +104,6 @@ def prepare(
         UserError: for data, targets, a loss, a definition or patterns that do not fit; for a model without variables,
             whose output is random, or mixes samples, or whose weights are rounded by what is not of this package.
     """
-    if torch.is_inference_mode_enabled():
-        raise UserError("Nothing can be differentiated inside torch.inference_mode(). torch.no_grad() is no hindrance.")
     where = torch.device(device) if device is not None else model_device(model)
     pairs = as_batches(batches, micro_batch)
     _check_weights(model)
@@ -115,7 +113,7 @@ def prepare(
     named = variables(view)
     if not named:
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
-    dtype = _precision(view)
+    dtype = model_precision(view)
     data = [(moved(x, where, dtype), moved(y, where)) for x, y in pairs]
     resolved = resolve_loss(loss)
     fit = examine(view, data, resolved)
@@ -153,18 +151,6 @@ def _check_weights(model: nn.Module) -> None:
                 f"The parameter '{name}' is complex, and curvature here is that in real variables. Write it as its "
                 "real and imaginary parts (torch.view_as_real)."
             )
-
-
-def _precision(view: nn.Module) -> torch.dtype | None:
-    """The type of the copy's floating-point weights; those of less than float32 are widened, which changes no weight.
-
-    None where they are of several types.
-    """
-    kinds = {p.dtype for p in view.parameters() if p.is_floating_point()}
-    if kinds & {torch.float16, torch.bfloat16}:
-        # A second derivative in 8 or 11 bits is rounding, so it is that of these weights in float32.
-        view.double() if torch.float64 in kinds else view.float()
-    return model_precision(view)
 
 
 def check_operator(kind: str) -> None:

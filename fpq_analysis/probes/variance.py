@@ -26,7 +26,7 @@ from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
-from fpq_analysis.forward import ForwardFunction, with_forward
+from fpq_analysis.forward import ForwardFunction, running, with_forward
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.measures import VarianceSettings
 from fpq_analysis.models import model_device, model_precision
@@ -156,12 +156,13 @@ def _noisy(x: Nest, sd: float, draw: Tensor) -> Nest:
 
 def _noise(image: Tensor, seed: int, n_draws: int) -> Tensor:
     """(K, *image.shape), on the CPU."""
-    return torch.randn((n_draws, *image.shape), generator=torch.Generator().manual_seed(seed))
+    return torch.randn((n_draws, *image.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def _logits(net: nn.Module, x: Nest) -> Tensor:
     """(N, C) float64 on the CPU."""
-    z = net(x)
+    with running(x):
+        z = net(x)
     if not isinstance(z, Tensor) or z.ndim != 2:
         raise UserError("The variance of a prediction wants a network that gives one row of logits for each image.")
     return z.cpu().double()

@@ -16,6 +16,7 @@ from fpq_analysis.quantizers.apply import stored_quantizers as stored_quantizers
 from fpq_analysis.quantizers.apply import weight_codes as weight_codes
 from fpq_analysis.quantizers.apply import weight_quantizers as weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer as Quantizer
+from fpq_analysis.quantizers.base import widened as widened
 from fpq_analysis.quantizers.lsq import LSQ as LSQ
 from fpq_analysis.quantizers.lsq_plus import LSQPlus as LSQPlus
 from fpq_analysis.quantizers.lsq_plus import SymmetricLSQ as SymmetricLSQ

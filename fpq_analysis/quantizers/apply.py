@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import SCHEMES, load_class
-from fpq_analysis.quantizers.base import Quantizer
+from fpq_analysis.quantizers.base import Quantizer, widened
 from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -156,7 +156,7 @@ def latent_weight(layer: nn.Module) -> nn.Parameter:
 @torch.no_grad()
 def clipped_fraction(model: nn.Module) -> float:
     """Share of the quantized weights that lie outside their grid; 0 for a float model."""
-    masks = [quantizer.clipped(weight) for quantizer, weight in weight_quantizers(model).values()]
+    masks = [quantizer.clipped(widened(weight)) for quantizer, weight in weight_quantizers(model).values()]
     total = sum(mask.numel() for mask in masks)
     return sum(int(mask.sum()) for mask in masks) / total if total else 0.0
 

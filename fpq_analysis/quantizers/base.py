@@ -42,8 +42,7 @@ class Quantizer(nn.Module):
         """The same shape, on the grid; at least float32."""
         if self.observing is not None:
             self.calibrate(x, self.observing)
-        # Half-precision activations carry too few digits for x/s; the layer that follows casts back by itself.
-        return self.quantize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+        return self.quantize(widened(x))  # the layer that follows casts back by itself
 
     def quantize(self, x: Tensor) -> Tensor:
         """`x` on the grid, with the method's straight-through derivatives."""
@@ -82,3 +81,8 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Bits and number of step sizes."""
         return f"bits={self.bits}, step_sizes={self.step_size.numel()}"
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least float32: half precision carries too few digits for x/s."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

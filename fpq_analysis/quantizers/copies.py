@@ -14,11 +14,12 @@ def eval_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode.
 
     Raises:
-        UserError: if it cannot be copied.
+        UserError: if it cannot be copied, or inference mode is on.
     """
+    if torch.is_inference_mode_enabled():
+        raise UserError("Nothing can be differentiated inside torch.inference_mode(). torch.no_grad() is no hindrance.")
     try:
-        with torch.inference_mode(False):  # weights made in that mode can never be differentiated
-            return copy.deepcopy(model).eval()
+        return copy.deepcopy(model).eval()
     except Exception as error:  # whatever hangs on the user's network
         what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].partition('.  ')[0].rstrip('.')}"
         raise UserError(

@@ -18,7 +18,7 @@ from fpq_analysis.quantizers.base import Quantizer
 
 def uniform_rows(generators: list[torch.Generator], n: int) -> Tensor:
     """(B, n) float32 in [0, 1), each row from its own generator, on the CPU: a sample's noise is its own."""
-    uniform = torch.empty(len(generators), n)
+    uniform = torch.empty(len(generators), n, dtype=torch.float32)
     for row, generator in zip(uniform, generators, strict=True):
         torch.rand(n, generator=generator, out=row)
     return uniform

@@ -34,6 +34,8 @@ DEFINITIONS = ("dequantized", "latent", "float")
 def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
     """An eval-mode copy of `model` for the named definition; the model itself is not touched.
 
+    Weights of less than float32 are widened, which changes none of them.
+
     Args:
         inputs: some of what the model is called with, to check on that other programs' quantizers are known well.
 
@@ -47,10 +49,19 @@ def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
             "Give the module it was made from, with its weights: model.load_state_dict(scripted.state_dict())."
         )
     model = eval_copy(adopt(model, inputs))
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if kinds & {torch.float16, torch.bfloat16}:
+        # A second derivative in 8 or 11 bits is rounding, so it is that of these weights in float32.
+        model.double() if torch.float64 in kinds else model.float()
     for parameter in quantizer_parameters(model):
         parameter.requires_grad_(False)
-    if definition == "latent":
-        return model
+    if definition != "latent":
+        _take_off(model, definition)
+    return model
+
+
+def _take_off(model: nn.Module, definition: str) -> None:
+    """In place: the weights' quantizers, and in `float` all others too."""
     layers = dict(model.named_modules())
     for name, _, is_weight in list(quantizers(model)):
         if is_weight:
@@ -61,7 +72,6 @@ def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
             for name, child in list(module._modules.items()):  # not named_children, which gives shared ones once
                 if isinstance(child, Quantizer):
                     setattr(module, name, nn.Identity())
-    return model
 
 
 def _own_class(layer: nn.Module) -> None:

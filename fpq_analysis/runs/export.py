@@ -147,7 +147,7 @@ def export_onnx(content: Checkpoint, out: Path, model: str | None = None) -> pd.
     net = content.build(model)
     weights, inputs = grids(net)
     size, channels = content.data["size"], content.model["in_channels"]
-    images = torch.randn(N_CHECK, channels, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(N_CHECK, channels, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     proto = _float_graph(view(net, "float"), images)
     _insert_quantizers(onnx, proto, weights, inputs)
     onnx.helper.set_model_props(proto, _metadata(content))

@@ -29,7 +29,10 @@ def random_directions(weights: Mapping[str, Tensor], n: int, seed: int) -> list[
     generator = torch.Generator().manual_seed(seed)
     return [
         # By name, as the order of parameters changes when a network is quantized.
-        {name: filter_normalised(torch.randn(w.shape, generator=generator), w) for name, w in sorted(weights.items())}
+        {
+            name: filter_normalised(torch.randn(w.shape, generator=generator, dtype=torch.float32), w)
+            for name, w in sorted(weights.items())
+        }
         for _ in range(n)
     ]
 
@@ -136,7 +139,7 @@ def inner(a: Move, b: Move) -> float:
 def noise(like: Move) -> Move:
     """Standard normal numbers in the shape of a direction, always the same."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    return {name: torch.randn(t.shape, generator=generator) for name, t in sorted(like.items())}
+    return {name: torch.randn(t.shape, generator=generator, dtype=torch.float32) for name, t in sorted(like.items())}
 
 
 def symmetric_grid(points: int, span: float) -> list[float]:
