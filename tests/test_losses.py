@@ -169,6 +169,7 @@ WRONG = {
     "fails": replace(HUBER, output_factor=lambda z, y: 1 / 0),
     "gives a NoneType": replace(HUBER, output_factor=lambda z, y: None),
     "not one of its Hessian": replace(HUBER, output_factor=lambda z, y: 2 * huber_factor(z, y)),
+    "of type torch.complex128": replace(HUBER, output_factor=lambda z, y: huber_factor(z, y).to(torch.complex128)),
     "of shape": replace(HUBER, output_factor=lambda z, y: huber_factor(z, y)[0]),
     "mean of its samples": replace(HUBER, per_sample=lambda z, y: huber(z - z.mean(0), y), output_factor=None),
     "one number for each sample": replace(HUBER, per_sample=lambda z, y: F.huber_loss(z, y, reduction="none")),
@@ -180,6 +181,14 @@ def test_a_loss_that_is_not_what_it_says_is_refused(said):
     model, x, y = nn.Linear(6, 3), torch.randn(9, 6), torch.randn(9, 3)
     with pytest.raises(UserError, match=said):
         hessian_trace(model, (x, y), loss=WRONG[said])
+
+
+def test_a_factor_that_is_wrong_for_one_sample_of_many_is_refused():
+    model, x, y = nn.Linear(6, 3), torch.randn(40, 6), torch.randn(40, 3)
+    y[11] = 0
+    wrong = replace(HUBER, output_factor=lambda z, y: huber_factor(z, y) * (1 + (y == 0).all(1))[:, None])
+    with pytest.raises(UserError, match="not one of its Hessian"):
+        hessian_trace(model, (x, y), loss=wrong)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])

@@ -74,8 +74,9 @@ def check_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         except Exception as error:  # the user's code: anything can happen
             what = f"{type(error).__name__}: {error}"
             raise UnfitError(f"The output_factor of the loss '{loss.name}' fails ({what}).", "Mend it.") from error
-        if not isinstance(columns, Tensor):
-            raise UnfitError(f"The output_factor of '{loss.name}' gives a {type(columns).__name__}.", "Give a tensor.")
+        if not isinstance(columns, Tensor) or not columns.is_floating_point():
+            what = f"a tensor of type {columns.dtype}" if isinstance(columns, Tensor) else f"a {type(columns).__name__}"
+            raise UnfitError(f"The output_factor of '{loss.name}' gives {what}.", "Give a tensor of real numbers.")
         if columns.ndim != z.ndim + 1 or columns.shape[1:] != z.shape:
             raise UnfitError(
                 f"The output_factor of the loss '{loss.name}' is of shape {tuple(columns.shape)} for outputs of shape "

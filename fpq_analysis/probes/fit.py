@@ -16,7 +16,7 @@ from fpq_analysis.curvature.steps import watch
 from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.forward import running
 from fpq_analysis.losses import Loss, check_factor, check_mean
-from fpq_analysis.nests import Nest, alike, joined, leaves, size, take
+from fpq_analysis.nests import Nest, alike, joined, leaves, size, split, take
 
 # So many samples are looked at, spread over the data; of a loss that is to be tried out all, to see each batch.
 MOST = 4096
@@ -72,7 +72,8 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
             if loss.mean is None:
                 losses = loss.sample_losses(z, y)
             if loss.output_factor is not None:
-                check_factor(loss, *take((z, y), slice(-8, None)))
+                for few in split((z, y), 8):  # of many samples the few that it is wrong for would not show
+                    check_factor(loss, *few)
             ends = [take((z, y), slice(-8, None))]  # batches are as large as they are: some across their borders
             if tail and alike(tail[0], (z, y)):
                 check_mean(loss, *joined([tail[0], take((z, y), slice(8))]))
