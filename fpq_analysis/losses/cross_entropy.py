@@ -1,92 +1,170 @@
-"""The cross-entropy of a softmax over classes, with one class number a sample.
+"""The cross-entropy of a softmax over classes: of samples, or of positions (pixels, tokens) of samples.
 
-Its Hessian in the logits is diag(p) - p p^T, p = softmax(z), whatever the targets.
+Its Hessian in the logits of a position is s (diag(p) - p p^T), p = softmax(z), with s the sum of what is asked of each
+class: 1, or the weight of the labelled class, or 0 where it is ignored.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from fpq_analysis.errors import UnfitError
-from fpq_analysis.losses.loss import Loss, draw_index
+from fpq_analysis.errors import UnfitError, UserError
+from fpq_analysis.losses import softmax
+from fpq_analysis.losses.loss import Loss, stated
+from fpq_analysis.nests import Nest, described
+
+IGNORED = -100  # PyTorch's
+ROUNDING = 1e-3  # of probabilities in float16
 
 
-def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of (B, C, ...) logits and (B, ...) classes, the mean over what is behind the classes: (B,)."""
-    targets = targets if targets.is_floating_point() else targets.long()
-    losses = F.cross_entropy(outputs, targets, reduction="none")
-    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The functions of a `Loss` for (B, C, ...) logits; `cross_entropy` makes it of them.
 
-
-def factor(logits: Tensor, targets: Tensor | None = None) -> Tensor:
-    """L with L L^T = diag(p) - p p^T for each row of `logits` (B, C).
-
-    Returns:
-        (C - 1, B, C): column c of every sample's lower triangular factor, in closed form and without cancellation.
+    Targets are whole numbers (B, ...), or of every class its probability, (B, C, ...).
     """
-    p = logits.softmax(1)
-    rest = p.flip(1).cumsum(1).flip(1)  # rest[c] = p[c] + ... + p[C-1]
-    tiny = torch.finfo(p.dtype).tiny
-    columns = p.new_zeros(p.shape[1] - 1, *p.shape)
-    for c, column in enumerate(columns):
-        here, after = rest[:, c], rest[:, c + 1]
-        # Divide in two steps: here * after underflows long before either does.  An empty tail contributes nothing.
-        share = (p[:, c] / here.clamp(min=tiny)).sqrt()
-        root = after.sqrt()
-        column[:, c] = share * root
-        column[:, c + 1 :] = -share[:, None] * p[:, c + 1 :] / root.clamp(min=tiny)[:, None]
-    return columns
+
+    weight: tuple[float, ...] | None = None
+    ignore_index: int = IGNORED
+    label_smoothing: float = 0.0
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(B,) sums over the positions."""
+        targets = targets if targets.is_floating_point() else targets.long()
+        losses = F.cross_entropy(
+            outputs,
+            targets.to(outputs.dtype) if targets.is_floating_point() else targets,
+            self._class_weights(outputs),
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
+
+    def factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(C - 1, B, C, ...) columns at each position."""
+        return self._scaled(softmax.factor(outputs), outputs, targets)
+
+    def draw(self, outputs: Tensor, targets: Tensor, uniforms: Tensor, balanced: bool) -> Tensor:
+        """(M, B, C, ...): a class at each position."""
+        return self._scaled(softmax.draw(outputs, uniforms, balanced), outputs, targets)
+
+    def _scaled(self, columns: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.weight is None and not targets.is_floating_point() and not self._may_be_ignored(targets):
+            return columns
+        return columns * self._asked(outputs, targets).sqrt().unsqueeze(1)
+
+    def _asked(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """s, (B, ...)."""
+        c, smoothing = outputs.shape[1], self.label_smoothing
+        weights = self._class_weights(outputs)
+        if targets.is_floating_point():
+            soft = (1 - smoothing) * targets.to(outputs) + smoothing / c
+            return (soft if weights is None else soft * weights.reshape(-1, *[1] * (soft.ndim - 2))).sum(1)
+        valid = (targets != self.ignore_index).to(outputs)
+        if weights is None:
+            return valid
+        return ((1 - smoothing) * weights[targets.long().clamp(0, c - 1)] + smoothing / c * weights.sum()) * valid
+
+    def weights(self, targets: Tensor) -> Tensor:
+        """(B,): positions that count, by the weight of their class; of probabilities all, as in PyTorch."""
+        if not isinstance(targets, Tensor):
+            raise self._unfit(f"there is a {type(targets).__name__}")
+        if targets.is_floating_point():
+            n = targets[0, :1].numel() if targets.ndim > 1 else 1
+            return torch.full((len(targets),), float(n), device=targets.device)
+        counts = (targets != self.ignore_index).double()
+        weights = self._class_weights(counts)
+        if weights is not None:
+            counts = counts * weights[targets.long().clamp(0, len(weights) - 1)]
+        return counts.flatten(1).sum(1) if counts.ndim > 1 else counts
+
+    def classes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and labels; of probabilities, that of the most probable class."""
+        if targets.is_floating_point():
+            return outputs, targets.argmax(1)
+        return outputs, torch.where(targets == self.ignore_index, -1, targets)
+
+    def check(self, outputs: Tensor, targets: Nest) -> None:
+        """Raise `UnfitError` unless the targets are classes or probabilities for (B, C, ...) outputs."""
+        n_classes = outputs.shape[1] if outputs.ndim > 1 else 0
+        found = f"outputs are {tuple(outputs.shape)}, and targets of {described(targets)}"
+        if not isinstance(targets, Tensor) or targets.is_complex() or targets.dtype == torch.bool:
+            raise self._unfit(found, n_classes)
+        if self.weight is not None and len(self.weight) != n_classes:
+            raise UnfitError(f"There are {len(self.weight)} class weights for {n_classes} classes.", "Give one a class.")
+        if targets.is_floating_point():
+            if targets.shape != outputs.shape or n_classes < 2:
+                raise self._unfit(found, n_classes)
+            if not bool((targets >= 0).all()) or not bool(((targets.sum(1) - 1).abs() <= ROUNDING).all()):
+                raise self._unfit(f"{found}, which are no probabilities that add up to 1 over the classes", n_classes)
+            return
+        if targets.shape != outputs.shape[:1] + outputs.shape[2:]:
+            raise self._unfit(found, n_classes)
+        classes = targets[targets != self.ignore_index]
+        if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < n_classes:
+            raise self._unfit(f"they go from {int(classes.min())} to {int(classes.max())}", n_classes)
+
+    def _unfit(self, found: str, n_classes: int | None = None) -> UnfitError:
+        most = f" (C = {n_classes} outputs)" if n_classes is not None else ""
+        return UnfitError(
+            f"Cross-entropy here wants whole-number targets from 0 to C - 1{most}, one a sample or position, or "
+            f"{self.ignore_index} where it is ignored; or a probability for each class: {found}.",
+            "Classes stand along the second axis of the outputs. Of one that stands along the last, as in language "
+            "models, take loss='causal_lm' or 'token_classification'.",
+        )
+
+    def _may_be_ignored(self, targets: Tensor) -> bool:
+        return targets.device.type == "meta" or bool((targets == self.ignore_index).any())
+
+    def _class_weights(self, like: Tensor) -> Tensor | None:
+        return None if self.weight is None else torch.tensor(self.weight, dtype=like.dtype, device=like.device)
 
 
-def draw(logits: Tensor, uniforms: Tensor, balanced: bool = False) -> Tensor:
-    """Vectors l for M drawn classes, whose outer products l l^T have the mean diag(p) - p p^T.
+def cross_entropy(
+    weight: Tensor | tuple[float, ...] | None = None, ignore_index: int = IGNORED, label_smoothing: float = 0.0
+) -> Loss:
+    """PyTorch's cross-entropy of all data in one batch, `F.cross_entropy(model(X), Y, weight, ...)`.
 
-    l = e_c - p with c drawn from p; or `balanced`: c drawn from q_c proportional to p_c |e_c - p|^2, and
-    l = (p_c / q_c)^(1/2) (e_c - p).  All l of a sample are then of one length, where plain classes give a confident
-    network's samples a tiny l nearly always and rarely a huge one.
+    Its mean is over all positions that count, by the weights of their classes; `by_sample` is that over samples.
 
     Args:
-        logits: (B, C).
-        uniforms: (B, M) in [0, 1).
+        weight: of each class.
+        ignore_index: the target of positions that do not count.
+        label_smoothing: share of the targets that is spread evenly over the classes.
 
-    Returns:
-        (M, B, C).
+    Raises:
+        UserError: for settings out of range.
     """
-    p = logits.softmax(1)
-    q = p
-    if balanced:
-        lengths = (1 - p).square() + p.square().sum(1, keepdim=True) - p.square()
-        q = p * lengths
-        q = torch.where(q.sum(1, keepdim=True) > 0, q, p)
-        q = q / q.sum(1, keepdim=True)
-    classes = draw_index(q, uniforms)
-    tiny = torch.finfo(p.dtype).tiny
-    weights = (p.gather(1, classes) / q.gather(1, classes).clamp(min=tiny)).sqrt()
-    return (F.one_hot(classes.T, p.shape[1]) - p) * weights.T[:, :, None]
-
-
-def check(outputs: Tensor, targets: Tensor) -> None:
-    """Raise `UnfitError` unless the targets are whole numbers from 0 to C - 1 for (B, C, ...) outputs."""
-    n_classes = outputs.shape[1] if outputs.ndim > 1 else 0
-    whole = not (targets.is_floating_point() or targets.is_complex())
-    one_each = targets.shape == outputs.shape[:1] + outputs.shape[2:]
-    if whole and one_each and 0 <= int(targets.min()) <= int(targets.max()) < n_classes:
-        return
-    raise UnfitError(
-        f"Cross-entropy here wants whole-number targets from 0 to C - 1 (C = {n_classes} outputs), one a sample.",
-        "For soft or ignored targets give the loss as a function, loss=lambda outputs, targets: ..., that is a mean "
-        "over the samples.",
+    own = CrossEntropy(class_weights(weight), ignore_index, label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise UserError(f"label_smoothing is {label_smoothing}; give a share, from 0 to 1.")
+    return Loss(
+        stated("cross_entropy", own),
+        own.per_sample,
+        own.factor,
+        (1,),
+        own.draw,
+        own.weights,
+        check=own.check,
+        classes=own.classes,
+        resolution=1e-2,  # curvature is then off by about a per cent
     )
 
 
-CROSS_ENTROPY = Loss(
-    "cross_entropy",
-    per_sample,
-    output_factor=factor,
-    draw=draw,
-    check=check,
-    resolution=1e-2,  # curvature is then off by about a per cent
-    equivalents=(F.cross_entropy, nn.CrossEntropyLoss),
-)
+def class_weights(weight: Tensor | tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """As plain numbers; `UserError` unless they are weights."""
+    if weight is None:
+        return None
+    found = tuple(float(w) for w in weight)
+    if not all(0 <= w < math.inf for w in found):
+        raise UserError(f"The class weights are {list(found)}; they must be finite, and none below zero.")
+    return found
+
+
+CROSS_ENTROPY = cross_entropy()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses.loss import Loss
+from fpq_analysis.nests import Nest, described
 
 
 def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -16,20 +16,19 @@ def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def factor(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The Hessian is 2/K times the identity, K the number of a sample's outputs: (K, B, ...) scaled unit vectors."""
-    k = outputs[0].numel()
-    unit = torch.eye(k, dtype=outputs.dtype, device=outputs.device) * (2 / k) ** 0.5
-    return unit.reshape(k, 1, *outputs.shape[1:]).expand(k, *outputs.shape)
+    """The Hessian is 2/K times the identity, K the number of a sample's outputs: (1, B, ...)."""
+    return torch.full_like(outputs, (2 / outputs[0].numel()) ** 0.5).unsqueeze(0)
 
 
-def check(outputs: Tensor, targets: Tensor) -> None:
+def check(outputs: Tensor, targets: Nest) -> None:
     """Raise `UnfitError` unless there is one target an output."""
-    if outputs.shape != targets.shape or targets.is_complex() or targets.dtype == torch.bool:
+    real = isinstance(targets, Tensor) and not targets.is_complex() and targets.dtype != torch.bool
+    if not real or outputs.shape != targets.shape:
         raise UnfitError(
             f"The squared error wants a target for each output, a real number: outputs are {tuple(outputs.shape)}, and "
-            f"targets {tuple(targets.shape)} of type {targets.dtype}.",
+            f"targets of {described(targets)}.",
             "Bring the targets into the outputs' shape and type.",
         )
 
 
-SQUARED_ERROR = Loss("squared_error", per_sample, factor, check=check, equivalents=(F.mse_loss, nn.MSELoss))
+SQUARED_ERROR = Loss("squared_error", per_sample, factor, (), check=check)
