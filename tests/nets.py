@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -177,12 +179,10 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), images, torch.randint(n_classes, (n,))
 
 
-def dense_hessian(model: nn.Module, parameters: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """The whole Hessian of the mean cross-entropy, a row of double backward each."""
+def dense_hessian(model: nn.Module, parameters: list[Tensor], x: Tensor, y: Any, loss: Any = F.cross_entropy) -> Tensor:
+    """The whole Hessian of the mean loss, a row of double backward each."""
     with torch.enable_grad():
-        gradients = torch.autograd.grad(
-            F.cross_entropy(model(x), y), parameters, create_graph=True, materialize_grads=True
-        )
+        gradients = torch.autograd.grad(loss(model(x), y), parameters, create_graph=True, materialize_grads=True)
         flat = torch.cat([g.reshape(-1) for g in gradients])
         rows = [
             torch.cat(

@@ -11,7 +11,8 @@ from torch import nn
 
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
 from fpq_analysis.curvature import NotExactError, as_batches, certify, per_sample_traces
-from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY, draw, factor
+from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
+from fpq_analysis.losses.softmax import draw, factor
 from fpq_analysis.quantizers import DEFINITIONS, variables, view
 from tests.nets import OUTSIDE, Product, dense_hessian, networks, tiny
 
@@ -350,9 +351,17 @@ def test_rounding_that_depends_on_the_size_of_the_batch_is_no_mixing():
     assert hessian_trace(model, (x, torch.randint(3, (8,)))).value > 0
 
 
-@pytest.mark.parametrize("y", [torch.full((8,), -100), torch.full((8,), 3), torch.rand(8, 3), torch.rand(8)])
-def test_targets_that_are_no_classes_are_refused(y):
-    with pytest.raises(UserError, match="whole-number targets"):
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        (torch.full((8,), -100), "No target counts"),
+        (torch.full((8,), 3), "from 3 to 3"),
+        (torch.rand(8, 3), "no probabilities"),
+        (torch.rand(8), "whole-number targets"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(y, said):
+    with pytest.raises(UserError, match=said):
         hessian_trace(nn.Linear(6, 3), (torch.randn(8, 6), y))
 
 
@@ -485,16 +494,21 @@ def test_tf32_and_autocast_are_off_inside_and_back_after():
 
 def test_the_loss_in_its_usual_forms():
     model, data = tiny(3), (torch.randn(6, 1, 8, 8), torch.randint(3, (6,)))
-    for loss in ("cross_entropy", nn.functional.cross_entropy, nn.CrossEntropyLoss()):
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    for loss in ("cross_entropy", nn.functional.cross_entropy, nn.CrossEntropyLoss(), smoothed):
         assert hessian_trace(model, data, loss=loss).method == "exact"
-    smoothed = hessian_trace(model, data, loss=nn.CrossEntropyLoss(label_smoothing=0.1), n_products=2)
-    assert smoothed.method == "deflated"
-    assert "not known in closed form" in smoothed.reason
+    unknown = hessian_trace(model, data, loss=lambda outputs, targets: smoothed(outputs, targets), n_products=2)
+    assert unknown.method == "deflated"
+    assert "not known in closed form" in unknown.reason
 
 
-def test_a_dense_prediction_falls_back():
-    """(N, C, H, W) logits and (N, H, W) targets."""
-    model, data = nn.Conv2d(1, 3, 3, padding=1), (torch.randn(4, 1, 5, 5), torch.randint(3, (4, 5, 5)))
-    ours = hessian_trace(model.double(), (data[0].double(), data[1]), n_products=200)
-    assert ours.method == "deflated"
-    assert abs(ours.value - dense_total(model, data[0].double(), data[1])) < 4 * ours.sem + 1e-12
+def test_a_dense_prediction():
+    """(N, C, H, W) logits and (N, H, W) targets: of 2 * 25 passes, a few are drawn."""
+    model, x, y = nn.Conv2d(1, 3, 3, padding=1).double(), torch.randn(4, 1, 5, 5).double(), torch.randint(3, (4, 5, 5))
+    ours = hessian_trace(model, (x, y), n_labels=50)
+    assert ours.method == "sampled"
+    truth = dense_total(model, x, y)
+    assert abs(ours.value - truth) < 4 * ours.sem
+    exact = hessian_trace(model, (x, y), method="exact")
+    assert exact.n_products == 50
+    assert exact.value == pytest.approx(truth, rel=1e-10)

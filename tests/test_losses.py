@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,23 @@ from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, noise_r
 from fpq_analysis.curvature import GaussNewtonOperator, HessianOperator
 from fpq_analysis.doctor import diagnose
 from fpq_analysis.errors import UnfitError
-from fpq_analysis.losses import LOSSES, Loss, check_factor, check_mean, draw_uniforms, resolve_loss
-from tests.nets import networks, tiny
+from fpq_analysis.losses import (
+    LOSSES,
+    Loss,
+    binary_cross_entropy,
+    by_sample,
+    check_factor,
+    check_mean,
+    combined,
+    cross_entropy,
+    distillation,
+    draw_uniforms,
+    resolve_loss,
+    tokens,
+    weighted,
+)
+from fpq_analysis.nests import mapped, split
+from tests.nets import dense_hessian, networks, tiny
 
 
 def huber(outputs, targets):
@@ -31,7 +47,13 @@ def huber_factor(outputs, targets):
 
 
 HUBER = Loss("huber", huber, huber_factor)
-ALL = {**LOSSES, "huber": HUBER}
+TOKENS = ("causal_lm", "token_classification")  # their outputs are (B, T, V)
+ALL = {**{name: loss for name, loss in LOSSES.items() if name not in TOKENS}, "huber": HUBER}
+PYTORCHS = {
+    "cross_entropy": F.cross_entropy,
+    "squared_error": F.mse_loss,
+    "binary_cross_entropy": F.binary_cross_entropy_with_logits,
+}
 every_loss = pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
 
 
@@ -39,6 +61,8 @@ def targets_for(loss, outputs, seed=0):
     generator = torch.Generator().manual_seed(seed)
     if loss.name == "cross_entropy":
         return torch.randint(outputs.shape[1], (len(outputs),), generator=generator)
+    if loss.name == "binary_cross_entropy":
+        return torch.rand(outputs.shape, generator=generator, dtype=outputs.dtype)
     return 2 * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
 
 
@@ -61,7 +85,9 @@ def test_the_factor_is_that_of_the_hessian_in_the_outputs(loss, c, seed):
     z, y = problem(loss, c=c, seed=seed)
     columns = loss.output_factor(z, y)
     assert columns.shape[1:] == z.shape
-    torch.testing.assert_close(torch.einsum("kbc,kbd->bcd", columns, columns), at_outputs(loss, z, y))
+    whole = torch.cat(list(loss.factors(z, y)))
+    assert len(whole) == loss.n_factors(z, y)
+    torch.testing.assert_close(torch.einsum("kbc,kbd->bcd", whole, whole), at_outputs(loss, z, y))
     check_factor(loss, z, y)
 
 
@@ -83,8 +109,8 @@ def test_it_is_the_mean_of_its_samples(loss):
     torch.testing.assert_close(check_mean(loss, z, y), loss.sample_losses(z, y))
     torch.testing.assert_close(loss(z, y), loss.sample_losses(z, y).mean())
     assert loss.sample_losses(z.float(), y).dtype == torch.float64
-    if loss.equivalents[0]:
-        torch.testing.assert_close(loss(z, y), loss.equivalents[0](z, y))
+    if loss.name in PYTORCHS:
+        torch.testing.assert_close(loss(z, y), PYTORCHS[loss.name](z, y))
     assert pickle.loads(pickle.dumps(loss)).name == loss.name
 
 
@@ -141,17 +167,45 @@ def test_fisher(loss):
     assert 0.2 * truth < found.value < 5 * truth
 
 
-def test_pytorchs_own_are_recognised_with_their_defaults_only():
-    for loss in LOSSES.values():
-        function, module = loss.equivalents
-        assert all(resolve_loss(form) is loss for form in (loss.name, loss, function, module()))
-    for other in (nn.CrossEntropyLoss(label_smoothing=0.1), nn.MSELoss(reduction="sum"), F.l1_loss, lambda z, y: z):
+def test_pytorchs_own_are_recognised_with_their_settings():
+    modules = {"cross_entropy": nn.CrossEntropyLoss, "squared_error": nn.MSELoss}
+    for name, module in {**modules, "binary_cross_entropy": nn.BCEWithLogitsLoss}.items():
+        loss = LOSSES[name]
+        found = [resolve_loss(form) for form in (loss, name, PYTORCHS[name], module(), partial(PYTORCHS[name]))]
+        assert {one.name for one in found} == {name}
+        assert all(one.output_factor is not None for one in found)
+    w = torch.tensor([0.5, 1.0, 2.0])
+    for form in (nn.CrossEntropyLoss(w, label_smoothing=0.1), partial(F.cross_entropy, weight=w, label_smoothing=0.1)):
+        assert resolve_loss(form).name == "cross_entropy(weight=[0.5,1,2], label_smoothing=0.1)"
+    assert resolve_loss(nn.CrossEntropyLoss(ignore_index=255)).name == "cross_entropy(ignore_index=255)"
+    assert resolve_loss(nn.BCEWithLogitsLoss(pos_weight=w)).name == "binary_cross_entropy(pos_weight=[0.5,1,2])"
+    assert resolve_loss("torch.nn.functional:mse_loss") is LOSSES["squared_error"]
+    for other in (
+        nn.MSELoss(reduction="sum"),
+        F.l1_loss,
+        lambda z, y: z,
+        nn.BCEWithLogitsLoss(weight=torch.ones(2, 3)),
+    ):
         found = resolve_loss(other)
         assert found.output_factor is None
         assert found.mean is other
     assert resolve_loss(F.l1_loss).name == "torch.nn.functional:l1_loss"
-    with pytest.raises(UserError, match="did you mean 'squared_error'"):
-        resolve_loss("square_error")
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ("square_error", "did you mean 'squared_error'"),
+        ("no.such:loss", "cannot be imported"),
+        ("torch.nn:NoLoss", "cannot be imported"),
+        (3, "The loss is a int"),
+        (torch.nn.CrossEntropyLoss(torch.tensor([1.0, -1.0])), "none below zero"),
+        (partial(F.cross_entropy, label_smoothing=2.0), "a share"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss, said):
+    with pytest.raises(UserError, match=said):
+        resolve_loss(loss)
 
 
 def test_a_regression():
@@ -205,3 +259,220 @@ def test_the_doctor_says_what_has_no_closed_form():
     assert "not known in closed form" in rows[F.l1_loss].loc["exact trace", "finding"]
     with pytest.raises(UnfitError, match="whole-number"):
         LOSSES["cross_entropy"].check(torch.randn(9, 3), y)
+
+
+# --- Positions, weights, sums: against PyTorch's loss of all data in one batch ---
+
+B, C, S = 5, 3, (3, 2)
+W = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
+
+
+def segmenter():
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, C, (2, 1), padding=(1, 0))).double()
+
+
+class Tagger(nn.Module):
+    """Tokens (B, T, 4) to logits (B, T, V)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mix, self.head = nn.Linear(4, 3), nn.Conv1d(3, 3, 3, padding=1), nn.Linear(3, C)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x)).transpose(1, 2)
+        return self.head(torch.relu(self.mix(h)).transpose(1, 2))
+
+
+def masked(generator, shape, ignored=-100):
+    """Classes, of which about a third is ignored, all of one sample's among them."""
+    y = torch.randint(C, shape, generator=generator)
+    y[torch.rand(shape, generator=generator) < 0.35] = ignored
+    y[1] = ignored
+    y[0].view(-1)[-1] = 1
+    return y
+
+
+def softened(z, t):
+    return F.kl_div((z / 3).log_softmax(1), (t / 3).softmax(1), reduction="none").sum(1).mean() * 9
+
+
+def shifted(z, y):
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+def own_means(z, y):
+    sums = F.cross_entropy(z, y, reduction="none").flatten(1).sum(1)
+    return (sums / (y >= 0).flatten(1).sum(1)).mean()
+
+
+def weighed(z, y):
+    sums = F.cross_entropy(z, y[0], reduction="none").flatten(1).sum(1)
+    return (y[1] * sums).sum() / (y[1] * (y[0] >= 0).flatten(1).sum(1)).sum()
+
+
+# Of ours, of what makes targets of a generator, and PyTorch's of all data.
+CE = F.cross_entropy
+DENSE = {
+    "pixels": (LOSSES["cross_entropy"], lambda g: torch.randint(C, (B, *S), generator=g), CE),
+    "ignored": (nn.CrossEntropyLoss(), lambda g: masked(g, (B, *S)), CE),
+    "another ignored": (
+        nn.CrossEntropyLoss(ignore_index=1),
+        lambda g: masked(g, (B, *S), 1),
+        partial(CE, ignore_index=1),
+    ),
+    "weights": (nn.CrossEntropyLoss(W), lambda g: masked(g, (B, *S)), partial(CE, weight=W)),
+    "smoothed": (
+        nn.CrossEntropyLoss(W, label_smoothing=0.2),
+        lambda g: masked(g, (B, *S)),
+        partial(CE, weight=W, label_smoothing=0.2),
+    ),
+    "a class without weight": (
+        nn.CrossEntropyLoss(W * (W > 0.5), label_smoothing=0.2),
+        lambda g: masked(g, (B, *S)),
+        partial(CE, weight=W * (W > 0.5), label_smoothing=0.2),
+    ),
+    "soft": (LOSSES["cross_entropy"], lambda g: torch.randn(B, C, *S, generator=g).double().softmax(1), CE),
+    "soft, weights, smoothed": (
+        cross_entropy(W, label_smoothing=0.2),
+        lambda g: torch.randn(B, C, *S, generator=g).double().softmax(1),
+        partial(CE, weight=W, label_smoothing=0.2),
+    ),
+    "by sample": (
+        by_sample(cross_entropy()),
+        lambda g: masked(g, (B, *S)).index_fill(0, torch.tensor([1]), 2),
+        own_means,
+    ),
+    "labels": (
+        binary_cross_entropy(),
+        lambda g: torch.randint(2, (B, C, *S), generator=g),
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y.double()),
+    ),
+    "labels, weights": (
+        nn.BCEWithLogitsLoss(weight=W[:2], pos_weight=W[1:]),
+        lambda g: torch.rand(B, C, *S, generator=g),
+        partial(F.binary_cross_entropy_with_logits, weight=W[:2], pos_weight=W[1:]),
+    ),
+    "squares": (nn.MSELoss(), lambda g: torch.randn(B, C, *S, generator=g).double(), F.mse_loss),
+    "distillation": (distillation(3.0), lambda g: torch.randn(B, C, *S, generator=g).double(), softened),
+    "sum": (
+        combined((0.3, cross_entropy(W)), (0.7, distillation(3.0)), (2.0, LOSSES["squared_error"])),
+        lambda g: (masked(g, (B, *S)), *torch.randn(2, B, C, *S, generator=g).double()),
+        lambda z, y: 0.3 * CE(z, y[0], W) + 0.7 * softened(z, y[1]) + 2 * F.mse_loss(z, y[2]),
+    ),
+    "weighted samples": (
+        weighted(cross_entropy()),
+        lambda g: (masked(g, (B, *S)), torch.rand(B, generator=g).double()),
+        weighed,
+    ),
+    "tokens": (LOSSES["token_classification"], lambda g: masked(g, (B, 4)), lambda z, y: CE(z.movedim(2, 1), y)),
+    "causal": (tokens(shift=True), lambda g: masked(g, (B, 4)), shifted),
+}
+every_form = pytest.mark.parametrize("form", DENSE)
+
+
+def dense_problem(form, seed):
+    torch.manual_seed(seed)
+    ours, targets, theirs = DENSE[form]
+    generator = torch.Generator().manual_seed(seed)
+    of_tokens = form in ("tokens", "causal")
+    model = Tagger().double() if of_tokens else segmenter()
+    x = torch.randn(B, 4, 4) if of_tokens else torch.randn(B, 2, 2, 2)
+    return model, x.double(), targets(generator), ours, theirs
+
+
+@every_form
+@given(seed=st.integers(0, 1000), micro=st.integers(1, 5))
+@settings(max_examples=4)
+def test_the_exact_trace_of_positions_is_that_of_all_data_in_one_batch(form, seed, micro):
+    model, x, y, ours, theirs = dense_problem(form, seed)
+    found = hessian_trace(model, [(x, y)], loss=ours, method="exact", micro_batch=micro)
+    truth = float(dense_hessian(model, list(model.parameters()), x, y, theirs).trace())
+    assert found.value == pytest.approx(truth, rel=1e-10)
+    assert found.loss == pytest.approx(float(theirs(model(x), y).detach()))
+    assert found.per_sample.mean() == pytest.approx(found.value)
+    assert sum(found.per_layer.values()) == pytest.approx(found.value)
+
+
+@every_form
+def test_the_factor_of_positions(form):
+    model, x, y, ours, _ = dense_problem(form, 0)
+    loss = resolve_loss(ours).for_targets([y])
+    z = model(x).detach()
+    check_factor(loss, z, y)
+    assert pickle.loads(pickle.dumps(loss)).name == loss.name
+    whole = torch.cat(list(loss.factors(z, y))).flatten(2)
+    assert len(whole) == loss.n_factors(z[:1], mapped(lambda t: t[:1], y))
+    truth = torch.einsum("kbc,kbd->bcd", whole, whole)
+    uniforms = draw_uniforms(B, 30_000, torch.Generator().manual_seed(1))
+    parts = [loss.drawn_factor(z, y, some).flatten(2) for some in uniforms.split(10_000, 1)]
+    drawn = torch.cat(parts)
+    found = torch.einsum("mbc,mbd->bcd", drawn, drawn) / len(drawn)
+    assert (found - truth).abs().max() < 0.04 * truth.abs().max()
+
+
+@every_form
+def test_draws_do_not_depend_on_micro_batches(form):
+    model, x, y, ours, _ = dense_problem(form, 0)
+    one, other = (hessian_trace(model, [(x, y)], loss=ours, method="sampled", micro_batch=m) for m in (2, 5))
+    assert one.value == pytest.approx(other.value, rel=1e-12)
+
+
+def test_the_operator_is_that_of_all_data_too():
+    model, x, y, ours, theirs = dense_problem("weights", 0)
+    batches = split((x, y), 2)
+    parameters = dict(model.named_parameters())
+    truth = dense_hessian(model, list(model.parameters()), x, y, theirs)
+    torch.testing.assert_close(HessianOperator(model, resolve_loss(ours), batches, parameters).dense(), truth)
+
+
+def test_an_error_over_the_data_knows_what_it_is_divided_by():
+    """Samples of one curvature a position have a mean without an error, however many positions count in each."""
+    model, x = nn.Conv1d(1, 2, 1, bias=False).double(), torch.ones(40, 1, 6, dtype=torch.float64)
+    y = torch.zeros(40, 6, dtype=torch.long)
+    for n in range(40):
+        y[n, : n % 6] = -100
+    assert hessian_trace(model, (x, y), method="exact").sem_data < 1e-12
+    by_sample_itself = hessian_trace(model, (x, y), loss=by_sample(cross_entropy()), method="exact")
+    assert by_sample_itself.sem_data < 1e-12
+
+
+def one_class():
+    return torch.zeros(B, *S, dtype=torch.long)
+
+
+REFUSED = {
+    "one a sample or position": (cross_entropy(), lambda: torch.zeros(B, 4, dtype=torch.long)),
+    "2 weights for 3 classes": (cross_entropy(W[:2]), one_class),
+    "No target counts": (cross_entropy(), lambda: torch.full((B, *S), -100)),
+    "no position that counts": (by_sample(cross_entropy()), lambda: masked(torch.Generator(), (B, *S))),
+    "one weight for each sample": (weighted(cross_entropy()), one_class),
+    "not below zero": (weighted(cross_entropy()), lambda: (one_class(), torch.tensor([1.0, 2, 3, 4, -1]))),
+    "the teacher's logits": (distillation(), lambda: torch.zeros(B, *S)),
+    "hold NaN": (distillation(), lambda: torch.full((B, C, *S), torch.nan)),
+    "a label from 0 to 1": (binary_cross_entropy(), lambda: torch.full((B, C, *S), 2.0)),
+    "pos_weight has 3 numbers": (binary_cross_entropy(W), lambda: torch.zeros(B, C, *S)),
+    "wants targets for each": (combined((1.0, cross_entropy()), (1.0, distillation())), one_class),
+    "tokens wants logits": ("causal_lm", lambda: torch.zeros(B, 2, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_targets_that_do_not_fit_are_refused(said):
+    loss, targets = REFUSED[said]
+    with pytest.raises(UserError, match=said):
+        hessian_trace(segmenter(), [(torch.randn(B, 2, 2, 2).double(), targets())], loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: by_sample(LOSSES["squared_error"]), "a mean over samples as it is"),
+        (lambda: weighted(combined((1.0, cross_entropy()))), "weigh the losses"),
+        (lambda: combined((-1.0, cross_entropy())), "below zero"),
+        (combined, "wants terms"),
+        (lambda: distillation(0.0), "above zero"),
+    ],
+)
+def test_losses_that_cannot_be_made(make, said):
+    with pytest.raises(UserError, match=said):
+        make()

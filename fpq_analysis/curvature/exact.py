@@ -8,14 +8,16 @@ Gauss-Newton matrix, and
     Tr H = (1/N) sum_n sum_k || J_n^T l_nk ||^2 ,      sum_k l_nk l_nk^T = the Hessian of sample n's loss in z_n,
 
 with J_n the Jacobian of the outputs of sample n, and l_nk the loss's `output_factor`: C - 1 vectors for the
-cross-entropy of C classes.  So the trace costs one forward and C - 1 backward passes to the *activations*, with no
-random probe and no second derivative.  It comes apart by sample, and so carries a standard error over the data, and by
-parameter.
+cross-entropy of C classes, at each position if outputs have some.  So the trace costs one forward and C - 1 backward
+passes to the *activations*, with no random probe and no second derivative.  It comes apart by sample, and so carries a
+standard error over the data, and by parameter.
 
 Where that is many, l may be drawn instead (`Loss.drawn_factor`): random vectors with the same second moment, at a
 backward pass each.
 
-`layers.py` has the norms; `graph.py` proves the condition, for every graph that occurs.
+`layers.py` has the norms; `graph.py` proves the condition, for every graph that occurs.  The right-hand side is the
+trace of the Gauss-Newton matrix, of any network: for that, nothing is to be proven, and `by_sample.py` has the norms
+where layers have none.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch, full_precision
+from fpq_analysis.curvature.by_sample import SampleBySample
 from fpq_analysis.curvature.graph import graph_signature, prove_parameters, requiring_grad
 from fpq_analysis.curvature.layers import Recorder, check_rows, find_layers
 from fpq_analysis.curvature.memory import map_batches
@@ -45,6 +48,7 @@ def per_sample_traces(
     n_labels: int | None = None,
     generator: torch.Generator | None = None,
     derivatives: dict[str, Tensor] | None = None,
+    gradients: str = "proven",
 ) -> Iterator[dict[str, Tensor]]:
     """Contributions of each sample and parameter to the trace of the Hessian of the mean loss.
 
@@ -56,6 +60,8 @@ def per_sample_traces(
         n_labels: None for the exact sum; M to draw M vectors (labels) a sample with `generator`, a CPU one.
         derivatives: by parameter name, factors d(parameter)/d(variable) of the parameter's shape: the trace is then
             that with respect to the variable behind the parameter (a latent weight).
+        gradients: `proven`, as above; for the trace of the Gauss-Newton matrix `layers`, without the proof, or
+            `samples`, sample by sample for layers of any kind, without `derivatives`.
 
     Yields:
         For each micro-batch, by parameter name, a (draws, B) float64 tensor on the CPU; draws is M, or 1 when exact.
@@ -66,19 +72,24 @@ def per_sample_traces(
             no proof that the outputs are piecewise linear in each variable.
         UserError: if there is not enough memory for a single sample.
     """
-    layers = find_layers(model, parameters)
+    loss = loss.for_targets(y for _, y in batches)
+    layers = find_layers(model, parameters) if gradients != "samples" else {}
     passes = n_labels or 0
     proven = set()  # another batch may take another way through the model
 
     def measure(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         nonlocal passes
         x, y, *uniforms = batch
-        with full_precision(), torch.enable_grad(), requiring_grad(model):
+        wanted = parameters.values() if gradients == "samples" else ()
+        with full_precision(), torch.enable_grad(), requiring_grad(model, wanted):
             passes = passes or exact_passes(model, loss, (x, y))
-            with Recorder(layers, parameters, derivatives or {}, passes) as recorder:
+            recorder: Recorder | SampleBySample = SampleBySample(parameters)
+            if gradients != "samples":
+                recorder = Recorder(layers, parameters, derivatives or {}, passes)
+            with recorder:
                 outputs = recorder.run(model, x)
-            graph = graph_signature(outputs)
-            if graph not in proven:
+            graph = graph_signature(outputs) if gradients == "proven" else None
+            if graph is not None and graph not in proven:
                 few = take(x, slice(FEW))
                 # Where a few take the same way, custom Functions are tried out on these: on many it takes long.
                 with Recorder(layers, parameters, derivatives or {}, passes) as recorder_of_few:
@@ -87,11 +98,11 @@ def per_sample_traces(
                 proven.add(graph)
             with torch.no_grad():
                 z = outputs.detach()
-                factor = loss.drawn_factor(z, y, *uniforms) if uniforms else _factor(loss, z, y)
-            # The sum needs no parts, so all its gradients go through one product; draws are kept apart.
-            groups = [factor] if n_labels is None else factor.split(1)
+                groups = loss.drawn_factor(z, y, uniforms[0]).split(1) if uniforms else loss.factors(z, y)
+            # The sum needs no parts, so its gradients go through few products; draws are kept apart.
             parts = [recorder.squared_norms(outputs, cotangents) for cotangents in groups]
-        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        found = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return found if uniforms else {name: part.sum(0, keepdim=True) for name, part in found.items()}
 
     parts: list[tuple[Tensor, ...]] = list(batches)
     if n_labels is not None:
@@ -102,16 +113,12 @@ def per_sample_traces(
 
 @torch.no_grad()
 def exact_passes(model: nn.Module, loss: Loss, batch: Batch) -> int:
-    """Backward passes of the exact sum: for the cross-entropy, one for each class but one.
+    """Backward passes of the exact sum: for the cross-entropy, one for each class but one, at each position.
 
     Raises:
-        NotExactError: if the loss has no `output_factor`, or the model does not give a row of outputs a sample.
+        NotExactError: if the loss has no `output_factor`, or the model does not give outputs for each sample.
     """
-    x, y = take(batch, slice(1))
-    return len(_factor(loss, check_rows(model(x), 1), y))
-
-
-def _factor(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     if loss.output_factor is None:
         raise NotExactError(f"the curvature of the loss '{loss.name}' in the outputs is not known in closed form")
-    return loss.output_factor(outputs, targets)
+    x, y = take(batch, slice(1))
+    return loss.n_factors(check_rows(model(x), 1), y)

@@ -54,9 +54,9 @@ def find_layers(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, nn
 
 
 def check_rows(outputs: Tensor, n: int) -> Tensor:
-    """`outputs`, if they are (n, C); otherwise `NotExactError`."""
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != n:
-        raise NotExactError("the model's output is not one row for each input")
+    """`outputs`, if they are (n, ...); otherwise `NotExactError`."""
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != (n,):
+        raise NotExactError("the model does not give outputs for each input")
     return outputs
 
 

@@ -10,7 +10,6 @@ Flat vectors are rows, of the variables one after the other.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import GraphStore, map_batches
-from fpq_analysis.curvature.second_derivatives import SecondDerivatives
+from fpq_analysis.curvature.second_derivatives import SecondDerivatives, check_twice
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.losses import Loss, LossFunction, draw_uniforms
 from fpq_analysis.nests import device_of, size
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 MAX_DENSE_BYTES = 2**33
-# How PyTorch says that a derivative can be taken once only.
-_SECOND = re.compile("derivative for .* is not implemented|once_differentiable|[Dd]ouble backward|once only|Sparse")
 
 
 class CurvatureOperator(ABC):
@@ -63,7 +60,7 @@ class CurvatureOperator(ABC):
                 is free when the first one is built.
         """
         self.model = model
-        self.loss = loss
+        self.loss = loss.for_targets(y for _, y in batches) if isinstance(loss, Loss) else loss
         self.batches: list[tuple[Tensor, ...]] = list(batches)
         self.parameters = list(parameters.values())
         self.n_data = sum(map(size, batches))
@@ -114,11 +111,7 @@ class CurvatureOperator(ABC):
                 return add(batch)
             except RuntimeError as error:
                 self._graphs.clear()  # they may be what memory is wanting for
-                if _SECOND.search(str(error)):
-                    raise UserError(
-                        f"The model has no second derivative ({str(error).split('. ')[0].strip().rstrip('.')}). "
-                        "`fpq-analyze doctor` names the operation, and what to use in its place."
-                    ) from error
+                check_twice(error)
                 raise
             for row, part in zip(result, parts, strict=True):
                 for where, product in zip(self.slices.values(), part, strict=True):
@@ -234,8 +227,9 @@ class GaussNewtonOperator(CurvatureOperator):
 class FisherOperator(GaussNewtonOperator):
     """F = (1/(N M)) sum over samples and M labels drawn from the model of the gradient's outer product.
 
-    An unbiased estimate, over the labels, of the Gauss-Newton matrix.  The labels are drawn once, by `seed`, whatever
-    the micro-batches; it is not the "empirical Fisher", which takes the data's own labels.
+    An unbiased estimate, over the labels, of the Gauss-Newton matrix.  The labels, one at each position of the outputs,
+    are drawn once, by `seed`, whatever the micro-batches; it is not the "empirical Fisher", which takes the data's own
+    labels.
     """
 
     def __init__(
@@ -258,17 +252,17 @@ class FisherOperator(GaussNewtonOperator):
                 "operator='gauss-newton'."
             )
         super().__init__(model, loss, batches, parameters)
-        self.draw = loss.draw
         generator = torch.Generator().manual_seed(seed)
-        self.batches = [(x, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, _ in batches]
+        self.batches = [(x, y, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, y in batches]
 
     def _at_outputs(self, z: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-        if z.ndim != 2:
-            raise UserError("The Fisher matrix here wants one row of logits for each input.")
-        return self.draw(z, batch[1], False)
+        assert isinstance(self.loss, Loss)
+        _, targets, uniforms = batch
+        return self.loss.drawn_factor(z, targets, uniforms, balanced=False)
 
     def _output_product(self, outputs: Tensor, moved: Tensor) -> Tensor:
-        inner = (outputs * moved).sum(2, keepdim=True)
+        inner = outputs * moved
+        inner = inner.sum(tuple(range(2, inner.ndim)), keepdim=True) if inner.ndim > 2 else inner
         return (outputs * inner).sum(0) / (len(outputs) * self.n_data)
 
 

@@ -7,6 +7,10 @@ b = s2 - w is the variance of the t_n themselves, and
     sem_data^2 = s2 / N            as an estimate for the distribution the samples come from,
     sem^2      = s2 / N - b / P    as an estimate for the P samples handed over (zero if N = P and w = 0).
 
+Where the loss is a mean over positions or weights, T = sum_n a_n / sum_n w_n, t_n = a_n / mean(w), the number that is
+divided by is as random as the samples.  To first order T - E T is then the mean of t_n - T u_n, u_n = w_n / mean(w),
+and it is their variance that counts for the distribution.
+
 Two stages (Neyman 1934; Cochran 1977, section 5.5, for costs): a pilot gives b and w1, w for one label.  If a forward
 pass costs c labels, the error per cost is least with M = (c w1 / b)^(1/2) labels a sample, and the number of samples
 follows from the error that is wanted.
@@ -17,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +46,14 @@ class SampleTraces:
         label_variance: (N,) by layer, of these numbers over their labels; zero when exact.
         population: P, samples handed over.
         n_passes: backward passes over the samples drawn.
+        shares: (N,), u_n; None for ones.
     """
 
     traces: dict[str, Tensor]
     label_variance: dict[str, Tensor]
     population: int
     n_passes: int
+    shares: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -64,9 +71,16 @@ class SampleTraces:
         whole, labels = float(self.traces[layer].var()), float(self.label_variance[layer].mean())
         return math.sqrt(max(whole / self.n - max(0.0, whole - labels) / self.population, labels / self.n))
 
-    def sem_data(self) -> float:
+    def sem_data(self, layer: str = ALL) -> float:
         """Standard error as an estimate for the distribution of the samples; NaN for a single one."""
-        return float(self.traces[ALL].std()) / math.sqrt(self.n) if self.n > 1 else math.nan
+        if self.n < 2:
+            return math.nan
+        traces = self.traces[layer]
+        if self.shares is None:
+            return float(traces.std()) / math.sqrt(self.n)
+        # Of N < P drawn, the number that is divided by is still that of all P.
+        drawn = float(traces.var()) * (1 / self.n - 1 / self.population)
+        return math.sqrt(drawn + float((traces - traces.mean() * self.shares).var()) / self.population)
 
 
 def exact_traces(
@@ -75,10 +89,12 @@ def exact_traces(
     batches: list[Batch],
     parameters: dict[str, Tensor],
     derivatives: dict[str, Tensor] | None = None,
+    gradients: str = "proven",
 ) -> SampleTraces:
     """Of all samples, without drawing; arguments as for `per_sample_traces`."""
-    parts = per_sample_traces(model, loss, batches, parameters, derivatives=derivatives)
-    return collected(parts, exact_passes(model, loss, batches[0]))
+    loss = loss.for_targets(y for _, y in batches)
+    parts = per_sample_traces(model, loss, batches, parameters, derivatives=derivatives, gradients=gradients)
+    return collected(parts, exact_passes(model, loss, batches[0]), shares_of(loss, batches))
 
 
 def sampled_traces(
@@ -87,6 +103,7 @@ def sampled_traces(
     batches: list[Batch],
     parameters: dict[str, Tensor],
     derivatives: dict[str, Tensor] | None = None,
+    gradients: str = "proven",
     *,
     generator: torch.Generator,
     n_labels: int = 4,
@@ -98,36 +115,51 @@ def sampled_traces(
         batches, ...: as for `per_sample_traces`; `generator` is a CPU one.
         tol: wanted standard error for all of `batches`, relative to the trace.
     """
+    loss = loss.for_targets(y for _, y in batches)
 
     def by_sample(part: list[Batch], labels: int) -> Iterator[dict[str, Tensor]]:
         of = (model, loss, part, parameters)
-        return per_sample_traces(*of, n_labels=labels, generator=generator, derivatives=derivatives)
+        how: Any = {"derivatives": derivatives, "gradients": gradients}
+        return per_sample_traces(*of, n_labels=labels, generator=generator, **how)
 
     def draw(part: list[Batch], labels: int, one_label: dict[str, float] | None = None) -> list[_Part]:
         return [_mean_over_labels(traces, one_label) for traces in by_sample(part, labels)]
 
     if tol is None:
-        return collected(by_sample(batches, n_labels), n_labels)
-    found = _to_tolerance(draw, batches, generator, tol, exact_passes(model, loss, batches[0]))
-    return found or exact_traces(model, loss, batches, parameters, derivatives)
+        return collected(by_sample(batches, n_labels), n_labels, shares_of(loss, batches))
+    shares = shares_of(loss, batches)
+    found = _to_tolerance(draw, batches, shares, generator, tol, exact_passes(model, loss, batches[0]))
+    return found or exact_traces(model, loss, batches, parameters, derivatives, gradients)
 
 
-def collected(parts: Iterable[dict[str, Tensor]], n_passes: int) -> SampleTraces:
+def shares_of(loss: Loss, batches: list[Batch]) -> Tensor | None:
+    """u_n of all samples, for a loss bound to them; None for ones."""
+    parts = [part for part in (loss.shares(y) for _, y in batches) if part is not None]
+    return torch.cat(parts) if parts else None
+
+
+def collected(parts: Iterable[dict[str, Tensor]], n_passes: int, shares: Tensor | None = None) -> SampleTraces:
     """The traces of all samples, from what `per_sample_traces` yields.
 
     Args:
         parts: (draws, B) by parameter, for one micro-batch after the other.
         n_passes: backward passes they took.
+        shares: see `shares_of`.
     """
     traces, variance = _joined([_mean_over_labels(part, None) for part in parts])
-    return SampleTraces(traces, variance, len(traces[ALL]), n_passes)
+    return SampleTraces(traces, variance, len(traces[ALL]), n_passes, shares)
 
 
 _Part = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def _to_tolerance(
-    draw: Callable[..., list[_Part]], batches: list[Batch], generator: torch.Generator, tol: float, exact_passes: int
+    draw: Callable[..., list[_Part]],
+    batches: list[Batch],
+    shares: Tensor | None,
+    generator: torch.Generator,
+    tol: float,
+    exact_passes: int,
 ) -> SampleTraces | None:
     """None where the sum over classes for every sample is cheaper than what the tolerance would take."""
     population = sum(map(size, batches))
@@ -153,7 +185,9 @@ def _to_tolerance(
         labels = max(labels, math.ceil(1.2 * one_label[ALL] / (population * wanted)))
     while labels < exact_passes:
         traces, variance = _joined(parts)
-        found = SampleTraces(traces, variance, population, max(1, round(passes / len(traces[ALL]))))
+        drawn_shares = None if shares is None else shares[order[: len(traces[ALL])].cpu()]
+        n_passes = max(1, round(passes / len(traces[ALL])))
+        found = SampleTraces(traces, variance, population, n_passes, drawn_shares)
         if found.sem() <= tol * abs(found.value()) or not math.isfinite(found.value()):
             return found
         if found.n == population:

@@ -9,6 +9,7 @@ its gradient takes the norm for a constant, and Hessians are not even symmetric.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fpq_analysis.errors import UserError
+
 aten = torch.ops.aten
+# How PyTorch says that a derivative can be taken once only.
+ONCE = re.compile(
+    r"derivative for '?(?P<kernel>[\w:.]+)'? is not implemented|once_differentiable|[Dd]ouble backward|once only|Sparse"
+)
 PLAIN: set[type] = {Tensor, nn.Parameter}
 
 
@@ -52,6 +59,21 @@ class SecondDerivatives(TorchFunctionMode):
         if function is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def check_twice(error: RuntimeError) -> None:
+    """Raise a `UserError` that names the kernel, if the error says that it cannot be differentiated twice."""
+    found = ONCE.search(str(error))
+    if found is None:
+        return
+    kernel = f": the kernel '{found['kernel']}' has a first one alone" if found["kernel"] else ""
+    first = str(error).split(". ")[0].strip().partition("\n")[0].rstrip(".")
+    raise UserError(
+        f"The model has no second derivative{kernel} ({first}). `fpq-analyze doctor` names the operation, and what to "
+        "use in its place; for attention of Hugging Face's models that is attn_implementation='eager' (PyTorch's own is "
+        "exchanged already). Or take what needs first derivatives alone, the trace of the Gauss-Newton matrix: "
+        "hessian_trace(..., operator='gauss-newton')."
+    ) from error
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

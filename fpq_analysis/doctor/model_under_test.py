@@ -96,7 +96,8 @@ def prepare(
     copied = take_view(with_forward(model, forward), "dequantized").to(where)
     dtype = model_precision(copied)
     data = [(moved(x, where, dtype), moved(y, where)) for x, y in as_batches(batches)]
-    return ModelUnderTest(copied, data, resolve_loss(loss), where, torch.Generator().manual_seed(seed))
+    bound = resolve_loss(loss).for_targets(y for _, y in data)
+    return ModelUnderTest(copied, data, bound, where, torch.Generator().manual_seed(seed))
 
 
 @contextmanager

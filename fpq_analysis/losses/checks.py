@@ -7,16 +7,18 @@ from torch import Tensor
 
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses.loss import Loss, LossFunction
+from fpq_analysis.nests import Nest, joined, mapped, split
 
 # Relative disagreement of a batch's loss with the mean of its samples' that is no rounding, in float64 and below it.
 FINE, COARSE = 1e-6, 1e-4
 PLAIN_MEAN = (
-    "Give a plain mean over the samples. Of weighted classes: loss=lambda outputs, targets: F.cross_entropy(outputs, "
-    "targets, weight=w, reduction='none').mean(). Samples to be ignored: leave them out of the data."
+    "Of PyTorch's cross-entropy give the module itself, nn.CrossEntropyLoss(weight=w, ignore_index=i), whose mean over "
+    "all data is known here. Of a function of your own make a Loss with weights=, or a plain mean over the samples "
+    "(docs/losses.md)."
 )
 
 
-def check_mean(loss: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:
+def check_mean(loss: LossFunction, outputs: Tensor, y: Nest) -> Tensor:
     """Each sample's loss, (B,), if `loss` of the batch is their mean, its slope in the outputs included.
 
     A batch of one is tried twice over, so that a sum shows.
@@ -27,7 +29,7 @@ def check_mean(loss: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:
     """
     n = len(outputs)
     if n == 1:
-        outputs, y = torch.cat([outputs, outputs]), torch.cat([y, y])
+        outputs, y = joined([(outputs, y)] * 2)
     with torch.enable_grad():
         z, y = _precise(loss, outputs.detach(), y)
         z.requires_grad_()
@@ -37,7 +39,7 @@ def check_mean(loss: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:
         if not together.requires_grad:
             cure = "Write it in differentiable operations, without argmax, .item(), .detach() or NumPy."
             raise UnfitError("The loss cannot be differentiated in the outputs.", cure)
-        singles = torch.stack([_scalar(loss, *one) for one in zip(z.split(1), y.split(1), strict=True)])
+        singles = torch.stack([_scalar(loss, *one) for one in split((z, y), 1)])
         # Of a linear function of the outputs the slope is a constant, and of a constant it is none.
         slopes = [torch.autograd.grad(t, z, materialize_grads=True)[0] for t in (together, singles.mean())]
     singles = singles.detach()
@@ -59,7 +61,7 @@ def check_mean(loss: LossFunction, outputs: Tensor, y: Tensor) -> Tensor:
     )
 
 
-def check_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+def check_factor(loss: Loss, outputs: Tensor, targets: Nest) -> None:
     """Raise `UnfitError` unless `output_factor` has the shape it must, and is a factor of the Hessian in the outputs.
 
     In float64, by one product of the Hessian with a random vector for each sample.
@@ -81,14 +83,15 @@ def check_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
             raise UnfitError(
                 f"The output_factor of the loss '{loss.name}' is of shape {tuple(columns.shape)} for outputs of shape "
                 f"{tuple(z.shape)}.",
-                "Give (K, *outputs.shape): K vectors for each sample.",
+                "Give (K, *outputs.shape): K vectors for each sample, or each position (coupled=).",
             )
         (slope,) = torch.autograd.grad(loss.per_sample(z, y).sum(), z, create_graph=True, materialize_grads=True)
         curved = torch.zeros_like(z)
         if slope.requires_grad:
             (curved,) = torch.autograd.grad(slope, z, v, materialize_grads=True)
-    along = (columns * v).flatten(2).sum(2)  # (K, B)
-    claimed = (columns * along.reshape(*along.shape, *[1] * (z.ndim - 1))).sum(0)
+    coupled = [axis + 1 for axis in range(1, z.ndim) if axis not in loss.positions(z)]
+    along = columns * v
+    claimed = (columns * (along.sum(coupled, keepdim=True) if coupled else along)).sum(0)
     allowed = FINE if z.dtype == torch.float64 else COARSE
     size = torch.maximum(curved.norm(), claimed.norm()) + allowed  # what is smaller is rounding
     if not bool((curved - claimed).norm() <= allowed * size):
@@ -99,17 +102,17 @@ def check_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         )
 
 
-def _precise(loss: LossFunction, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _precise(loss: LossFunction, z: Tensor, y: Nest) -> tuple[Tensor, Nest]:
     """The same in float64, if the loss and the device know it."""
     try:
-        wide = z.double(), y.double() if y.is_floating_point() else y
+        wide = z.double(), mapped(lambda t: t.double() if t.is_floating_point() else t, y)
         loss(*wide)
     except Exception:  # the user's code: anything can happen
         return z.clone(), y
     return wide
 
 
-def _scalar(loss: LossFunction, z: Tensor, y: Tensor) -> Tensor:
+def _scalar(loss: LossFunction, z: Tensor, y: Nest) -> Tensor:
     try:
         value = loss(z, y)
     except Exception as error:  # the user's code: anything can happen

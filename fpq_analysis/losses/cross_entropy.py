@@ -97,7 +97,9 @@ class CrossEntropy:
         if not isinstance(targets, Tensor) or targets.is_complex() or targets.dtype == torch.bool:
             raise self._unfit(found, n_classes)
         if self.weight is not None and len(self.weight) != n_classes:
-            raise UnfitError(f"There are {len(self.weight)} class weights for {n_classes} classes.", "Give one a class.")
+            raise UnfitError(
+                f"There are {len(self.weight)} weights for {n_classes} classes.", "Give one for each class."
+            )
         if targets.is_floating_point():
             if targets.shape != outputs.shape or n_classes < 2:
                 raise self._unfit(found, n_classes)

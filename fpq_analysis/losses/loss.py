@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -29,9 +30,9 @@ class Loss:
         output_factor: (outputs, targets) to L, (K, B, ...), K vectors of the outputs' shape for each sample: their
             outer products add up to the Hessian of the sample's loss in its outputs, as far as `coupled` says.  It is
             what exact and sampled traces need; None where it is not known.
-        coupled: axes of the outputs that the Hessian couples: (1,) for a softmax over classes at each position, () where
-            every output has a loss of its own.  Along the others, the positions, it is diagonal, and `output_factor` is
-            that of each position, all K * P of them in K vectors.  None: all axes.
+        coupled: axes of the outputs that the Hessian couples: (1,) for a softmax over classes at each position, ()
+            where every output has a loss of its own.  Along the others, the positions, it is diagonal, and
+            `output_factor` is that of each position, all K * P of them in K vectors.  None: all axes.
         draw: for the negative logarithm of a probability, (outputs, targets, uniforms (B, M, positions), balanced) to
             the gradients in the outputs, (M, B, ...), for targets drawn from the network's own prediction at each
             position: the mean of their outer products is that same Hessian.  `balanced` may draw from another
@@ -182,9 +183,18 @@ class Loss:
 
 def stated(name: str, settings: Any) -> str:
     """The name of a loss with those settings (fields of a dataclass) that are not as usual: `cross_entropy(...)`."""
-    own = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    unusual = [f"{field.name}={own[field.name]!r}" for field in fields(settings) if own[field.name] != field.default]
+    named = [(field, getattr(settings, field.name)) for field in fields(settings)]
+    unusual = [f"{field.name}={_brief(value)}" for field, value in named if value != field.default]
     return f"{name}({', '.join(unusual)})" if unusual else name
+
+
+def _brief(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return f"{value:g}"
+    few = ",".join(f"{x:g}" for x in value[:8])
+    return (
+        f"[{few}]" if len(value) <= 8 else f"[{few},... {len(value)} numbers, {zlib.crc32(repr(value).encode()):08x}]"
+    )
 
 
 def draw_uniforms(n: int, n_draws: int, generator: torch.Generator) -> Tensor:

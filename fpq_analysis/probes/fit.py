@@ -59,7 +59,7 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
     tail: list[Batch] = []
     shapes: set[torch.Size] = set()
 
-    def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, y = batch
         z = _outputs(view, x)
         shapes.add(z.shape[1:])
@@ -80,8 +80,11 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
             tail[:] = ends
         if not bool(losses.isfinite().all()):
             raise UserError(f"The loss is not finite on these data{_largest(x, z)}. Check the inputs' normalisation.")
-        hits, classes = _hits(z, y)
-        return losses.cpu(), hits.cpu(), classes.cpu()
+        shares = loss.shares(y)
+        found = _hits(loss, z, y)
+        named = torch.full((len(z),), found is not None)
+        hits, classes = found or (z.new_empty(0), z.new_empty(0))
+        return losses.cpu(), torch.ones(len(z)) if shares is None else shares, named, hits.cpu(), classes.cpu()
 
     every = max(1, math.ceil(sum(map(size, data)) / MOST)) if loss.check is not None else 1
     with torch.no_grad(), full_precision():
@@ -89,14 +92,14 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
     if loss.check is not None and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
         for x, y in data:
             loss.check(torch.empty((size(x), *next(iter(shapes))), device="meta"), y)
-    losses, hits, classes = (part.double() for part in parts)
-    n = len(losses)
-    error = float(losses.std()) / math.sqrt(n) if n > 1 else math.nan
-    if len(hits) < n:
-        return Fit(float(losses.mean()), error, math.nan, math.nan, math.nan, n)
+    losses, shares, named, hits, classes = (part.double() for part in parts)
+    n, mean = len(losses), float(losses.sum() / shares.sum())
+    error = float((losses - mean * shares).std()) / math.sqrt(n) if n > 1 else math.nan
+    if not bool(named.all()) or not len(hits):
+        return Fit(mean, error, math.nan, math.nan, math.nan, n)
     accuracy = float(hits.mean())
     chance = float(classes.long().bincount().max()) / len(classes)
-    return Fit(float(losses.mean()), error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), chance, n)
+    return Fit(mean, error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), chance, n)
 
 
 def _outputs(view: nn.Module, x: Nest) -> Tensor:
@@ -135,9 +138,13 @@ def _largest(x: Nest, z: Tensor | None) -> str:
     return inputs + (f", the largest output {float(z.abs().max()):.1e}" if z is not None else "")
 
 
-def _hits(z: Tensor, y: Nest) -> tuple[Tensor, Tensor]:
-    """(B,) share of a sample's targets with the largest output, and all targets; empty where they are no classes."""
-    classes = isinstance(y, Tensor) and z.ndim > 1 and z.shape[1] > 1 and y.shape == z.shape[:1] + z.shape[2:]
-    if not classes or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
-        return z.new_empty(0), z.new_empty(0)
-    return (z.argmax(1) == y).reshape(len(z), -1).float().mean(1), y.reshape(-1)
+def _hits(loss: Loss, z: Tensor, y: Nest) -> tuple[Tensor, Tensor] | None:
+    """For each target that is a class whether it has the largest output, and the class; None where they are none."""
+    if loss.classes is not None:
+        z, y = loss.classes(z, y)
+    else:
+        fits = isinstance(y, Tensor) and z.ndim > 1 and z.shape[1] > 1 and y.shape == z.shape[:1] + z.shape[2:]
+        if not fits or y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
+            return None
+    counts = y >= 0
+    return (z.argmax(1) == y)[counts].float(), y[counts]

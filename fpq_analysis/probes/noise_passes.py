@@ -22,8 +22,8 @@ from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import draw_uniforms
 from fpq_analysis.nests import Nest, leaves, moved, size
+from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject
-from fpq_analysis.probes.trace import N_LABELS, exact_or_sampled
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
 from fpq_analysis.quantizers.noise import uniform_rows
 
@@ -249,9 +249,8 @@ class _Measurement:
             return {"traces": self._hutchinson(clean, outputs, y, places, deltas)}
         z = outputs.detach()
         loss = self.subject.loss
-        assert loss.output_factor is not None
         if self.method == "exact":
-            factor = loss.output_factor(z, y)
+            factor = torch.cat(list(loss.factors(z, y)))
         else:
             factor = loss.drawn_factor(z, y, self.labels[places].to(z.device))
         traces = torch.stack(
@@ -268,9 +267,9 @@ class _Measurement:
     def _to_first_order(self, outputs: Tensor, deltas: Features, y: Nest, noise: list[Features]) -> dict[str, Tensor]:
         """What the noise does to logits that are linear in it: `seconds` and `linear`, see `Responses`."""
         slopes = []  # of each logit, (K, L, B): its change by each layer's noise
-        for c in range(outputs.shape[1]):
+        for c in range(outputs[0].numel()):
             one = torch.zeros_like(outputs)
-            one[:, c] = 1
+            one.view(len(one), -1)[:, c] = 1
             gradients = self._backward(outputs, deltas, one)
             slopes.append(
                 torch.stack(
@@ -284,9 +283,9 @@ class _Measurement:
         joint = moves.sum(1)
         moves = torch.cat([moves, joint[:, None]], 1)
         z = outputs.detach().cpu().double()
-        assert self.subject.loss.output_factor is not None
-        factor = self.subject.loss.output_factor(z, moved(y, z.device))
-        seconds = torch.einsum("nbc,klbc->nklb", factor, moves).square().sum(0) / 2
+        parts = [part.flatten(2) for part in self.subject.loss.factors(z, moved(y, z.device))]
+        seconds = torch.einsum("nbc,klbc->nklb", torch.cat(parts), moves).square().sum(0) / 2
+        joint = joint.reshape(len(joint), *z.shape)
         losses = self.subject.sample_losses
         linear = [
             torch.stack([(losses(z + size * move, y) + losses(z - size * move, y)) / 2 for move in joint])

@@ -40,7 +40,7 @@ from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import freed_memory_kept, map_batches
 from fpq_analysis.curvature.operator import CurvatureOperator
-from fpq_analysis.curvature.sampling import ALL, collected, layer_blocks, layer_of
+from fpq_analysis.curvature.sampling import ALL, collected, layer_blocks, layer_of, shares_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.linalg import Lanczos, deflated_hutchinson
@@ -49,8 +49,9 @@ from fpq_analysis.nests import size
 from fpq_analysis.probes.grid_codes import Flip, Grid, likely_worst_flips, random_flips
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
+from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import N_LABELS, N_PRODUCTS, ROOT, exact_or_sampled
+from fpq_analysis.probes.trace import N_PRODUCTS, ROOT
 from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
 
 RHO = 0.05  # usual for CIFAR-10
@@ -264,16 +265,15 @@ def _by_sample(subject: Subject, norms: dict[str, float], seed: int) -> tuple[Ro
     method, _ = exact_or_sampled(subject, None)
     n_labels = N_LABELS if method == "sampled" else None
     certify(subject.view, subject.data, subject.parameters)
-    generator = torch.Generator().manual_seed(seed)
-    passes = n_labels or exact_passes(subject.view, subject.loss, subject.data[0])
     of = (subject.view, subject.loss, subject.data, subject.parameters)
-    parts = per_sample_traces(*of, n_labels=n_labels, generator=generator)
+    passes = n_labels or exact_passes(*of[:2], subject.data[0])
+    parts = per_sample_traces(*of, n_labels=n_labels, generator=torch.Generator().manual_seed(seed))
     scaled = ({name: draws * norms[name] ** 2 for name, draws in part.items()} for part in parts)
-    found = collected(scaled, passes)
+    found = collected(scaled, passes, shares_of(subject.loss, subject.data))
 
     def row(name: str, layer: str) -> dict[str, Any]:
-        value, sem, over_data = found.value(layer), found.sem(layer), _error_over(found.traces[layer])
-        return _row(name, "scaled_trace", method, found.n_passes, value=value, sem=sem, sem_data=over_data)
+        numbers = {"value": found.value(layer), "sem": found.sem(layer), "sem_data": found.sem_data(layer)}
+        return _row(name, "scaled_trace", method, found.n_passes, **numbers)
 
     layers = [row(layer or ROOT, layer) for layer in found.traces if layer != ALL]
     return layers, {**row("all", ALL), **_kept(found.traces[ALL])}

@@ -115,7 +115,7 @@ def prepare(
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
     dtype = model_precision(view)
     data = [(moved(x, where, dtype), moved(y, where)) for x, y in pairs]
-    resolved = resolve_loss(loss)
+    resolved = resolve_loss(loss).for_targets(y for _, y in data)
     fit = examine(view, data, resolved)
     check_samples_apart(view, data)
     few, foreign = take(data[0][0], slice(1)), False

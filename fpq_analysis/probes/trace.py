@@ -6,6 +6,7 @@ minimum.  It scales with the weights' scale, so compare networks of one architec
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,9 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fpq_analysis.curvature import NotExactError, SampleTraces, as_batches, certify, exact_traces, sampled_traces
+from fpq_analysis.curvature import NotExactError, SampleTraces, as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
@@ -27,19 +27,15 @@ from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.losses import LossFunction
-from fpq_analysis.nests import device_of
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
+from fpq_analysis.probes.sample_traces import BY_SAMPLE, N_LABELS, by_sample
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
-from fpq_analysis.quantizers import check_definition, clipped_fraction, latent_derivatives, weight_quantizers
+from fpq_analysis.quantizers import check_definition, clipped_fraction
 from fpq_analysis.records.queries import AT_CHANCE
 
-BY_SAMPLE = ("exact", "sampled")
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
 TRACE_METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT)
-# Above this many classes `auto` draws labels: the exact sum then costs more than the error over the data is worth.
-MAX_EXACT_PASSES = 19  # of the cross-entropy of 20 classes
-N_LABELS = 4
 N_PRODUCTS = 100
 MAX_PRODUCTS = 100_000
 ROOT = "(model)"  # the layer's name when the model is a single layer
@@ -154,7 +150,8 @@ def hessian_trace(
     The model is measured as a copy in eval mode; the one handed over, its buffers, gradients and mode, and the global
     random state are untouched.  For a model quantized by `quantize`, step sizes are not variables.
 
-    Methods that see samples one by one, for piecewise linear networks and a loss with an `output_factor`:
+    Methods that see samples one by one, for a loss with an `output_factor` and piecewise linear networks; or, with
+    `operator="gauss-newton"`, any network, as nothing is differentiated twice:
 
     - `exact`: no random number (`curvature/exact.py`);
     - `sampled`: drawn labels; with `tol`, drawn samples too (`curvature/sampling.py`).
@@ -165,13 +162,14 @@ def hessian_trace(
     - `xtrace`; `xnystrace` for positive semidefinite matrices (`operator="gauss-newton"`, `"fisher"`);
     - `pyhessian`: its Hutchinson, as a cross-check.
 
-    `auto` takes `exact` where the autograd graph proves that it holds (`sampled` with `tol`, or for more than 20
-    classes), and `deflated` elsewhere.
+    `auto` takes `exact` where the autograd graph proves that it holds (`sampled` with `tol`, or where a sample has more
+    than 19 columns of the factor: 20 classes, of one position), and `deflated` elsewhere.
 
     Args:
-        model: any `nn.Module`; for methods by sample one that gives (N, C) outputs.
+        model: any `nn.Module`.
         batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
-        loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
+        loss: a name of `LOSSES`, a `Loss`, PyTorch's loss, or a function (outputs, targets) to the *mean* over the
+            batch (docs/losses.md).
         definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (`quantizers/views.py`).
         operator: `hessian`, `gauss-newton`, or `fisher` (one label a sample, drawn by `seed`).
         parameters: name patterns of the variables, as `layer3.*`; None for all.
@@ -198,22 +196,15 @@ def hessian_trace(
     model = subject.model
     estimate, reason = None, "asked for"
     if method == "auto" or method in BY_SAMPLE:
+        plain = functools.partial(prepare, model, batches, **where)
         try:
-            if operator == "fisher":
-                raise NotExactError("the Fisher matrix has labels of its own")
-            if subject.foreign:
-                raise NotExactError("the weights are rounded by quantizers that are not of this package")
-            mixing = [name for name, (q, _) in weight_quantizers(model).items() if not q.elementwise]
-            if definition == "latent" and mixing:
-                raise NotExactError(f"the weight quantizer of '{mixing[0]}' mixes weights")
-            chosen, why = (method, reason) if method != "auto" else exact_or_sampled(subject, tol)
-            baked = subject if definition != "latent" else prepare(model, batches, **where)
-            traces = _by_sample(model, definition, baked, chosen, n_labels, tol, seed)
-            estimate, method, reason = _from_samples(traces), chosen, why
+            traces, method, reason = by_sample(subject, plain, definition, operator, method, n_labels, tol, seed)
+            estimate = _from_samples(traces)
         except NotExactError as outside:
             if method != "auto":
                 raise UserError(
-                    f"The method '{method}' does not hold here: {outside}. Use method='deflated', or 'auto'."
+                    f"The method '{method}' does not hold here: {outside}. Use method='deflated', or 'auto'; or "
+                    "operator='gauss-newton', whose trace needs no such condition."
                 ) from outside
             method, reason = "deflated", f"not exact: {outside}"
     if estimate is None:
@@ -253,42 +244,6 @@ def _check_settings(
         raise UserError(f"tol is {tol}, and must be above zero (0.01 for one per cent).")
     if min(n_products, n_labels) < 2:
         raise UserError("An error needs at least 2 products (n_products) and 2 labels a sample (n_labels).")
-
-
-def exact_or_sampled(subject: Subject, tol: float | None) -> tuple[str, str]:
-    """Which method by sample `auto` takes where the certificate holds, and why: `exact`, or `sampled`.
-
-    Args:
-        tol: wanted relative error, or None.
-
-    Raises:
-        NotExactError: see `exact_passes`.
-    """
-    passes = exact_passes(subject.view, subject.loss, subject.data[0])
-    if tol is not None:
-        return "sampled", f"the certificate holds: as few samples and labels as a relative error of {tol:g} needs"
-    if passes > MAX_EXACT_PASSES:
-        return "sampled", f"the exact sum would take {passes} backward passes: a few by drawn labels are cheaper"
-    return "exact", "the certificate holds: proven piecewise linear in every parameter"
-
-
-def _by_sample(
-    model: nn.Module, definition: str, subject: Subject, method: str, n_labels: int, tol: float | None, seed: int
-) -> SampleTraces:
-    """The exact sum over classes, or drawn labels.  `subject` is of plain weights whatever the definition."""
-    derivatives = {}
-    if definition == "latent":
-        # Curvature in w is (dQ/dw)^2 times that in Q(w): Q acts on each weight alone and is piecewise linear.
-        where = device_of(subject.data[0])
-        derivatives = {name: d.to(where) for name, d in latent_derivatives(model).items()}
-    named = subject.parameters
-    certify(subject.view, subject.data, named)
-    if method == "exact":
-        return exact_traces(subject.view, subject.loss, subject.data, named, derivatives)
-    generator = torch.Generator().manual_seed(seed)
-    return sampled_traces(
-        subject.view, subject.loss, subject.data, named, derivatives, generator=generator, n_labels=n_labels, tol=tol
-    )
 
 
 def _from_samples(traces: SampleTraces) -> dict[str, Any]:
