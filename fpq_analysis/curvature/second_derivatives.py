@@ -23,7 +23,7 @@ from fpq_analysis.errors import UserError
 aten = torch.ops.aten
 # How PyTorch says that a derivative can be taken once only.
 ONCE = re.compile(
-    r"derivative for '?(?P<kernel>[\w:.]+)'? is not implemented|once_differentiable|[Dd]ouble backward|once only|Sparse"
+    r"derivative for '?[\w:.]+'? is not implemented|once_differentiable|[Dd]ouble backward|once only|Sparse"
 )
 PLAIN: set[type] = {Tensor, nn.Parameter}
 
@@ -62,15 +62,13 @@ class SecondDerivatives(TorchFunctionMode):
 
 
 def check_twice(error: RuntimeError) -> None:
-    """Raise a `UserError` that names the kernel, if the error says that it cannot be differentiated twice."""
-    found = ONCE.search(str(error))
-    if found is None:
+    """Raise a `UserError` that names the operation, if the error says that it cannot be differentiated twice."""
+    if ONCE.search(str(error)) is None:
         return
-    kernel = f": the kernel '{found['kernel']}' has a first one alone" if found["kernel"] else ""
     first = str(error).split(". ")[0].strip().partition("\n")[0].rstrip(".")
     raise UserError(
-        f"The model has no second derivative{kernel} ({first}). `fpq-analyze doctor` names the operation, and what to "
-        "use in its place; for attention of Hugging Face's models that is attn_implementation='eager' (PyTorch's own is "
+        f"The model has no second derivative ({first}). `fpq-analyze doctor` names the operation, and what to use in "
+        "its place; for attention of Hugging Face's models that is attn_implementation='eager' (PyTorch's own is "
         "exchanged already). Or take what needs first derivatives alone, the trace of the Gauss-Newton matrix: "
         "hessian_trace(..., operator='gauss-newton')."
     ) from error
