@@ -85,6 +85,9 @@ class Forward(nn.Module):
         run = self.function or call
         return output_tensor(run(self.network, inputs))
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["network"], name)  # what else the network has
+
     def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
         """Those of the network, itself the first."""
         return self.network.named_modules(*args, **options)

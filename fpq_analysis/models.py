@@ -6,7 +6,6 @@ out-of-place modules, so that a hook on any layer sees exactly that layer's outp
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.references import find
 
 
 def _convolution(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -251,18 +251,11 @@ def find_factory(name: str) -> Callable[..., Any]:
     check_model_name(name)
     if name in MODELS:
         return MODELS[name]
-    module_name, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"Cannot import the model '{name}': {error}. Give package.module:factory, where the package is installed "
-            "or lies in a folder on PYTHONPATH."
-        ) from error
+    return find(name, "model")
 
 
-def call_factory(factory: Callable[..., Any], name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """The network that `factory` returns, given `num_classes` and `in_channels` if it takes them.
+def call_factory(factory: Callable[..., Any], name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    """The network that `factory` returns, given `num_classes` and `in_channels` if it takes them and they are known.
 
     A factory with `**kwargs` is given both, and called again without a keyword that is refused further down:
     torchvision's accept `num_classes` only, which their signatures do not show.
@@ -276,7 +269,7 @@ def call_factory(factory: Callable[..., Any], name: str, num_classes: int, in_ch
         raise UserError(f"'{name}' is not a function or class that makes a model.") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     wanted = {"num_classes": num_classes, "in_channels": in_channels}
-    given = {k: v for k, v in wanted.items() if takes_any or k in taken}
+    given = {k: v for k, v in wanted.items() if v is not None and (takes_any or k in taken)}
     while True:
         try:
             model = factory(**given)

@@ -35,8 +35,9 @@ from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.plots import figure5
 from fpq_analysis.probes import HessianTrace
 from fpq_analysis.records.comparison import by_epoch
-from fpq_analysis.runs.foreign import ForeignCheckpoint, find_state, foreign_epochs, left_out
+from fpq_analysis.runs.foreign import ForeignCheckpoint, foreign_epochs, left_out
 from fpq_analysis.runs.inspection import inspect_checkpoint, inspect_run
+from fpq_analysis.runs.states import find_state
 from tests.nets import dense_hessian, tiny
 from tests.test_files import Canary
 from tests.words import words

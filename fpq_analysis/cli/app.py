@@ -111,10 +111,12 @@ Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout
 
 FOREIGN = "Checkpoints of another program, with --model (docs/tutorial.md)"
 HOW_TO_READ = {  # name: type, default, help
-    "data": (str | None, None, "What it was trained on: digits, cifar10, cifar100 or imagefolder."),
+    "data": (str | None, None, "digits, cifar10, cifar100, imagefolder; yours: package.module:function, FILE.npz."),
     "image_size": (int | None, None, "Side to which images are resized."),
     "normalize": (str, "data", "data (its own statistics), none, half, imagenet, or MEANS/STDS."),
     "bits": (str | None, None, "WxAy, for a network quantized by quantize()."),
+    "transform": (str | None, None, "Of your data's inputs: package.module:function."),
+    "forward": (str | None, None, "How the network is called: package.module:function of (model, inputs)."),
 }
 
 
@@ -147,11 +149,14 @@ def _source(
     image_size: int | None,
     normalize: str,
     bits: str | None,
+    transform: str | None,
+    forward: str | None,
 ) -> Path | ForeignRuns:
     if data is None:
-        if image_size is not None or normalize != "data" or bits is not None:
+        if (image_size, normalize, bits, transform, forward) != (None, "data", None, None, None):
             raise UserError(
-                "--image-size, --normalize and --bits are for checkpoints of another program, whose data must be named "
+                "--image-size, --normalize, --bits, --transform and --forward are for checkpoints of another program, "
+                "whose data must be named "
                 "too: --data NAME. A run of fpq-analyze says these itself."
             )
         return folder
@@ -165,7 +170,8 @@ def _source(
 
     for path in [path for run in foreign_runs(folder) for path in left_out(run)]:
         log(f"'{path}' is left out: it has no number in its name, as others beside it have.")
-    return ForeignRuns(folder, model, data, data_root, image_size, normalize, QuantSpec.parse(bits) if bits else None)
+    quant = QuantSpec.parse(bits) if bits else None
+    return ForeignRuns(folder, model, data, data_root, image_size, normalize, quant, transform, forward)
 
 
 def _check_version(value: bool) -> None:

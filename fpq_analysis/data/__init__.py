@@ -10,3 +10,5 @@ from fpq_analysis.data.dataset import parse_normalization as parse_normalization
 from fpq_analysis.data.named import DATASETS as DATASETS
 from fpq_analysis.data.named import load_dataset as load_dataset
 from fpq_analysis.data.named import load_run_data as load_run_data
+from fpq_analysis.data.own import OwnData as OwnData
+from fpq_analysis.data.own import own_data as own_data

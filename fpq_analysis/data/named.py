@@ -40,7 +40,10 @@ def load_dataset(
         if root is None:
             raise UserError("The data set 'imagefolder' needs its folder: --data-root DIR")
         return _imagefolder(Path(root), image_size)
-    raise UserError(f"Unknown data set '{name}'{did_you_mean(name, DATASETS)}. Known: {', '.join(DATASETS)}.")
+    raise UserError(
+        f"Unknown data set '{name}'{did_you_mean(name, DATASETS)}. Known: {', '.join(DATASETS)}. "
+        "Your own are named package.module:function, or FILE.npz."
+    )
 
 
 def load_run_data(config: dict[str, Any], root: str | None = None) -> Dataset:

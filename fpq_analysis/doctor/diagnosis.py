@@ -13,7 +13,6 @@ from torch import nn
 
 from fpq_analysis.curvature import as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
-from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.devices import pick_device
 from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, weights
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
@@ -102,7 +101,7 @@ def diagnose_checkpoint(
     Raises:
         UserError: if the file or the data are not there, or the file does not fit the model.
     """
-    source = source_of(path)
+    source = source_of(path).on_sample(n_data, seed)
     file, where = Path(path), pick_device(device)
     if file.is_dir():
         existing = source.checkpoints(file)
@@ -115,13 +114,11 @@ def diagnose_checkpoint(
         finite = weights(content.state_dict)
         if finite.status == FAULT:  # which no model can be built from
             return _frame({"weights": finite}), no_forecast
-        net = content.build(model).to(where)
-        data = load_run_data(content.run, data_root)
-        if data.fingerprint != content.data["fingerprint"]:
-            text = f"The images of '{data.name}' found here are not those the checkpoint was trained on."
-            other = Finding(FAULT, text, "Point --data-root at the data set of the training run.")
-            return _frame({"data": other}), no_forecast
-        batch = training_sample(data, n_data, seed)
+        net = content.callable(content.build(model)).to(where)
+        try:
+            batch = content.sample(n_data, seed, data_root)
+        except UnfitError as error:
+            return _frame({"data": Finding(FAULT, error.finding, error.cure)}), no_forecast
         frame = diagnose(net, batch, device=where, seed=seed)
         if (frame["status"] == FAULT).any():
             return frame, no_forecast

@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fpq_analysis import __version__
-from fpq_analysis.data import load_run_data, training_sample
+from fpq_analysis.batch import Batch
+from fpq_analysis.data import own
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError, explained
+from fpq_analysis.nests import moved, take
 from fpq_analysis.pipeline.plan import network_code
 from fpq_analysis.pipeline.task import Sampling, Task, TaskResult
 from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
@@ -23,8 +25,6 @@ from fpq_analysis.quantizers import adopt
 from fpq_analysis.runs import file_hash
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.foreign import ForeignCheckpoint
-
-Batch = tuple[Tensor, Tensor]
 
 
 def execute(task: Task) -> TaskResult:
@@ -49,6 +49,7 @@ def forget() -> None:
     """Let go of what is kept between tasks."""
     _kept.active = None
     _kept.batches.clear()
+    own.forget()
 
 
 def _execute(task: Task) -> TaskResult:
@@ -151,11 +152,14 @@ def build_network(content: Checkpoint, sampling: Sampling) -> nn.Module:
         UserError: see `Checkpoint.build`, or if another program's network does not take these images.
     """
     device = pick_device(sampling.device)
-    net = content.build(sampling.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = content.callable(content.build(sampling.model)).to(device)
+    if all(p.ndim < 5 for p in net.parameters()):  # of volumes
+        net = net.to(memory_format=torch.channels_last)
     if isinstance(content, ForeignCheckpoint):
-        inputs = images(content, sampling)[0]
+        batches = images(content, sampling)
+        inputs, _ = batches if isinstance(batches, tuple) else batches[0]
         content.check_runs(net, inputs)
-        return adopt(net, inputs[:2])
+        return adopt(net, take(inputs, slice(2)))
     return net
 
 
@@ -189,29 +193,18 @@ class Networks(Sequence[nn.Module]):
         return content.build(sampling.model).to(memory_format=torch.channels_last)
 
 
-def images(content: Checkpoint, sampling: Sampling) -> Batch:
-    """Images and labels to measure a checkpoint on; several runs on one data set have them from memory.
+def images(content: Checkpoint, sampling: Sampling) -> Batch | list[Batch]:
+    """Inputs and targets to measure a checkpoint on; several runs on one data set have them from memory.
 
     Raises:
-        UserError: if the data are missing, or are not those it was trained on.
+        UserError: see `Checkpoint.sample`.
     """
-    config, device = content.run, pick_device(sampling.device)
-    root = sampling.data_root or config["data_root"]
-    where = (config["data"], root, config["image_size"], str(config.get("feed")))
+    device, root = pick_device(sampling.device), sampling.data_root or content.run["data_root"]
+    where = (content.data["fingerprint"], root, str(content.run.get("feed")))
     key = (*where, sampling.n_data, sampling.seed, str(device))
     if key not in _kept.batches:
-        data = load_run_data(config, root)
-        x, y = training_sample(data, sampling.n_data or len(data.train), sampling.seed)
-        _kept.batches[key] = data.describe(), (x.to(device), y.to(device))
-    about, batch = _kept.batches[key]
-    if about["fingerprint"] != content.data["fingerprint"]:
-        raise UserError(
-            f"The data in '{root or about['name']}' are not those the checkpoint was trained on ({about['n_train']} "
-            f"training images in {len(about['classes'])} classes here, {content.data['n_train']} in "
-            f"{len(content.data['classes'])} then, or other pixels). Point --data-root at the data set of the "
-            "training run."
-        )
-    return batch
+        _kept.batches[key] = moved(content.sample(sampling.n_data, sampling.seed, sampling.data_root), device)
+    return _kept.batches[key]
 
 
 def describe(content: Checkpoint, sampling: Sampling) -> dict[str, Any]:
@@ -250,7 +243,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.active: _ActiveMeasurement | None = None
-        self.batches: dict[tuple[Any, ...], tuple[dict[str, Any], Batch]] = {}
+        self.batches: dict[tuple[Any, ...], Batch | list[Batch]] = {}
 
 
 _kept = _Kept()

@@ -95,7 +95,7 @@ def plan(
             "A plane of checkpoints goes through those named: plane='checkpoints' with two or three of them in "
             "through (--through A --through B); other planes have none."
         )
-    source = source_of(ckpt_dir)
+    source = source_of(ckpt_dir).on_sample(sampling.n_data, sampling.seed)
     faults: list[tuple[Path, UserError]] = []
     if through:
         ends = [_one(source, Path(end), epochs) for end in through]

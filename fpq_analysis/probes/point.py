@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
 from fpq_analysis.losses import LossFunction
 
@@ -33,14 +33,14 @@ class Point:
     """A model in eval mode with the data to measure it on, on one device.
 
     Attributes:
-        batches: (inputs, targets).
+        batches: (inputs, targets), tensors or nests of tensors; a list of such where samples are of several shapes.
         seed: of everything random in the measurement.
         teacher, previous: networks in eval mode, there if the probe needs them; see `NEEDS`.
         auxiliary: those of the trajectory, in order, or the further ones that were named; on the CPU.
     """
 
     model: nn.Module
-    batches: tuple[Tensor, Tensor]
+    batches: Any
     loss: str | LossFunction = "cross_entropy"
     seed: int = 0
     teacher: nn.Module | None = None

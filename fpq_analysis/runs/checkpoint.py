@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fpq_analysis.errors import UserError, naming
+from fpq_analysis.batch import Batch
+from fpq_analysis.data import load_run_data, training_sample
+from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.files import atomic_write, bad_member, reading
 from fpq_analysis.models import build_model
 from fpq_analysis.quantizers import QuantSpec, quantize
@@ -63,6 +65,31 @@ class Checkpoint:
         """Of the weights; everything is measured in float32, which is said where they are of another."""
         kinds = sorted({str(t.dtype).removeprefix("torch.") for t in self.state_dict.values() if t.is_floating_point()})
         return MEASURED if kinds in ([], [MEASURED]) else f"{' and '.join(kinds)}, measured in {MEASURED}"
+
+    def sample(self, n_data: int | None, seed: int, data_root: str | None = None) -> Batch | list[Batch]:
+        """Samples of its training data, drawn by `seed`, to measure on.
+
+        Args:
+            n_data: how many; None for all.
+            data_root: where the data lie, if not where they were.
+
+        Raises:
+            UserError: if they are missing, or are not those it was trained on.
+        """
+        root = data_root or self.run["data_root"]
+        data = load_run_data(self.run, root)
+        if data.fingerprint != self.data["fingerprint"]:
+            raise UnfitError(
+                f"The data in '{root or data.name}' are not those the checkpoint was trained on ({len(data.train)} "
+                f"training images in {data.num_classes} classes here, {self.data['n_train']} in "
+                f"{len(self.data['classes'])} then, or other pixels).",
+                "Point --data-root at the data set of the training run.",
+            )
+        return training_sample(data, n_data or len(data.train), seed)
+
+    def callable(self, net: nn.Module) -> nn.Module:
+        """The network as measurements call it: with the inputs of a batch alone."""
+        return net
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this checkpoint's state.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.data import load_dataset, parse_normalization
+from fpq_analysis.batch import Batch
+from fpq_analysis.data import OwnData, load_dataset, own_data, parse_normalization
 from fpq_analysis.errors import UserError
-from fpq_analysis.models import build_model, call_factory, check_model_name
+from fpq_analysis.forward import ForwardFunction, with_forward
+from fpq_analysis.models import MODELS, build_model, call_factory, check_model_name
 from fpq_analysis.quantizers import QuantSpec, quantize
+from fpq_analysis.references import find
 from fpq_analysis.runs import checkpoint as ckpt
-from fpq_analysis.runs.checkpoint import COUNTER, Checkpoint
-from fpq_analysis.runs.factories import factory_name
+from fpq_analysis.runs.checkpoint import Checkpoint
+from fpq_analysis.runs.factories import factory_name, source_hash
 from fpq_analysis.runs.run import Header, Run, find_runs, monitored_runs
 from fpq_analysis.runs.source import OwnRuns
 from fpq_analysis.runs.stamps import Stamp, check_same, known_stamp, remember
+from fpq_analysis.runs.states import WRAPPERS, align, channels_of, find_state, read_content
 
 SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".ckpt", ".safetensors")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")  # under which a state dict is kept
-# What torch.compile, FSDP and activation checkpointing put into the names of tensors.
-WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 AFTER_EPOCH = re.compile(r"(?<![a-z])ep(?:och)?[-_=. ]*(\d+)", re.IGNORECASE)
 # Not a part of a decimal number, nor of a hash.
 WHOLE_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d+(?![\da-z]|\.\d)", re.IGNORECASE)
@@ -53,25 +54,44 @@ class ForeignRuns(os.PathLike[str]):
         folder: a run, or a folder of runs.
         model: a function that gives the network, itself or as `package.module:factory`, or a name of ours.  It is
             called with those of `num_classes` and `in_channels` that it takes.
-        data: the training data, see `data.load_dataset`.
-        data_root: where these lie.
-        image_size: side to which images are resized (bilinear) before the network sees them.
-        normalize: how pixels were normalised, see `data.parse_normalization`.
+        data: the training data: a name that `data.load_dataset` knows; or those of the user's own, see `data.OwnData`.
+        data_root: where the data of a name lie.
+        image_size: side to which images of these are resized (bilinear) before the network sees them.
+        normalize: how pixels of these were normalised, see `data.parse_normalization`.
         quant: for a network quantized by `quantize`, with what.
+        transform: for data of one's own, of a sample's inputs to what the network gets, a function or its name.
+        forward: how the network is called, a function (model, inputs) to its outputs, or its name; None: see
+            `forward.call`.
+        drawn: number and seed of the samples that the fingerprint of data of one's own is of, see `on_sample`.
 
     Raises:
-        UserError: if the name of the model or the normalisation makes no sense.
+        UserError: if a name makes no sense, or the settings do not go together.
     """
 
     folder: str | Path
     model: str | Callable[..., nn.Module]
-    data: str
+    data: Any = field(compare=False)  # tensors have no truth value; the fingerprint, in every header, decides
     data_root: str | None = None
     image_size: int | None = None
     normalize: str = "data"
     quant: QuantSpec | None = None
+    transform: str | Callable[[Any], Any] | None = None
+    forward: str | ForwardFunction | None = None
+    drawn: tuple[int | None, int] = (1024, 0)
 
     def __post_init__(self) -> None:
+        if isinstance(self.forward, str):
+            find(self.forward, "forward function")
+        if self._own is None and self.transform is not None:
+            raise UserError(
+                f"A transform is for data of your own; how images of '{self.data}' are prepared is said by "
+                "image_size and normalize (--image-size, --normalize)."
+            )
+        if self._own is not None and (self.data_root, self.image_size, self.normalize) != (None, None, "data"):
+            raise UserError(
+                "data_root, image_size and normalize (--data-root, --image-size, --normalize) are for images of a "
+                f"known data set. What '{self._own.name}' gives is prepared by itself, or by a transform (--transform)."
+            )
         if isinstance(self.model, str):
             check_model_name(self.model)
         if self.image_size is not None and self.image_size < 1:
@@ -92,6 +112,10 @@ class ForeignRuns(os.PathLike[str]):
             return find_runs(folder, monitored=True)
         _ = self._images  # missing data are one error, not one a file
         return sorted({*runs, *monitored_runs(folder)})
+
+    def on_sample(self, n_data: int | None, seed: int) -> ForeignRuns:
+        """The same, for measuring on this sample."""
+        return replace(self, drawn=(n_data, seed))
 
     def checkpoints(self, run: Path) -> dict[int, Path]:
         """Epoch to file for one run, in order of epochs; see `foreign_epochs`."""
@@ -136,7 +160,7 @@ class ForeignRuns(os.PathLike[str]):
             )
         ckpt.check_tensors(state, path)
         self._compare_epochs(path, content)
-        channels = _channels(state)
+        channels = channels_of(state)
         remember(path, replace(stamp, channels=channels))
         return self._describe(path, state, stamp.sha256, channels)
 
@@ -155,14 +179,14 @@ class ForeignRuns(os.PathLike[str]):
         images = self._images.get(channels) or next(iter(self._images.values()))
         return ForeignCheckpoint(
             epoch=_epoch_among(path),
-            model={"name": self._name, "num_classes": len(images["classes"]), "in_channels": images["channels"]},
+            model={"name": self._name, "num_classes": images["num_classes"], "in_channels": images["channels"]},
             quant=asdict(self.quant) if self.quant else None,
             data=images,
             run={
                 "method": self.quant.scheme if self.quant else "fp",
                 "seed": None,
                 "init": None,
-                "data": self.data,
+                "data": images["name"],
                 "data_root": self.data_root,
                 "image_size": self.image_size,
                 "feed": self._feed(images["channels"]),
@@ -171,6 +195,8 @@ class ForeignRuns(os.PathLike[str]):
             sha256=digest,
             path=path,
             factory=self.model,
+            own=self._own,
+            function=find(self.forward, "forward function") if isinstance(self.forward, str) else self.forward,
         )
 
     @property
@@ -181,13 +207,23 @@ class ForeignRuns(os.PathLike[str]):
         return {"image_size": self.image_size, "channels": channels, "normalize": self.normalize}
 
     @cached_property
+    def _own(self) -> OwnData | None:
+        return own_data(self.data, self.transform)
+
+    @cached_property
     def _images(self) -> dict[int, dict[str, Any]]:
         """What the data set is, by the number of channels that it can have: grey images can be repeated to three."""
+        if self._own is not None:
+            found = self._own.describe(*self.drawn)
+            if self.model not in MODELS and not found["classes"]:  # what the samples show may not be all there is
+                found |= {"num_classes": None, "channels": None}
+            return {0: found}
         data = load_dataset(self.data, self.data_root, image_size=self.image_size)
         means, _ = parse_normalization(self.normalize) or ((0.0,), ())
         possible = [1, 3] if data.channels == 1 else [data.channels]
         fitting = [n for n in possible if len(means) in (1, n)]
-        return {n: data.prepared(**self._feed(n)).describe() for n in fitting or possible}
+        about = {n: data.prepared(**self._feed(n)).describe() for n in fitting or possible}
+        return {n: {**found, "num_classes": len(found["classes"])} for n, found in about.items()}
 
 
 @dataclass(frozen=True)
@@ -197,14 +233,20 @@ class ForeignCheckpoint(Checkpoint):
     Attributes:
         path: the file.
         factory: see `ForeignRuns.model`.
+        own: data of the user's own.
+        function: see `ForeignRuns.forward`.
     """
 
     path: Path
     factory: str | Callable[..., nn.Module]
+    own: OwnData | None = None
+    function: ForwardFunction | None = None
 
     @property
     def header(self) -> Header:
         stated = {"model": self.model, "quant": self.quant}
+        if self.function is not None:
+            stated["forward"] = {factory_name(self.function): source_hash(self.function)}
         return replace(super().header, model=self.factory, stated=stated)
 
     def build(self, model: str | None = None) -> nn.Module:
@@ -224,20 +266,31 @@ class ForeignCheckpoint(Checkpoint):
         ckpt.load_state(net, state, what=f"'{name}'", whose=f"'{self.path}'", cure=self._cure())
         return net.eval()
 
+    def callable(self, net: nn.Module) -> nn.Module:
+        """See `Checkpoint`."""
+        return with_forward(net, self.function)
+
+    def sample(self, n_data: int | None, seed: int, data_root: str | None = None) -> Batch | list[Batch]:
+        """See `Checkpoint`."""
+        return super().sample(n_data, seed, data_root) if self.own is None else self.own.sample(n_data, seed).batches
+
     def _cure(self) -> str:
         if self.quant is None and any(".parametrizations." in key for key in self.state_dict):
             return "The file is of a quantized network; for one of fpq_analysis.quantize say its widths: --bits W4A4."
-        return (
-            f"Give the function that made it, as --model package.module:factory; here it was to give "
-            f"{self.model['num_classes']} classes, as many as the data set '{self.data['name']}' has."
-        )
+        classes = f"{self.model['num_classes']} classes, as many as the data set '{self.data['name']}' has"
+        cure = "Give the function that made it, as --model package.module:factory"
+        return f"{cure}; here it was to give {classes}." if self.model["num_classes"] else f"{cure}."
 
-    def check_runs(self, net: nn.Module, images: Tensor) -> None:
-        """Raise `UserError` unless `net` gives logits for an image of the data set."""
+    def check_runs(self, net: nn.Module, images: Any) -> None:
+        """Raise `UserError` unless `net` gives logits for an image of a known data set."""
+        if self.own is not None:
+            return
         shape = " x ".join(map(str, images.shape[1:]))
         try:
             with torch.no_grad():
                 logits = net(images[:1])
+        except UserError:
+            raise
         except Exception as error:  # the user's code: anything can happen
             reason = str(error).strip().split("\n")[0].rstrip(".")
             raise UserError(
@@ -320,81 +373,3 @@ def _epoch(path: Path) -> int | None:
     stem = path.name[: -len(end)]
     found = AFTER_EPOCH.findall(stem) or WHOLE_NUMBER.findall(stem)
     return int(found[-1]) if found else None
-
-
-def read_content(path: Path) -> Any:
-    """What a file of tensors and plain values holds; of a safetensors file, its tensors.
-
-    Raises:
-        UserError: if it is missing, damaged, or holds code; or safetensors is not installed.
-    """
-    if path.suffix != ".safetensors":
-        return ckpt.load_tensors(path)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(
-            f"'{path}' needs safetensors to be read ({error}). Install it: pip install 'fpq-analysis[export]'"
-        ) from error
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"No checkpoint '{path}'.") from error
-    except SafetensorError as error:
-        raise UserError(
-            f"'{path}' cannot be read: it is cut short or damaged ({error}). Copy it again from its source."
-        ) from error
-
-
-def find_state(content: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict in what a program saved, and the keys under which it was; ({}, ()) if there is none."""
-    if not isinstance(content, dict) or not content:
-        return {}, ()
-    if all(isinstance(value, Tensor) for value in content.values()):
-        return dict(content), ()
-    for key in WRAPPERS:
-        state, keys = find_state(content.get(key))
-        if state:
-            return state, (key, *keys)
-    return {}, ()
-
-
-def align(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """`state` under the names that the model's `own` state has.
-
-    Removed are what `torch.compile` and FSDP put into names, and what stands before all names (`module.` of
-    DataParallel, `model.` or `net.` of a LightningModule, whose further tensors are then left behind).  Counters of
-    batches that an old file lacks are taken from `own`.
-
-    Raises:
-        UserError: if several prefixes fit.
-    """
-    state = {WRAPPED.sub("", key): value for key, value in state.items()}
-    wanted = [key for key in own if not key.endswith(COUNTER)]
-    fits = {prefix: sum(prefix + key in state for key in wanted) for prefix in _prefixes(state, wanted)}
-    best = [prefix for prefix, number in fits.items() if number == max(fits.values())]
-    if len(best) > 1 and "" not in best and fits[best[0]] == len(wanted):
-        raise UserError(
-            f"'{path}' holds several networks of this form, under {' and '.join(map(repr, best))}, and which one is "
-            "meant is not known. Save the state_dict() of one alone."
-        )
-    prefix = "" if not best or "" in best else best[0]
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    counters = {key: value for key, value in own.items() if key.endswith(COUNTER)}
-    return counters | found
-
-
-def _prefixes(state: dict[str, Tensor], wanted: list[str]) -> Iterator[str]:
-    """What may stand before all the names in `wanted`: "", and whatever stands before the first that occurs."""
-    yield ""
-    for key in wanted:
-        found = [name.removesuffix(key) for name in state if name.endswith(f".{key}")]
-        if found:
-            yield from found
-            return
-
-
-def _channels(state: dict[str, Tensor]) -> int:
-    """Channels of the images that the network takes, by its first convolution; 0 for a network without one."""
-    return next((t.shape[1] for t in state.values() if t.ndim == 4), 0)

@@ -25,8 +25,9 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.files import has_checksums, sha256
 from fpq_analysis.quantizers import QuantSpec, stored_quantizers
 from fpq_analysis.runs import checkpoint as ckpt
-from fpq_analysis.runs.foreign import find_state, foreign_epochs
+from fpq_analysis.runs.foreign import foreign_epochs
 from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, Run
+from fpq_analysis.runs.states import find_state
 from fpq_analysis.schema import CheckpointFile, check
 
 COLUMNS = ["field", "value"]

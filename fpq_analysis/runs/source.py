@@ -21,6 +21,10 @@ class Source(Protocol):
         """Every run at or below `folder`, sorted."""
         ...
 
+    def on_sample(self, n_data: int | None, seed: int) -> Source:
+        """The same, for measuring on this sample: `header` then has the fingerprint of that, or of all the data."""
+        ...
+
     def checkpoints(self, run: Path) -> dict[int, Path]:
         """Epoch to file for one run, in order of epochs."""
         ...
@@ -41,6 +45,10 @@ class OwnRuns:
     def find_runs(self, folder: str | Path) -> list[Path]:
         """See `run.find_runs`."""
         return find_runs(folder, monitored=True)
+
+    def on_sample(self, n_data: int | None, seed: int) -> OwnRuns:
+        """These data are known as a whole."""
+        return self
 
     def checkpoints(self, run: Path) -> dict[int, Path]:
         """See `Run.checkpoints`."""
