@@ -311,14 +311,14 @@ class Fails(nn.Module):
     def forward(self, x):
         if self.how == "size":
             return F.linear(x.flatten(1), torch.ones(10, 784))
-        return (torch.ones(len(x), 10),) if self.how == "tuple" else torch.ones(len(x), 3)
+        return (torch.ones(len(x), 10),) * 2 if self.how == "tuple" else torch.ones(len(x), 3)
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("size", r"fails on an image of 'digits', 1 x 8 x 8 .*--image-size"),
-        ("tuple", r"gives tuple for one image.* \(1, 10\)"),
+        ("tuple", r"gives a tuple, .*0 \(1x10\), 1 \(1x10\)"),
         ("few", r"gives \(1, 3\) for one image"),
     ],
 )
