@@ -42,6 +42,7 @@ from .quantizers import calibrate as calibrate
 from .quantizers import plain_layer as plain_layer
 from .quantizers import quantize as quantize
 from .quantizers import register_adapter as register_adapter
+from .ranks import over_ranks as over_ranks
 from .report.page import write_report as write_report
 from .report.paper import paper_tables as paper_tables
 from .runs.checkpoint import load as load

@@ -230,4 +230,9 @@ def main() -> None:
     # microseconds and then sleep, which costs nothing on an idle machine; never to spin (OMP_WAIT_POLICY=passive) costs
     # a quarter there.  It is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    app()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        app()
+    else:  # the first of the ranks that torchrun started; the others measure their shares of the samples
+        from fpq_analysis.ranks import launched
+
+        guarded(lambda: launched(app))()

@@ -28,6 +28,7 @@ from fpq_analysis.losses import LossFunction
 from fpq_analysis.nests import size
 from fpq_analysis.probes import hessian_eigs, hessian_trace, spectral_density
 from fpq_analysis.probes.subject import Subject, prepare
+from fpq_analysis.wrapped import unwrapped
 
 Vector = Sequence[Tensor]  # in parts, shaped like the parameters
 
@@ -128,10 +129,11 @@ class hessian:
         return value, [product[place].view_as(part) for place, part in zip(places, v, strict=True)]
 
     def _current(self) -> _CachedState:
-        state: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        model = unwrapped(self.model)
+        state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         last = self._last
         if last is None or not all(torch.equal(t, last.state[name]) for name, t in state.items()):
-            subject = prepare(self.model, self.batches, loss=self.criterion)
+            subject = prepare(model, self.batches, loss=self.criterion)
             variables = {name: state.get(name, subject.parameters[name]) for name in self._in_order(subject.parameters)}
             self._last = last = _CachedState(
                 {name: t.detach().clone() for name, t in state.items()}, subject, variables
@@ -140,7 +142,7 @@ class hessian:
 
     def _in_order(self, names: Iterable[str]) -> list[str]:
         """As in the model; weights behind a quantizer, whose names it does not know, after the others."""
-        order = {name: place for place, (name, _) in enumerate(self.model.named_parameters())}
+        order = {name: place for place, (name, _) in enumerate(unwrapped(self.model).named_parameters())}
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def eigenvalues(

@@ -35,6 +35,7 @@ from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.operations import NotExactError
 from fpq_analysis.losses import Loss, draw_uniforms
 from fpq_analysis.nests import device_of, size, take
+from fpq_analysis.ranks import gathered, share
 
 FEW = 2  # images that stand for a batch in the proof
 
@@ -108,7 +109,7 @@ def per_sample_traces(
     if n_labels is not None:
         assert generator is not None
         parts = [(x, y, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, y in batches]
-    yield from map_batches(parts, measure)
+    yield from gathered(map_batches(share(parts), measure))
 
 
 @torch.no_grad()

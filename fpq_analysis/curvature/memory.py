@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import size, split
+from fpq_analysis.ranks import neighbours
 
 T = TypeVar("T")
 SHARE = 0.5  # of the free memory, for graphs that are kept: bases and the work itself need the rest
@@ -82,7 +83,7 @@ class GraphStore:
         if id(batch[0]) in self._kept:
             return self._kept[id(batch[0])][1]
         if self.limit is None:
-            self.limit = int(SHARE * free_memory(self.variables[0].device))
+            self.limit = int(SHARE * free_memory(self.variables[0].device)) // neighbours(self.variables[0].device)
         if self.taken >= self.limit:
             return build(batch)
         saved: dict[int, int] = {}

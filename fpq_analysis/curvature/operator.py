@@ -11,7 +11,7 @@ Flat vectors are rows, of the variables one after the other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from fpq_analysis.curvature.second_derivatives import SecondDerivatives, check_t
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.losses import Loss, LossFunction, draw_uniforms
 from fpq_analysis.nests import device_of, size
+from fpq_analysis.ranks import added, share
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -61,7 +62,7 @@ class CurvatureOperator(ABC):
         """
         self.model = model
         self.loss = loss.for_targets(y for _, y in batches) if isinstance(loss, Loss) else loss
-        self.batches: list[tuple[Tensor, ...]] = list(batches)
+        self.batches: list[tuple[Tensor, ...]] = share(batches)
         self.parameters = list(parameters.values())
         self.n_data = sum(map(size, batches))
         self.n_products = 0
@@ -121,9 +122,13 @@ class CurvatureOperator(ABC):
                         row[where].zero_()
             begun = True
 
+        def work() -> Iterator[None]:
+            yield from map_batches(self.batches, add)
+            if not begun:  # a rank without samples
+                result.zero_()
+
         with full_precision(), torch.enable_grad():
-            for _ in map_batches(self.batches, add):
-                pass
+            added(work(), result)
         self.n_products += len(v)
         return result
 
@@ -253,7 +258,8 @@ class FisherOperator(GaussNewtonOperator):
             )
         super().__init__(model, loss, batches, parameters)
         generator = torch.Generator().manual_seed(seed)
-        self.batches = [(x, y, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, y in batches]
+        drawn = [(x, y, draw_uniforms(size(x), n_labels, generator).to(device_of(x))) for x, y in batches]
+        self.batches = share(drawn)
 
     def _at_outputs(self, z: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         assert isinstance(self.loss, Loss)

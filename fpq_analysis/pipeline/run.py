@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.pipeline import store
+from fpq_analysis.pipeline.engines.ranks import RanksExecutor
 from fpq_analysis.pipeline.engines.serial import SerialExecutor
 from fpq_analysis.pipeline.execute import execute, forget
 from fpq_analysis.pipeline.plan import Plan, plan
@@ -20,6 +22,7 @@ from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Sampling, Shar
 from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.probes.point import Probe
 from fpq_analysis.progress import Progress
+from fpq_analysis.ranks import dividing, lead, leading, together
 
 # Tasks handed out at a time: enough to keep many workers busy, few enough to call back when a measurement fails.
 IN_FLIGHT = 256
@@ -58,7 +61,8 @@ def measure(
             changed, it is measured anew.
         records: folder in which measurements are kept, each run's under its name, where the runs themselves may not be
             written to; None: in the runs.
-        executor: where tasks are done, a `concurrent.futures.Executor` of processes; None: here, one by one.
+        executor: where tasks are done, a `concurrent.futures.Executor` of processes; None: here, one by one; inside
+            `over_ranks()` on all ranks together, of which the first plans and writes.
         on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
 
     Returns:
@@ -70,8 +74,12 @@ def measure(
     """
     sampling = Sampling(n_data, seed, device, data_root, model)
     what: dict[str, Any] = {"epochs": epochs, "through": through, "shard": shard}
-    todo = plan(ckpt_dir, probe, sampling, overwrite=overwrite, records=records, **what)
-    return run(todo, executor=executor, on_fault=on_fault)
+
+    def planned_and_done() -> pd.DataFrame:
+        todo = plan(ckpt_dir, probe, sampling, overwrite=overwrite, records=records, **what)
+        return run(todo, executor=executor, on_fault=on_fault)
+
+    return lead(planned_and_done) if dividing() else planned_and_done()
 
 
 def measure_landscapes(
@@ -127,7 +135,7 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
                     else:
                         yield task
 
-            for task, future in _results(executor or SerialExecutor(), wanted()):
+            for task, future in _results(executor or (RanksExecutor if leading() else SerialExecutor)(), wanted()):
                 measurement = task.measurement
                 with going_on(partial(fail, measurement.path), f"'{measurement.path}'"):
                     result = future.result()
@@ -135,7 +143,8 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
                         writer.add(measurement, result)
                 progress.advance()
     finally:  # stopped by the user, say
-        forget()
+        with suppress(UserError):  # of a rank that was lost
+            together(forget)
         _flush(writer, todo.measurements, report)
     return store.read(todo.root, todo.homes, name, todo.done | writer.written)
 

@@ -17,6 +17,7 @@ from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.forward import running
 from fpq_analysis.losses import Loss, check_factor, check_mean
 from fpq_analysis.nests import Nest, alike, joined, leaves, size, split, take
+from fpq_analysis.ranks import gathered, share
 
 # So many samples are looked at, spread over the data; of a loss that is to be tried out all, to see each batch.
 MOST = 4096
@@ -88,7 +89,7 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
 
     every = max(1, math.ceil(sum(map(size, data)) / MOST)) if loss.check is not None else 1
     with torch.no_grad(), full_precision():
-        parts = [torch.cat(part) for part in zip(*map_batches(list(data[::every]), look), strict=True)]
+        parts = [torch.cat(part) for part in zip(*gathered(map_batches(share(data[::every]), look)), strict=True)]
     if loss.check is not None and every > 1 and len(shapes) == 1:  # the targets of the batches that were passed over
         for x, y in data:
             loss.check(torch.empty((size(x), *next(iter(shapes))), device="meta"), y)

@@ -41,6 +41,7 @@ from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.quantizers import check_definition
+from fpq_analysis.ranks import added, gathered, share
 
 SHOWN = tuple(
     f"{name}@{arm}" for name in ("grad_norm", "grad_norm_minibatch") for arm in ("weights", "features", "clean")
@@ -223,7 +224,8 @@ class _Gradient:
             return found.detach().cpu().double()
 
         with full_precision(), torch.enable_grad():
-            return torch.cat([part for minibatch in self.minibatches for part in map_batches(minibatch, project)])
+            of_all = share([batch for minibatch in self.minibatches for batch in minibatch])
+            return torch.cat(list(gathered(map_batches(of_all, project))))
 
     def _sum(self, minibatch: Minibatch) -> list[Tensor]:
         """The sum of the samples' gradients."""
@@ -239,8 +241,7 @@ class _Gradient:
                     total += g
 
         with full_precision(), torch.enable_grad():
-            for _ in map_batches(minibatch, add):
-                pass
+            added(map_batches(share(minibatch), add), sums)
         return sums
 
     def _losses(self, batch: tuple[Tensor, ...]) -> Tensor:

@@ -26,6 +26,7 @@ from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
 from fpq_analysis.quantizers.noise import uniform_rows
+from fpq_analysis.ranks import gathered, share
 
 OWN = 1.0  # the size of FPQ's noise; layers alone are measured at it
 ALONE = 2  # draws for noise in one layer
@@ -191,7 +192,7 @@ class _Measurement:
         places = torch.arange(self.subject.n_data).split(list(map(size, self.subject.data)))
         batches = [(x, y, place) for (x, y), place in zip(self.subject.data, places, strict=True)]
         with full_precision():
-            parts = list(map_batches(batches, self._batch))  # type: ignore[arg-type]
+            parts = list(gathered(map_batches(share(batches), self._batch)))
         return {key: torch.cat([part[key] for part in parts], -1) for key in parts[0]}
 
     def _batch(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_PRODUCTS, ROOT
 from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
+from fpq_analysis.ranks import added, gathered, share
 
 RHO = 0.05  # usual for CIFAR-10
 RHO_ADAPTIVE = 0.5  # ten times as much, as is usual
@@ -177,7 +178,7 @@ class _Losses:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         # `map_batches` halves these, which must be a list of our own.
-        self.batches: list[tuple[Tensor, ...]] = list(subject.data)
+        self.batches: list[tuple[Tensor, ...]] = share(subject.data)
         self.weights = {name: p.detach() for name, p in subject.parameters.items()}
         self.here = self._at({})
         check_finite(float(self.here.mean()), "loss")
@@ -204,8 +205,7 @@ class _Losses:
                     total += part
 
         with full_precision(), freed_memory_kept(), torch.enable_grad():
-            for _ in map_batches(self.batches, add):
-                pass
+            added(map_batches(self.batches, add), sums.values())
         return sums
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ class _Losses:
                 self.batches,
                 lambda batch: self.subject.sample_losses(functional_call(view, values, (batch[0],)), batch[1]),
             )
-            return torch.cat(list(parts))
+            return torch.cat(list(gathered(parts)))
 
 
 def _row(layer: str, quantity: str, estimator: str, n_products: int, **numbers: Any) -> dict[str, Any]:

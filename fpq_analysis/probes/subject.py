@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fpq_analysis.curvature import (
     CurvatureOperator,
@@ -28,6 +29,7 @@ from fpq_analysis.nests import Nest, device_of, mapped, moved, size, take
 from fpq_analysis.probes.fit import Fit, examine
 from fpq_analysis.quantizers import adopt, check_definition_applies, check_plain, quantizers, rounds_weights, variables
 from fpq_analysis.quantizers import view as take_view
+from fpq_analysis.ranks import check_same
 
 OPERATORS = ("hessian", "gauss-newton", "fisher")
 
@@ -113,6 +115,8 @@ def prepare(
     named = variables(view)
     if not named:
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
+    check_same("The network is", lambda: view.state_dict().items())
+    check_same("The data are", lambda: ((f"tensor {i}", t) for i, t in enumerate(tree_leaves(pairs), 1)))
     dtype = model_precision(view)
     data = [(moved(x, where, dtype), moved(y, where)) for x, y in pairs]
     resolved = resolve_loss(loss).for_targets(y for _, y in data)

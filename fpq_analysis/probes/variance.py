@@ -35,6 +35,7 @@ from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
 from fpq_analysis.quantizers import view
+from fpq_analysis.ranks import gathered, share
 
 QUANTITIES = ("flipped", "probability_variance", "logit_variance")
 
@@ -119,7 +120,8 @@ def _measure(
     seeds = torch.randint(2**31, (sum(map(size, images)),), generator=torch.Generator().manual_seed(seed))
     work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split(list(map(size, images))), strict=True))
     with torch.no_grad(), full_precision():
-        parts = list(map_batches(work, lambda batch: _of_images(net, batch[0], batch[1], settings, name)))
+        work = share(work)
+        parts = list(gathered(map_batches(work, lambda batch: _of_images(net, batch[0], batch[1], settings, name))))
     found = torch.cat(parts, 2)  # (sds and quantities, value and error, images)
     names = [(quantity, sd) for sd in settings.sds for quantity in QUANTITIES]
     return [_row(f"{name}@{sd:g}", numbers) for (name, sd), numbers in zip(names, found, strict=True)]
@@ -134,8 +136,8 @@ def _of_images(net: nn.Module, x: Nest, seeds: Tensor, settings: OutputVariance,
     for sd in settings.sds:
         z = torch.stack([_logits(net, _noisy(x, sd, draw)) for draw in noise])  # (K, B, C)
         flipped = (z.argmax(2) != clean.argmax(1)).double()
-        share = flipped.mean(0)
-        found.append(torch.stack([share, share * (1 - share) / (len(z) - 1)]))
+        rate = flipped.mean(0)
+        found.append(torch.stack([rate, rate * (1 - rate) / (len(z) - 1)]))
         found.append(variance_with_error(z.softmax(2)))
         found.append(variance_with_error(z))
     return torch.stack(found)

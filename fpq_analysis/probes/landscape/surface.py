@@ -19,6 +19,7 @@ from fpq_analysis.nests import joined
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.movable import MovableNetwork
 from fpq_analysis.probes.subject import Subject
+from fpq_analysis.ranks import gathered, share
 
 # Tensors in one piece of memory begin at multiples of so many scalars, as they would if they were alone.
 ALIGNMENT = 64
@@ -47,7 +48,7 @@ class Surface:
         self.network = network
         self.subject = subject
         # `map_batches` halves these, which must be a list of our own.
-        self.batches: list[tuple[Tensor, ...]] = list(subject.data)
+        self.batches: list[tuple[Tensor, ...]] = share(subject.data)
         self.variables = _Block(network.variables, [network.transmitted(d) for d in directions])
         self.carried = _Block(network.carried, carried_moves) if carried_moves else None
         self.whole = [
@@ -84,7 +85,8 @@ class Surface:
             if self.norms:
                 self._re_estimate()
             losses = self.subject.loss.sample_losses
-            return torch.cat(list(map_batches(self.batches, lambda batch: losses(view(batch[0]), batch[1]))))
+            parts = map_batches(self.batches, lambda batch: losses(view(batch[0]), batch[1]))
+            return torch.cat(list(gathered(parts)))
 
     def _re_estimate(self) -> None:
         """One pass in which the statistics are replaced by those of the data."""
@@ -93,7 +95,7 @@ class Surface:
             for norm in self.norms:
                 norm.momentum = 1.0
                 norm.train()
-            self.network.view(joined([batch[0] for batch in self.batches]))
+            self.network.view(joined([batch[0] for batch in self.subject.data]))
         finally:
             for norm, momentum in zip(self.norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -18,6 +18,7 @@ from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.copies import eval_copy
 from fpq_analysis.quantizers.others import WEIGHT, other_quantizers
+from fpq_analysis.wrapped import unwrapped
 
 Adapter = Callable[[Any], nn.Module]
 A = TypeVar("A", bound=Adapter)
@@ -87,7 +88,7 @@ def _quantize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     """A copy of a network that another program quantized, quantized as our networks are, in eval mode.
 
-    `model` itself if there is nothing to adopt, or not all of its weights' quantizers have adapters.
+    `model` itself, without wrappers, if there is nothing to adopt, or not all of its weights' quantizers have adapters.
 
     In the copy scales are frozen, observers switched off, and parameters have the names they had.  It computes the
     same, which is checked: each layer with a quantizer, on what it gets for `inputs`, must give what the original gave;
@@ -99,6 +100,7 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     Raises:
         UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
     """
+    model = unwrapped(model)
     if not any(_find(module) for module in model.modules()):
         return model
     original, model = model, eval_copy(model)

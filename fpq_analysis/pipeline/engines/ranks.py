@@ -1,0 +1,22 @@
+"""Does each task on all ranks of torch.distributed together, each of which measures its share of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from fpq_analysis.pipeline.engines.serial import SerialExecutor
+from fpq_analysis.ranks import together
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class RanksExecutor(SerialExecutor):
+    """Does each task before `submit` returns; for the first rank, see `ranks.lead`."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """The outcome of the call on this rank, whose rows are those of all samples."""
+        return super().submit(partial(together, partial(fn, *args, **kwargs)))
