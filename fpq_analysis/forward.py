@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import Nest, described
+from fpq_analysis.ranks.wrapped import unwrapped
 
 # (model, inputs) to the outputs.
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -106,11 +107,11 @@ class Forward(nn.Module):
 def with_forward(model: nn.Module, function: ForwardFunction | None = None) -> nn.Module:
     """The model, as everything here calls it; `function` (model, inputs) says how, if not as `call` does.
 
-    A model that is one already stays as it is.
+    A model that is one already stays as it is; wrappers are taken off (`ranks/wrapped.py`).
     """
     if isinstance(model, (Forward, torch.jit.ScriptModule)):
         return model
-    return Forward(model, function)
+    return Forward(unwrapped(model), function)
 
 
 @contextmanager

@@ -233,6 +233,13 @@ def main() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         app()
     else:  # the first of the ranks that torchrun started; the others measure their shares of the samples
-        from fpq_analysis.ranks import launched
+        from fpq_analysis.ranks.leading import launched
 
-        guarded(lambda: launched(app))()
+        try:
+            launched(app)
+        except UserError as error:
+            if os.environ["RANK"] == "1":  # one of those that are left is enough
+                fail(error)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)

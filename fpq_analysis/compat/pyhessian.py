@@ -28,7 +28,7 @@ from fpq_analysis.losses import LossFunction
 from fpq_analysis.nests import size
 from fpq_analysis.probes import hessian_eigs, hessian_trace, spectral_density
 from fpq_analysis.probes.subject import Subject, prepare
-from fpq_analysis.wrapped import unwrapped
+from fpq_analysis.ranks.wrapped import unwrapped
 
 Vector = Sequence[Tensor]  # in parts, shaped like the parameters
 

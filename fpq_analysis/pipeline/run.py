@@ -22,7 +22,8 @@ from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Sampling, Shar
 from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.probes.point import Probe
 from fpq_analysis.progress import Progress
-from fpq_analysis.ranks import dividing, lead, leading, together
+from fpq_analysis.ranks import dividing
+from fpq_analysis.ranks.leading import lead, leading, together
 
 # Tasks handed out at a time: enough to keep many workers busy, few enough to call back when a measurement fails.
 IN_FLIGHT = 256

@@ -23,6 +23,7 @@ from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition
+from fpq_analysis.ranks import same_on_all_ranks
 
 N_DRAWS = 5
 N_STEPS = 40
@@ -76,6 +77,7 @@ class DensityEstimate(Result, SpectralMeasure):
         return [("largest node", f"{largest:.4g}"), *super().headline()[-2:]]
 
 
+@same_on_all_ranks
 def spectral_density(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

@@ -27,6 +27,7 @@ from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import MOST, Result
 from fpq_analysis.probes.subject import check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction
+from fpq_analysis.ranks import same_on_all_ranks
 
 N_PRODUCTS = 1000
 
@@ -91,6 +92,7 @@ class EigenEstimate(Result):
         ][:MOST]
 
 
+@same_on_all_ranks
 def hessian_eigs(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

@@ -41,7 +41,7 @@ from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.quantizers import check_definition
-from fpq_analysis.ranks import added, gathered, share
+from fpq_analysis.ranks import added, gathered, same_on_all_ranks, share
 
 SHOWN = tuple(
     f"{name}@{arm}" for name in ("grad_norm", "grad_norm_minibatch") for arm in ("weights", "features", "clean")
@@ -51,6 +51,7 @@ SHOWN = tuple(
 Minibatch = list[tuple[Tensor, ...]]
 
 
+@same_on_all_ranks
 def gradient_norms(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

@@ -50,12 +50,14 @@ from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
+from fpq_analysis.ranks import same_on_all_ranks
 
 WITHIN = 0.1
 SHOWN = ("predicted_1", "ratio_surrogate_1", "ratio_real_1", "holds_real", "within_10_real", "real_1")
 UNIFORM = 1 / 24  # half the variance of U[-1/2, 1/2]
 
 
+@same_on_all_ranks
 def noise_response(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

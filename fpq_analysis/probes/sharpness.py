@@ -53,7 +53,7 @@ from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_PRODUCTS, ROOT
 from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
-from fpq_analysis.ranks import added, gathered, share
+from fpq_analysis.ranks import added, gathered, same_on_all_ranks, share
 
 RHO = 0.05  # usual for CIFAR-10
 RHO_ADAPTIVE = 0.5  # ten times as much, as is usual
@@ -66,6 +66,7 @@ CANDIDATES = 16  # flips measured for the worst one
 Weights = dict[str, Tensor]
 
 
+@same_on_all_ranks
 def sharpness(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fpq_analysis.curvature import (
     CurvatureOperator,
@@ -25,7 +24,7 @@ from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device, model_precision
-from fpq_analysis.nests import Nest, device_of, mapped, moved, size, take
+from fpq_analysis.nests import Nest, device_of, leaves, mapped, moved, size, take
 from fpq_analysis.probes.fit import Fit, examine
 from fpq_analysis.quantizers import adopt, check_definition_applies, check_plain, quantizers, rounds_weights, variables
 from fpq_analysis.quantizers import view as take_view
@@ -116,7 +115,7 @@ def prepare(
     if not named:
         raise UserError("The model has no trainable parameter, so its Hessian is empty.")
     check_same("The network is", lambda: view.state_dict().items())
-    check_same("The data are", lambda: ((f"tensor {i}", t) for i, t in enumerate(tree_leaves(pairs), 1)))
+    check_same("The data are", lambda: ((f"tensor {i}", t) for i, t in enumerate(leaves(pairs), 1)))
     dtype = model_precision(view)
     data = [(moved(x, where, dtype), moved(y, where)) for x, y in pairs]
     resolved = resolve_loss(loss).for_targets(y for _, y in data)

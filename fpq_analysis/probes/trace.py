@@ -32,6 +32,7 @@ from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.sample_traces import BY_SAMPLE, N_LABELS, by_sample
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction
+from fpq_analysis.ranks import same_on_all_ranks
 from fpq_analysis.records.queries import AT_CHANCE
 
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
@@ -128,6 +129,7 @@ class TraceEstimate(Result):
         return half_interval(self.error, self.dof)
 
 
+@same_on_all_ranks
 def hessian_trace(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

@@ -35,11 +35,12 @@ from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
 from fpq_analysis.quantizers import view
-from fpq_analysis.ranks import gathered, share
+from fpq_analysis.ranks import gathered, same_on_all_ranks, share
 
 QUANTITIES = ("flipped", "probability_variance", "logit_variance")
 
 
+@same_on_all_ranks
 def output_variance(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

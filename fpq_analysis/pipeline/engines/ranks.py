@@ -8,7 +8,8 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from fpq_analysis.pipeline.engines.serial import SerialExecutor
-from fpq_analysis.ranks import together
+from fpq_analysis.ranks import RankLostError
+from fpq_analysis.ranks.leading import together
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -19,4 +20,7 @@ class RanksExecutor(SerialExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """The outcome of the call on this rank, whose rows are those of all samples."""
-        return super().submit(partial(together, partial(fn, *args, **kwargs)))
+        future = super().submit(partial(together, partial(fn, *args, **kwargs)))
+        if isinstance(error := future.exception(), RankLostError):
+            raise error  # it is no fault of the task, and the end of all
+        return future

@@ -18,6 +18,7 @@ from fpq_analysis.probes.landscape.grid import LossGrid
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Result
 from fpq_analysis.progress import Progress
+from fpq_analysis.ranks import same_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Landscape(Result):
         ]
 
 
+@same_on_all_ranks
 def landscape(
     model: nn.Module,
     batches: Batch | Iterable[Batch],

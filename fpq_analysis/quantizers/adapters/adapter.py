@@ -18,7 +18,7 @@ from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.copies import eval_copy
 from fpq_analysis.quantizers.others import WEIGHT, other_quantizers
-from fpq_analysis.wrapped import unwrapped
+from fpq_analysis.ranks.wrapped import unwrapped
 
 Adapter = Callable[[Any], nn.Module]
 A = TypeVar("A", bound=Adapter)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.ranks import dividing, from_first
+from fpq_analysis.ranks.division import dividing, from_first
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
