@@ -178,8 +178,7 @@ class _Losses:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        # `map_batches` halves these, which must be a list of our own.
-        self.batches: list[tuple[Tensor, ...]] = share(subject.data)
+        self.batches: list[tuple[Tensor, ...]] = share(subject.data)  # `map_batches` halves these
         self.weights = {name: p.detach() for name, p in subject.parameters.items()}
         self.here = self._at({})
         check_finite(float(self.here.mean()), "loss")

@@ -47,8 +47,7 @@ class Surface:
     ) -> None:
         self.network = network
         self.subject = subject
-        # `map_batches` halves these, which must be a list of our own.
-        self.batches: list[tuple[Tensor, ...]] = share(subject.data)
+        self.batches: list[tuple[Tensor, ...]] = share(subject.data)  # `map_batches` halves these
         self.variables = _Block(network.variables, [network.transmitted(d) for d in directions])
         self.carried = _Block(network.carried, carried_moves) if carried_moves else None
         self.whole = [
