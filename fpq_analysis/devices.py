@@ -1,7 +1,8 @@
-"""Which device to compute on, and how much of its memory was taken."""
+"""Which device to compute on, how many there are, and how much of its memory was taken."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -27,6 +28,16 @@ def pick_device(name: str) -> torch.device:
             f"The device '{name}' is not available here. Use --device auto, cpu, cuda, cuda:N or mps."
         ) from error
     return device
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process sees."""
+    return torch.cuda.device_count()
 
 
 def peak_memory() -> int:

@@ -31,6 +31,9 @@ class UnfitError(UserError):
         self.finding = finding
         self.cure = cure
 
+    def __reduce__(self) -> tuple[type[UnfitError], tuple[str, str]]:
+        return type(self), (self.finding, self.cure)  # another process may raise it
+
 
 class NothingToDraw(UserError):  # noqa: N818 -- as StopIteration: often no fault
     """Records hold nothing that this figure shows."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from fpq_analysis.text import duration
 
 # Seconds between lines when nobody watches a terminal.
 QUIET = 30.0
+# Of what is done at a time so much is named.
+SHOWN = 4
 
 
 class Progress:
@@ -40,12 +43,18 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self) -> None:
-        """One piece is done."""
+    def advance(self, busy: Sequence[str] = ()) -> None:
+        """One piece is done.
+
+        Args:
+            busy: what is being worked on, where that is several things at a time.
+        """
         self.done += 1
+        now = ", ".join(busy[:SHOWN]) + (f" and {len(busy) - SHOWN} more" if len(busy) > SHOWN else "")
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.update(self._task, advance=1, description=f"{self.what} ({now})" if now else self.what)
         elif time.monotonic() - self.spoken > QUIET:
             self.spoken = time.monotonic()
             left = (self.spoken - self.start) / self.done * (self.total - self.done)
-            print(f"{self.what}: {self.done}/{self.total}, {duration(left)} left", file=sys.stderr, flush=True)
+            text = f"{self.what}: {self.done}/{self.total}, {duration(left)} left{now and f'; now {now}'}"
+            print(text, file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ import typer
 from fpq_analysis.cli.app import (
     DataRoot,
     Device,
+    Engine,
+    Jobs,
     Json,
     Model,
     NData,
@@ -45,6 +47,8 @@ def compare(
     model: Model = None,
     records: Records = None,
     device: Device = "auto",
+    jobs: Jobs = "1",
+    executor: Engine = None,
     json: Json = False,
 ) -> None:
     """Difference of two runs' Hessian traces, epoch by epoch, on the same images.
@@ -79,6 +83,8 @@ def compare(
                 data_root=data_root,
                 model=model,
                 records=records,
+                jobs=jobs,
+                executor=executor,
                 on_fault=faults.__setitem__,
             )
         )

@@ -17,8 +17,10 @@ from fpq_analysis.cli.app import (
     DataRoot,
     Device,
     DryRun,
+    Engine,
     Epochs,
     Figures,
+    Jobs,
     Json,
     Model,
     NData,
@@ -27,6 +29,7 @@ from fpq_analysis.cli.app import (
     Seed,
     ShardOf,
     app,
+    echo,
     fail,
     fail_all,
     guarded,
@@ -60,6 +63,8 @@ class Settings:
     figures: Path
     records: Path | None
     device: str
+    jobs: str
+    executor: str | None
     shard: str | None
     overwrite: bool
     dry_run: bool
@@ -78,6 +83,8 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "figures": (Figures, Path("figures")),
     "records": (Records, None),
     "device": (Device, "auto"),
+    "jobs": (Jobs, "1"),
+    "executor": (Engine, None),
     "shard": (ShardOf, None),
     "overwrite": (Overwrite, False),
     "dry_run": (DryRun, False),
@@ -132,6 +139,7 @@ def measure_and_show(
     """
     import pandas as pd
 
+    from fpq_analysis.pipeline.engines.engine import open_engine
     from fpq_analysis.pipeline.forecast import forecast
     from fpq_analysis.pipeline.plan import plan
     from fpq_analysis.pipeline.run import run
@@ -146,22 +154,26 @@ def measure_and_show(
     found: dict[str, list[pd.DataFrame]] = {}
     faults: dict[Path, UserError] = {}
     forecasts, checkpoints = [], 0
-    for probe in probes:
-        todo = plan(settings.ckpt_dir, probe, sampling, **options)
-        bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
-        log(f"{probe.name}: {todo.n_done} done, {todo.n_left} to do{bad}")
-        checkpoints = len(todo.measurements) + len(todo.done) + len(todo.faults)
-        if not checkpoints and probe.needs and shard == WHOLE:
-            log(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
+    folder = settings.records or Path(settings.ckpt_dir)
+    with open_engine(settings.executor, settings.jobs, device=settings.device, folder=folder) as engine:
+        for probe in probes:
+            todo = plan(settings.ckpt_dir, probe, sampling, **options)
+            bad = f", {len(todo.faults)} unreadable" if todo.faults else ""
+            log(f"{probe.name}: {todo.n_done} done, {todo.n_left} to do{bad}")
+            checkpoints = len(todo.measurements) + len(todo.done) + len(todo.faults)
+            if not checkpoints and probe.needs and shard == WHOLE:
+                log(f"No checkpoint has what {probe.name} needs: {'; '.join(NEEDS[need] for need in probe.needs)}.")
+            if settings.dry_run:
+                what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
+                forecasts.append(forecast(todo, faults.__setitem__).assign(measurement=what))
+            else:
+                found.setdefault(probe.name, []).append(run(todo, executor=engine, on_fault=faults.__setitem__))
         if settings.dry_run:
-            what = ", ".join([probe.name, *filter(None, [vars(probe).get("definition")])])
-            forecasts.append(forecast(todo, faults.__setitem__).assign(measurement=what))
-        else:
-            found.setdefault(probe.name, []).append(run(todo, on_fault=faults.__setitem__))
-    if settings.dry_run:
-        print_forecast(pd.concat(forecasts, ignore_index=True))
-        fail_all(faults)
-        return
+            costs = pd.concat(forecasts, ignore_index=True)
+            print_forecast(costs)
+            echo(engine.outlook(int(costs["to do"].sum()), float(costs["seconds"].sum())))
+            fail_all(faults)
+            return
 
     frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
     everything = pd.concat(frames.values(), ignore_index=True)

@@ -49,6 +49,7 @@ def forget() -> None:
     """Let go of what is kept between tasks."""
     _kept.active = None
     _kept.batches.clear()
+    _kept.beside.clear()
     own.forget()
 
 
@@ -137,12 +138,19 @@ def point_of(task: Task, content: Checkpoint) -> Point:
     """
     sampling, measurement = task.sampling, task.measurement
     net = build_network(content, sampling)
-    named = {
-        need: build_network(task.source.read_checkpoint(path), sampling) for need, path in measurement.networks.items()
-    }
+    named = {need: build_network(_beside(task, need), sampling) for need in measurement.networks}
     auxiliary = Networks(task, content)
     batch = images(content, sampling)
     return Point(net, batch, loss=sampling.loss, seed=sampling.seed, auxiliary=auxiliary, **named)
+
+
+def _beside(task: Task, need: str) -> Checkpoint:
+    """A further network's checkpoint; the teacher of many in a row is read once."""
+    path = task.measurement.networks[need]
+    key = (task.source, path, file_hash(path))
+    if _kept.beside.get(need, (None,))[0] != key:
+        _kept.beside[need] = key, task.source.read_checkpoint(path)
+    return _kept.beside[need][1]
 
 
 def build_network(content: Checkpoint, sampling: Sampling) -> nn.Module:
@@ -239,11 +247,12 @@ def columns(probe: Probe, content: Checkpoint, sampling: Sampling, settings: str
 
 
 class _Kept:
-    """What a process keeps from one task to the next: a measurement that is set up, and images."""
+    """What a process keeps from one task to the next: a measurement that is set up, images, and the last teacher."""
 
     def __init__(self) -> None:
         self.active: _ActiveMeasurement | None = None
         self.batches: dict[tuple[Any, ...], Batch | list[Batch]] = {}
+        self.beside: dict[str, tuple[Any, Checkpoint]] = {}
 
 
 _kept = _Kept()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pandas as pd
 
 from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.pipeline import store
-from fpq_analysis.pipeline.engines.ranks import RanksExecutor
-from fpq_analysis.pipeline.engines.serial import SerialExecutor
+from fpq_analysis.pipeline.engines.engine import Engine, open_engine
 from fpq_analysis.pipeline.execute import execute, forget
 from fpq_analysis.pipeline.plan import Plan, plan
 from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Sampling, Shard, Task, TaskResult
@@ -23,10 +23,7 @@ from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.probes.point import Probe
 from fpq_analysis.progress import Progress
 from fpq_analysis.ranks import dividing
-from fpq_analysis.ranks.leading import lead, leading, together
-
-# Tasks handed out at a time: enough to keep many workers busy, few enough to call back when a measurement fails.
-IN_FLIGHT = 256
+from fpq_analysis.ranks.leading import lead, together
 
 
 def measure(
@@ -43,7 +40,8 @@ def measure(
     data_root: str | None = None,
     model: str | None = None,
     records: str | os.PathLike[str] | None = None,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
+    jobs: int | str = 1,
     on_fault: Fault | None = None,
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
@@ -62,8 +60,10 @@ def measure(
             changed, it is measured anew.
         records: folder in which measurements are kept, each run's under its name, where the runs themselves may not be
             written to; None: in the runs.
-        executor: where tasks are done, a `concurrent.futures.Executor` of processes; None: here, one by one; inside
-            `over_ranks()` on all ranks together, of which the first plans and writes.
+        executor: where tasks are done: a `concurrent.futures.Executor` of processes, or an engine by its name, see
+            `engines.engine.open_engine`; None: on this machine; inside `over_ranks()` on all ranks together, of which
+            the first plans and writes.
+        jobs: how many at a time, or `auto`; of no account for an `Executor`.
         on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.
 
     Returns:
@@ -78,7 +78,10 @@ def measure(
 
     def planned_and_done() -> pd.DataFrame:
         todo = plan(ckpt_dir, probe, sampling, overwrite=overwrite, records=records, **what)
-        return run(todo, executor=executor, on_fault=on_fault)
+        if isinstance(executor, Executor):
+            return run(todo, executor=executor, on_fault=on_fault)
+        with open_engine(executor, jobs, device=device, folder=todo.root) as engine:
+            return run(todo, executor=engine, on_fault=on_fault)
 
     return lead(planned_and_done) if dividing() else planned_and_done()
 
@@ -136,13 +139,13 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
                     else:
                         yield task
 
-            for task, future in _results(executor or (RanksExecutor if leading() else SerialExecutor)(), wanted()):
+            for task, future, busy in _results(executor or open_engine(), wanted()):
                 measurement = task.measurement
                 with going_on(partial(fail, measurement.path), f"'{measurement.path}'"):
                     result = future.result()
                     if measurement.path not in failed:
                         writer.add(measurement, result)
-                progress.advance()
+                progress.advance(busy)
     finally:  # stopped by the user, say
         with suppress(UserError):  # of a rank that was lost
             together(forget)
@@ -150,17 +153,30 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
     return store.read(todo.root, todo.homes, name, todo.done | writer.written)
 
 
-def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[TaskResult]]]:
-    """Each task with its outcome, as they are done."""
+def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[TaskResult], list[str]]]:
+    """Each task with its outcome, as they are done, and what is being measured meanwhile."""
+    limit = executor.in_hand if isinstance(executor, Engine) else Engine.in_hand
     flying: dict[Future[TaskResult], Task] = {}
+    done: SimpleQueue[Future[TaskResult]] = SimpleQueue()
+
+    def landed() -> tuple[Task, Future[TaskResult], list[str]]:
+        future = done.get()
+        task = flying.pop(future)
+        some = flying.items() if len(flying) <= Engine.in_hand else ()
+        return task, future, list(dict.fromkeys(name(other) for one, other in some if one.running()))
+
+    def name(task: Task) -> str:
+        return f"{task.measurement.run.name}/{task.measurement.path.name}"
+
     try:
         for task in tasks:
-            flying[executor.submit(execute, task)] = task
-            done, _ = wait(flying, None if len(flying) >= IN_FLIGHT else 0, FIRST_COMPLETED)
-            yield from ((flying.pop(future), future) for future in done)
+            future = executor.submit(execute, task)
+            flying[future] = task
+            future.add_done_callback(done.put)
+            while not done.empty() or len(flying) >= limit:
+                yield landed()
         while flying:
-            done, _ = wait(flying, None, FIRST_COMPLETED)
-            yield from ((flying.pop(future), future) for future in done)
+            yield landed()
     finally:
         for future in flying:
             future.cancel()
