@@ -36,10 +36,11 @@ from fpq_analysis.curvature import HessianOperator, as_batches, check_samples_ap
 from fpq_analysis.curvature.batches import merged
 from fpq_analysis.doctor import diagnose, forecast_measurements
 from fpq_analysis.forward import Forward, with_forward
+from fpq_analysis.losses import resolve_loss
 from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
 from fpq_analysis.nests import alike, device_of, joined, leaves, mapped, moved, named_leaves, size, split, take
 from fpq_analysis.quantizers import view
-from tests.nets import tiny
+from tests.nets import dense_hessian, tiny
 
 X, Y = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 10
 
@@ -251,6 +252,48 @@ def test_batches_of_several_lengths_equal_the_dense_hessian():
     drawn = [hessian_trace(model, batches, method="sampled", tol=0.05, seed=seed) for seed in range(20)]
     far = [abs(one.value - float(dense.trace())) / one.sem for one in drawn if one.sem > 0]
     assert sum(gap > 3 for gap in far) <= 2
+
+
+class Segmenting(nn.Module):
+    """A class a pixel, of an image and a map beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, image, depth):
+        return {"out": self.head((self.first(image) + self.second(depth)).relu())}
+
+
+class Regression(nn.Module):
+    """Two numbers of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, left, right):
+        return self.head((self.a(left) + self.b(right)).relu())
+
+
+@pytest.mark.parametrize("case", ["segmentation", "regression"])
+def test_segmentation_and_regression_equal_the_dense_hessian(case):
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64}
+    if case == "segmentation":
+        model, loss = Segmenting().double(), "cross_entropy"
+        inputs = {"image": torch.randn(4, 1, 4, 4, **double), "depth": torch.randn(4, 2, 4, 4, **double)}
+        targets = torch.randint(3, (4, 4, 4))
+    else:
+        model, loss = Regression().double(), "squared_error"
+        inputs = torch.randn(6, 3, **double), torch.randn(6, 2, **double)
+        targets = torch.randn(6, 2, **double)
+    wrapped = with_forward(model)
+    dense = dense_hessian(wrapped, list(model.parameters()), inputs, targets, resolve_loss(loss))
+    found = hessian_trace(model, [(inputs, targets)], loss=loss, method="exact", micro_batch=2)
+    assert found.value == pytest.approx(float(dense.trace()), rel=1e-10)
+    top = float(torch.linalg.eigvalsh(dense)[-1])
+    assert hessian_eigs(model, [(inputs, targets)], k=1, loss=loss, tol=1e-10).values[0] == pytest.approx(top, rel=1e-8)
 
 
 def test_samples_that_mix_are_found_in_any_field():

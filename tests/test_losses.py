@@ -196,8 +196,8 @@ def test_pytorchs_own_are_recognised_with_their_settings():
     ("loss", "said"),
     [
         ("square_error", "did you mean 'squared_error'"),
-        ("no.such:loss", "cannot be imported"),
-        ("torch.nn:NoLoss", "cannot be imported"),
+        ("no.such:loss", "Cannot import the loss"),
+        ("torch.nn:NoLoss", "Cannot import the loss"),
         (3, "The loss is a int"),
         (torch.nn.CrossEntropyLoss(torch.tensor([1.0, -1.0])), "none below zero"),
         (partial(F.cross_entropy, label_smoothing=2.0), "a share"),

@@ -14,8 +14,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-# What `extending.md` adds to the package is run by `test_extending.py`.
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "extending.md"], ids=lambda page: page.name)
+# `test_extending.py` and `test_pages.py` run the others, which have files of their own.
+OTHERS = ("extending.md", "data.md")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OTHERS], ids=lambda page: page.name)
 def test_examples_run_and_print_what_they_say(page):
     mpl.use("Agg")
     examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

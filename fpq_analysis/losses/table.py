@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from fpq_analysis.losses.loss import Loss, LossFunction
 from fpq_analysis.losses.squared_error import SQUARED_ERROR
 from fpq_analysis.losses.tokens import CAUSAL_LM, TOKEN_CLASSIFICATION
 from fpq_analysis.nests import Nest, split
+from fpq_analysis.references import find
 
 LOSSES = {
     loss.name: loss
@@ -50,7 +50,7 @@ def resolve_loss(loss: str | LossFunction) -> Loss:
         return loss
     if isinstance(loss, str):
         if ":" in loss:
-            return resolve_loss(_imported(loss))
+            return resolve_loss(find(loss, "loss"))
         if loss not in LOSSES:
             raise UserError(
                 f"Unknown loss '{loss}'{did_you_mean(loss, LOSSES)}. Known: {', '.join(LOSSES)}; or give a function "
@@ -69,17 +69,6 @@ def resolve_loss(loss: str | LossFunction) -> Loss:
     named = given if hasattr(given, "__qualname__") else type(given)
     name = f"{named.__module__}:{named.__qualname__}"
     return Loss(name, partial(_one_by_one, loss), mean=loss)
-
-
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"The loss '{name}' cannot be imported ({error}). Write package.module:name, of a module that Python finds "
-            "from here; a file in the working folder is found by its name without .py."
-        ) from error
 
 
 def _of_pytorch(given: Any) -> Loss | None:
