@@ -1,6 +1,7 @@
 """Quantizers with straight-through gradients, and what turns a float model into a quantized one."""
 
 from fpq_analysis.quantizers.adapters import adopt as adopt
+from fpq_analysis.quantizers.adapters import has_adapter as has_adapter
 from fpq_analysis.quantizers.adapters import plain_layer as plain_layer
 from fpq_analysis.quantizers.adapters import register_adapter as register_adapter
 from fpq_analysis.quantizers.affine import Affine as Affine

@@ -21,7 +21,7 @@ from fpq_analysis.data import load_run_data, training_sample
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.files import atomic_write, bad_member, reading
 from fpq_analysis.models import build_model
-from fpq_analysis.quantizers import QuantSpec, quantize
+from fpq_analysis.quantizers import QuantSpec, other_quantizers, quantize
 from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, Header
 from fpq_analysis.runs.stamps import Stamp, check_manifest, check_same, read_stamps, write_stamps
 from fpq_analysis.schema import CheckpointFile, check
@@ -124,11 +124,16 @@ def load_state(
 ) -> None:
     """Load `state` into `model`, or raise a `UserError` that names both and the first difference.
 
+    What belongs to other programs' quantizers is left to these: their tensors get shapes, or come to be, by loading.
+
     Args:
         what: the model's name; whose: the state's, as the beginning of a sentence.
         cure: what to do if they do not fit.
     """
-    own = model.state_dict()
+    theirs = tuple(f"{name}." for name, _, _ in other_quantizers(model))
+    left = {key: value for key, value in state.items() if key.startswith(theirs)}
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(theirs)}
+    state = {key: value for key, value in state.items() if key not in left}
     missing = [key for key in own if key not in state]
     surplus = [key for key in state if key not in own]
     reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -159,7 +164,10 @@ def load_state(
             "nothing measured on it would mean anything. The training diverged; use an earlier epoch, or train again "
             "with a smaller --lr."
         )
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state | left)
+    except RuntimeError as error:
+        raise UserError(f"{whose} does not fit the model {what}: {error}. {cure}") from error
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -22,12 +22,13 @@ from fpq_analysis.batch import Batch
 from fpq_analysis.data import OwnData, load_dataset, own_data, parse_normalization
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction, with_forward
-from fpq_analysis.models import MODELS, build_model, call_factory, check_model_name
+from fpq_analysis.models import MODELS, check_model_name
 from fpq_analysis.quantizers import QuantSpec, quantize
 from fpq_analysis.references import find
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.factories import factory_name, source_hash
+from fpq_analysis.runs.networks import make_network, makes_quantized
 from fpq_analysis.runs.run import Header, Run, find_runs, monitored_runs
 from fpq_analysis.runs.source import OwnRuns
 from fpq_analysis.runs.stamps import Stamp, check_same, known_stamp, remember
@@ -247,7 +248,8 @@ class ForeignCheckpoint(Checkpoint):
         stated = {"model": self.model, "quant": self.quant}
         if self.function is not None:
             stated["forward"] = {factory_name(self.function): source_hash(self.function)}
-        return replace(super().header, model=self.factory, stated=stated)
+        quantized = self.quant is not None or makes_quantized(self.factory, **self.model)
+        return replace(super().header, model=self.factory, stated=stated, quantized=quantized)
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, in eval mode on the CPU, with this state; names of tensors may have a prefix in the file.
@@ -256,10 +258,7 @@ class ForeignCheckpoint(Checkpoint):
             UserError: if the state does not fit the model, or holds NaN or infinity.
         """
         name, classes, channels = self.model["name"], self.model["num_classes"], self.model["in_channels"]
-        if callable(self.factory):
-            net = call_factory(self.factory, name, classes, channels)
-        else:
-            net = build_model(self.factory, classes, channels)
+        net = make_network(self.factory, name, classes, channels)
         if self.quant is not None:
             net = quantize(net, QuantSpec(**{**self.quant, "weight_calibration": "minmax"}))
         state = align(self.state_dict, net.state_dict(), self.path)

@@ -101,7 +101,7 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
         UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
     """
     model = unwrapped(model)
-    if not any(_find(module) for module in model.modules()):
+    if not any(map(has_adapter, model.modules())):
         return model
     original, model = model, eval_copy(model)
     kinds = {p.dtype for p in model.parameters()}
@@ -125,6 +125,11 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     if before is not None:
         check_agreement(before, adopted, inputs)
     return adopted
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether an adapter is registered for the module's class, or a base of it."""
+    return _find(module) is not None
 
 
 def _find(module: nn.Module) -> Adapter | None:
