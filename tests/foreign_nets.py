@@ -98,6 +98,7 @@ class Net(nn.Module):
         self.conv2, self.relu2 = nn.Conv2d(3, 2, 3, padding=1), nn.ReLU()
         self.conv3, self.bn3 = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
         self.fc = nn.Linear(32, 3)
+        nn.init.constant_(self.conv2.bias, 0.5)  # so that no layer is dead
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(self.quant(x))))
@@ -135,12 +136,14 @@ def _grid_of(fq: Any, ndim: int = 0, factor: Tensor | None = None) -> Grid:
     return Grid(scale, zero, int(fq.activation_post_process.quant_min), int(fq.activation_post_process.quant_max))
 
 
-def torch_ao(qconfig: Any = None, share: float = 0.5, swap: Any = None) -> Pair:
+def torch_ao(qconfig: Any = None, share: float = 0.5, swap: Any = None, wide: float = 1.0) -> Pair:
     """Eager mode, layers fused; a few steps of training; then the weights' ranges are narrowed to clip that share."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         model = ao.fuse_modules_qat(Net().train(), FUSED)
+        with torch.no_grad():
+            model.fc.weight.mul_(wide)
         model.qconfig = qconfig or ao.get_default_qat_qconfig("fbgemm")
         ao.prepare_qat(model, inplace=True)
         for layer in (model.conv1, model.conv2, model.conv3, model.fc) if swap else ():
@@ -158,6 +161,7 @@ def _train(model: nn.Module) -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()
+    model(X)  # learned scales are as observed again
     model.eval().apply(ao.disable_observer)
 
 

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import torch.ao.quantization as ao
+from torch import nn
+from torch.nn import functional as F
 
-from fpq_analysis import hessian_eigs, hessian_trace
+from fpq_analysis import (
+    UserError,
+    diagnose,
+    feature_statistics,
+    hessian_eigs,
+    hessian_trace,
+    landscape,
+    noise_response,
+    oscillation,
+    output_variance,
+    sharpness,
+)
 from fpq_analysis.probes.subject import prepare
-from fpq_analysis.quantizers import DEFINITIONS, adopt, clipped_fraction
+from fpq_analysis.quantizers import (
+    DEFINITIONS,
+    Affine,
+    adopt,
+    clipped_fraction,
+    plain_layer,
+    quantizers,
+    register_adapter,
+)
+from fpq_analysis.quantizers.adapters import adapter
 from tests import foreign_nets
 from tests.nets import dense_hessian
 
@@ -45,6 +69,8 @@ def test_curvature_is_that_of_the_network_written_by_hand(front_end, definition)
     assert len(own) == len(hand.named)
     dense = dense_hessian(hand, own, X, Y)
     size = dense.abs().max()
+    own_trace = dense.diagonal().split([p.numel() for p in own])
+    assert all(float(part.sum()) > 1e-4 * float(size) for part in own_trace)  # no layer is left out
     found = subject.operator().dense()
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-8 * size)
     trace = hessian_trace(model, (X, Y), definition=definition, n_products=60)
@@ -75,4 +101,119 @@ def test_the_adopted_network_is_a_copy_that_computes_the_same(front_end):
     torch.testing.assert_close(adopted(X.float()), model(X.float()), rtol=0, atol=1e-5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert adopt(adopted) is adopted
+    assert [name for name, q, is_weight in quantizers(adopted) if q.step_size.isnan().any()] == []
     assert 0.4 < clipped_fraction(adopted) < 0.75
+
+
+def test_the_known_case_is_three_numbers():
+    """A network with 45 to 75 % of its weights clipped: printing one number for all three is wrong twice."""
+    pair = foreign_nets.torch_ao(share=0.6, wide=3.0)
+    assert 0.45 < pair.by_hand("float").clipped_fraction() < 0.75
+    model = copy.deepcopy(pair.model).double()
+    found = {d: hessian_trace(model, (X, Y), definition=d) for d in DEFINITIONS}
+    for definition, trace in found.items():
+        hand = pair.by_hand(definition)
+        dense = dense_hessian(hand, list(hand.parameters()), X, Y)
+        assert trace.value == pytest.approx(float(dense.trace()), rel=1e-8)
+    numbers = sorted(trace.value for trace in found.values())
+    assert numbers[0] < 0.7 * numbers[1] < 0.5 * numbers[2]
+
+
+# --- measurements that ask for quantizers ---
+
+
+@pytest.mark.parametrize("front_end", ["torch.ao", "FX", "learnable", "torchao", "Brevitas"])
+def test_measurements_of_quantizers_work(front_end):
+    model = build(front_end).model
+    later = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in later.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    shares = oscillation(later, model)
+    assert 0 < shares["flipped"]["value"] < 1
+    flat = sharpness(model, (X.float(), Y), n_draws=2, n_flips=4)
+    assert abs(flat["half_step_worst"]["value"]) > 1e-6
+    checks = diagnose(model, (X.float(), Y)).set_index("check")
+    assert "fault" not in set(checks["status"])
+    assert "quantizers are calibrated" in checks.loc["quantizers", "finding"]
+    for weights in ("requantized", "dequantized"):
+        line = landscape(model, (X.float(), Y), weights=weights, dim=1, points=3)
+        assert np.isfinite(line.loss).all()
+
+
+@pytest.mark.parametrize("front_end", ["torch.ao", "FX"])
+def test_noise_is_in_the_steps_of_the_quantizer_that_a_convolution_takes_from(front_end):
+    pair = build(front_end)
+    adopted = adopt(pair.model, X.float())
+    inputs = {name: adopted.get_submodule(name).input_quantizer for name in ("conv1", "conv2", "conv3")}
+    for name, source in (("conv1", "quant"), ("conv2", "conv1"), ("conv3", "conv2")):
+        assert float(inputs[name].step_size) == pytest.approx(float(pair.activations[source].scale))
+    assert {row["layer"] for row in noise_response(pair.model, (X.float(), Y), n_draws=2).rows()} >= {"conv1", "conv2"}
+
+
+# --- adapters of one's own ---
+
+
+class Ternary(nn.Linear):
+    """Somebody's layer: weights of -s, 0 and s."""
+
+    s = 0.05
+
+    def forward(self, x):
+        q = (self.weight / self.s).clamp(-1, 1)
+        return F.linear(x, self.s * (q + (q.round() - q).detach()), self.bias)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(adapter, "_adapters", dict(adapter._adapters))
+
+
+def ternary_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), Ternary(36, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+
+
+def ternary(layer, s=0.05, low=-1):
+    return plain_layer(layer, nn.Linear, Affine(torch.tensor(s), torch.tensor(0), low, 1))
+
+
+def test_an_unknown_quantizer_is_refused_with_the_way_to_make_it_known(registry):
+    model = ternary_net()
+    with pytest.raises(UserError, match="register_adapter"):
+        hessian_trace(model, (X.float(), Y))
+    register_adapter(Ternary)(ternary)
+    found = {d: hessian_trace(model, (X.float(), Y), definition=d) for d in DEFINITIONS}
+    assert all(trace.method == "exact" for trace in found.values())
+    assert len({trace.value for trace in found.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"s": 0.25}, "the weight that '1' uses"),
+        ({"low": 0}, "the weight that '1' uses"),
+    ],
+)
+def test_an_adapter_that_disagrees_with_the_forward_pass_is_found_out(registry, wrong, said):
+    register_adapter(Ternary)(lambda layer: ternary(layer, **wrong))
+    for measure in (hessian_trace, sharpness, output_variance, feature_statistics):
+        with pytest.raises(UserError, match=rf"disagrees with the forward pass: {said}"):
+            measure(ternary_net(), (X.float(), Y))
+
+
+def test_an_adapter_that_forgets_a_quantizer_of_activations_is_found_out(registry):
+    model = build("torch.ao").model
+    register_adapter(torch.ao.quantization.FakeQuantizeBase)(lambda module: nn.Identity())
+    with pytest.raises(UserError, match=r"disagrees with the forward pass: what 'quant\.activation_post_process'"):
+        hessian_trace(model, (X.float(), Y))
+
+
+def test_a_quantizer_that_has_seen_no_data_is_said_to_have_no_scale():
+    model = ao.prepare_qat(nn.Sequential(nn.Linear(6, 3)).train().apply(with_qconfig)).eval()
+    with pytest.raises(UserError, match="has seen no data yet"):
+        hessian_trace(model, (torch.randn(4, 6), torch.arange(4) % 3))
+
+
+def with_qconfig(module):
+    module.qconfig = ao.get_default_qat_qconfig("fbgemm")

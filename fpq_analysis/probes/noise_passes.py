@@ -5,6 +5,7 @@ The passes through the network behind `noise.py`, whose head says what is measur
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class _Clean:
     def __init__(self, view: nn.Module, sites: Sites, x: Nest) -> None:
         self.inputs = [quantizer for _, quantizer, is_weight in quantizers(view) if not is_weight]
         self.features: Features = {}
-        self.lines: dict[Quantizer, tuple[Tensor, Tensor]] = {}
+        self.lines: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {}  # one a call
         names = {layer: name for name, (layer, _) in sites.items()}
 
         def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -146,7 +147,7 @@ class _Clean:
             before = args[0].detach().requires_grad_()
             with torch.enable_grad():
                 (slope,) = torch.autograd.grad(quantizer.forward(before).sum(), before)
-            self.lines[quantizer] = slope, output - slope * before.detach()
+            self.lines.setdefault(quantizer, []).append((slope, output - slope * before.detach()))
 
         with ExitStack() as hooks, torch.no_grad():
             for layer in names:
@@ -159,13 +160,19 @@ class _Clean:
     def held(self) -> Iterator[None]:
         """Inside, every quantizer of an input is its straight line."""
 
-        def line(slope: Tensor, offset: Tensor) -> Any:
-            return lambda x: torch.addcmul(offset, slope, x)
+        def line(calls: list[tuple[Tensor, Tensor]]) -> Any:
+            turns = itertools.cycle(calls)  # as often in every pass
+
+            def straight(x: Tensor) -> Tensor:
+                slope, offset = next(turns)
+                return torch.addcmul(offset, slope, x)
+
+            return straight
 
         with ExitStack() as stack:
             for quantizer, at in self.lines.items():
                 # In place of its own, which need not run.
-                stack.enter_context(mock.patch.object(quantizer, "forward", line(*at)))
+                stack.enter_context(mock.patch.object(quantizer, "forward", line(at)))
             yield
 
 

@@ -91,7 +91,8 @@ def find_site(model: nn.Module, layer: str, x: Nest) -> Site:
     takers = [name] if of_input else passed.takers(call)
     found = {getattr(modules[taker], INPUT_QUANTIZER, None) for taker in takers}
     quantizer = found.pop() if len(found) == 1 else None
-    return Site(full, modules[name], of_input, quantizer if isinstance(quantizer, Quantizer) else None)
+    of_all = isinstance(quantizer, Quantizer) and quantizer.step_size.numel() == 1  # not of each channel, or token
+    return Site(full, modules[name], of_input, quantizer if of_all else None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.quantizers.apply import CONVOLUTIONS, quantizers
+from fpq_analysis.quantizers.apply import CONVOLUTIONS, INPUT_QUANTIZER, weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer
 
 
@@ -42,10 +42,13 @@ class Noise:
 
     def __init__(self, model: nn.Module, generator: torch.Generator, of_weights: bool, size: float = 1.0) -> None:
         layers = dict(model.named_modules())
+        found: dict[str, Any] = {name: getattr(layer, INPUT_QUANTIZER, None) for name, layer in layers.items()}
+        if of_weights:
+            found = {name: quantizer for name, (quantizer, _) in weight_quantizers(model).items()}
         self.sites = [
             (layers[name], quantizer)
-            for name, quantizer, is_weight in quantizers(model)
-            if is_weight is of_weights and isinstance(layers[name], CONVOLUTIONS)
+            for name, quantizer in found.items()
+            if isinstance(quantizer, Quantizer) and isinstance(layers[name], CONVOLUTIONS)
         ]
         self.generator = generator
         self.size = size

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import Forward
 from fpq_analysis.quantizers.adapters.agreement import Passed, check_agreement
+from fpq_analysis.quantizers.adapters.inputs import name_input_quantizers
 from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.copies import eval_copy
@@ -95,7 +96,8 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     the weights used must be equal, and so the outputs.
 
     Args:
-        inputs: what the model is called with, on any device; None for no check.
+        inputs: what the model is called with, on any device; None for no check.  With them, a quantizer at the output
+            of a layer is also known as that of the input of the layers behind (which noise and features ask for).
 
     Raises:
         UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
@@ -103,28 +105,30 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     model = unwrapped(model)
     if not any(map(has_adapter, model.modules())):
         return model
-    original, model = model, eval_copy(model)
-    kinds = {p.dtype for p in model.parameters()}
+    theirs = eval_copy(model)
+    kinds = {p.dtype for p in theirs.parameters()}
     if kinds & {torch.float16, torch.bfloat16}:
-        model.float()  # as for every measurement, and ahead of comparing
-    if torch.float64 in kinds and inputs is not None:
-        adopt(copy.deepcopy(model).float(), inputs)  # the check; other programs' kernels may know float32 only
-        inputs = None
-    for module in model.modules():
+        theirs.float()  # as for every measurement, and ahead of comparing
+    for module in theirs.modules():
         for switch in OBSERVERS:
             if isinstance(getattr(module, switch, None), Tensor):
                 getattr(module, switch).zero_()
-    names = [name for name, module in model.named_modules() if _find(module)]
-    before = None if inputs is None else Passed.of(model, names, inputs)
+    before = None
+    if inputs is not None and torch.float64 in kinds:
+        adopt(copy.deepcopy(theirs).float(), inputs)  # to check it: other programs' kernels may know float32 only
+    elif inputs is not None:
+        before = Passed.of(theirs, [name for name, module in theirs.named_modules() if has_adapter(module)], inputs)
     try:
-        adopted = _turn(model, "", {})
+        ours = _turn(theirs, "", {})
     except UnknownQuantizerError:  # what stands in the way of a measurement is said by `others.py`
-        return original
-    if any(WEIGHT in name for name, _, _ in other_quantizers(adopted)):
-        return original
+        return model
+    if any(WEIGHT in name for name, _, _ in other_quantizers(ours)):
+        return model
     if before is not None:
-        check_agreement(before, adopted, inputs)
-    return adopted
+        check_agreement(before, ours, inputs)
+    if inputs is not None:
+        name_input_quantizers(ours, inputs)
+    return ours
 
 
 def has_adapter(module: nn.Module) -> bool:

@@ -85,7 +85,7 @@ class Passed:
                 module = modules[name]
                 stack.enter_context(module.register_forward_pre_hook(before(name), prepend=True, with_kwargs=True))
                 stack.enter_context(module.register_forward_hook(after(name)))
-            return cls(calls, _copied(model(_on_device(inputs, model))))
+            return cls(calls, _copied(model(fitted(inputs, model))))
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def check_agreement(before: Passed, adopted: nn.Module, inputs: Any) -> None:
             largest = max((float(step.max()) for step in steps if step.numel()), default=0.0)
             _check(f"what '{name}' puts out", call.output, output, largest, FLIPPED)
     rounds = any(isinstance(module, Quantizer) for module in modules.values())
-    output = adopted(_on_device(inputs, adopted))
+    output = adopted(fitted(inputs, adopted))
     for was, now in zip(tree_leaves(_plain(before.output)), tree_leaves(_plain(output)), strict=True):
         if isinstance(was, Tensor):
             _check("the outputs", was, now, PASSED_ON * float(was.abs().max()) if rounds else 0.0, 1.0)
@@ -148,7 +148,7 @@ def _is_wrapped(value: Any) -> bool:
     return _plain(value) is not value
 
 
-def _on_device(inputs: Any, model: nn.Module) -> Any:
+def fitted(inputs: Any, model: nn.Module) -> Any:
     """`inputs` on the model's device, floating-point ones in its precision."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
