@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpq_analysis.losses import cross_entropy
+
+SMOOTHED = cross_entropy(label_smoothing=0.1)  # a loss by its name
+
 # What `run.json` says of the digits, for runs that are made up.
 DIGITS = {
     "name": "digits",

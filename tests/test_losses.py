@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -12,9 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
-from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, noise_response, quantize, sharpness
-from fpq_analysis.curvature import GaussNewtonOperator, HessianOperator
+from fpq_analysis import (
+    HessianTrace,
+    QuantSpec,
+    UserError,
+    calibrate,
+    hessian_trace,
+    measure,
+    noise_response,
+    quantize,
+    sharpness,
+)
+from fpq_analysis.cli import app
+from fpq_analysis.curvature import FisherOperator, GaussNewtonOperator, HessianOperator, exact_traces, sampled_traces
 from fpq_analysis.doctor import diagnose
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses import (
@@ -32,8 +45,12 @@ from fpq_analysis.losses import (
     tokens,
     weighted,
 )
-from fpq_analysis.nests import mapped, split
+from fpq_analysis.intervals import half_interval
+from fpq_analysis.nests import joined, mapped, split
+from fpq_analysis.quantizers import variables, view
+from fpq_analysis.records.queries import totals
 from tests.nets import dense_hessian, networks, tiny
+from tests.words import words
 
 
 def huber(outputs, targets):
@@ -382,7 +399,7 @@ def dense_problem(form, seed):
 
 @every_form
 @given(seed=st.integers(0, 1000), micro=st.integers(1, 5))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_the_exact_trace_of_positions_is_that_of_all_data_in_one_batch(form, seed, micro):
     model, x, y, ours, theirs = dense_problem(form, seed)
     found = hessian_trace(model, [(x, y)], loss=ours, method="exact", micro_batch=micro)
@@ -403,11 +420,9 @@ def test_the_factor_of_positions(form):
     whole = torch.cat(list(loss.factors(z, y))).flatten(2)
     assert len(whole) == loss.n_factors(z[:1], mapped(lambda t: t[:1], y))
     truth = torch.einsum("kbc,kbd->bcd", whole, whole)
-    uniforms = draw_uniforms(B, 30_000, torch.Generator().manual_seed(1))
-    parts = [loss.drawn_factor(z, y, some).flatten(2) for some in uniforms.split(10_000, 1)]
-    drawn = torch.cat(parts)
+    drawn = loss.drawn_factor(z, y, draw_uniforms(B, 8_000, torch.Generator().manual_seed(1))).flatten(2)
     found = torch.einsum("mbc,mbd->bcd", drawn, drawn) / len(drawn)
-    assert (found - truth).abs().max() < 0.04 * truth.abs().max()
+    assert (found - truth).abs().max() < 0.1 * truth.abs().max()
 
 
 @every_form
@@ -417,12 +432,149 @@ def test_draws_do_not_depend_on_micro_batches(form):
     assert one.value == pytest.approx(other.value, rel=1e-12)
 
 
+@pytest.mark.parametrize("form", ["weights", "labels", "sum", "causal"])
+def test_intervals_of_drawn_traces_cover(form):
+    model, x, y, ours, _ = dense_problem(form, 3)
+    data, parameters = [joined([(x, y)] * 2)], dict(model.named_parameters())
+    loss = resolve_loss(ours)
+    truth = exact_traces(model, loss, data, parameters).value()
+    hits = 0
+    for seed in range(200):
+        found = sampled_traces(model, loss, data, parameters, generator=torch.Generator().manual_seed(seed))
+        hits += abs(found.value() - truth) <= half_interval(found.sem(), 2 * B * 3)
+    assert 0.92 <= hits / 200 <= 0.98
+
+
 def test_the_operator_is_that_of_all_data_too():
     model, x, y, ours, theirs = dense_problem("weights", 0)
     batches = split((x, y), 2)
     parameters = dict(model.named_parameters())
     truth = dense_hessian(model, list(model.parameters()), x, y, theirs)
     torch.testing.assert_close(HessianOperator(model, resolve_loss(ours), batches, parameters).dense(), truth)
+
+
+@pytest.mark.parametrize("form", ["weights", "labels", "causal"])
+def test_the_fisher_matrix_of_positions_is_that_of_drawn_labels(form):
+    model, x, y, ours, _ = dense_problem(form, 0)
+    loss, of = resolve_loss(ours), (split((x, y), 2), dict(model.named_parameters()))
+    truth = GaussNewtonOperator(model, loss, *of).dense()
+    found = FisherOperator(model, loss, *of, n_labels=300).dense()
+    assert (found - truth).norm() < 0.2 * truth.norm()
+
+
+# --- The Gauss-Newton trace, which needs no second derivative ---
+
+
+class Transformer(nn.Module):
+    """A small one: an embedding that is the head too, positions, attention, LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(C, 4), nn.Parameter(torch.randn(5, 4))
+        self.block = nn.TransformerEncoderLayer(4, 2, 5, activation="gelu", dropout=0.0, batch_first=True)
+
+    def forward(self, tokens):
+        h = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=h.dtype)
+        return self.block(h, src_mask=mask) @ self.embedding.weight.T
+
+
+def outside(kind):
+    torch.manual_seed(2)
+    if kind == "transformer":
+        tokens = torch.randint(C, (B, 4))
+        return Transformer().double(), tokens, tokens.clone().index_fill(0, torch.tensor([1]), -100), "causal_lm"
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.GELU(), nn.Flatten(), nn.Linear(12, C)).double()
+    return model, torch.randn(B, 2, 3, 3).double(), torch.randint(C, (B,)), "cross_entropy"
+
+
+@pytest.mark.parametrize("kind", ["transformer", "smooth"])
+def test_the_gauss_newton_trace_of_any_network(kind):
+    model, x, y, loss = outside(kind)
+    truth = GaussNewtonOperator(model, resolve_loss(loss), [(x, y)], dict(model.named_parameters())).dense().trace()
+    exact, drawn = (
+        hessian_trace(model, (x, y), loss=loss, operator="gauss-newton", method=method, n_labels=200, micro_batch=2)
+        for method in ("exact", "sampled")
+    )
+    assert exact.value == pytest.approx(float(truth), rel=1e-10)
+    assert sum(exact.per_layer.values()) == pytest.approx(exact.value)
+    assert abs(drawn.value - exact.value) < 4 * drawn.sem
+    assert exact.sem == 0 < exact.sem_data
+    by_itself = hessian_trace(model, (x, y), loss=loss, operator="gauss-newton")
+    assert by_itself.method == "exact"
+    assert "squared gradients" in by_itself.reason
+    assert hessian_trace(model, (x, y), loss=loss, n_products=2).method == "deflated"  # the Hessian's
+
+
+@pytest.mark.parametrize("definition", ["dequantized", "latent", "float"])
+def test_the_gauss_newton_trace_of_a_quantized_network(definition):
+    model, x, y, _ = outside("smooth")
+    model = quantize(model, QuantSpec.parse("W4A4", edge_bits=4))
+    calibrate(model, x, "mse")
+    found = hessian_trace(model, (x, y), definition=definition, operator="gauss-newton")
+    seen = view(model, definition)
+    truth = GaussNewtonOperator(seen, LOSSES["cross_entropy"], [(x, y)], variables(seen)).dense().trace()
+    assert found.method == "exact"
+    assert found.value == pytest.approx(float(truth), rel=1e-9)
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.EmbeddingBag(5, 4), nn.Linear(4, C)
+
+    def forward(self, x):
+        return self.head(self.first(x).tanh())
+
+
+def test_a_network_without_second_derivatives_has_a_number():
+    torch.manual_seed(0)
+    model, x, y = Fused().double(), torch.randint(5, (B, 3)), torch.randint(C, (B,))
+    with pytest.raises(UserError, match="embedding_bag.*operator='gauss-newton'"):
+        hessian_trace(model, (x, y))
+    found = hessian_trace(model, (x, y), operator="gauss-newton")
+    assert found.method == "exact"
+    rows = torch.stack([row for one, _ in zip(x, y, strict=True) for row in jacobian(model, one[None])])
+    z = model(x).detach()
+    columns = torch.cat(list(LOSSES["cross_entropy"].factors(z, y)))
+    truth = torch.einsum("kbc,bcp->kbp", columns, rows.view(B, C, -1)).square().sum() / B
+    assert found.value == pytest.approx(float(truth), rel=1e-10)
+
+
+def jacobian(model, x):
+    gradients = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in model(x)[0]]
+    return [torch.cat([g.flatten() for g in row]) for row in gradients]
+
+
+def test_a_tiny_gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=7, n_positions=6, n_embd=4, n_layer=1, n_head=2, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    tokens = torch.randint(7, (4, 5))
+    labels = tokens.masked_fill(torch.rand(4, 5) < 0.3, -100)
+    data = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    theirs = model(**data).loss
+    found = hessian_trace(model, data, loss="causal_lm", operator="gauss-newton", method="exact")
+    assert found.loss == pytest.approx(float(theirs.detach()))
+    drawn = hessian_trace(model, data, loss="causal_lm", operator="gauss-newton", n_labels=40)
+    assert drawn.method == "sampled"
+    assert abs(drawn.value - found.value) < 5 * drawn.sem
+
+
+def test_checkpoints_are_measured_with_a_loss_that_is_named(tiny_runs, tmp_path):
+    runs = shutil.copytree(tiny_runs, tmp_path / "runs")
+    common = {"n_data": 16, "epochs": "last", "model": "tests.nets:tiny"}
+    frame = measure(runs / "fp", HessianTrace(), loss="tests.nets:SMOOTHED", **common)
+    assert set(frame["loss"]) == {"tests.nets:SMOOTHED"}
+    rows = totals(frame)
+    assert set(rows["estimator"]) == {"exact"}
+    plain = totals(measure(runs / "fp", HessianTrace(), **common))
+    assert plain["value"].iloc[0] != rows["value"].iloc[0]
+    arguments = ["--ckpt-dir", runs / "fp", "--n-data", 16, "--epochs", "last", "--model", "tests.nets:tiny", "--dry-run"]
+    for loss, said in (("tests.nets:SMOOTHED", "1 done, 0 to do"), ("squared_eror", "did you mean 'squared_error'")):
+        result = CliRunner().invoke(app, ["hessian", "--loss", loss, *map(str, arguments)])
+        assert said in words(result.output)
 
 
 def test_an_error_over_the_data_knows_what_it_is_divided_by():

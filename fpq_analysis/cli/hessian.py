@@ -87,7 +87,7 @@ def print_traces(frame: pd.DataFrame) -> None:
     by_key = beside.pivot(index="key", columns="quantity", values="value")
     numbers = {"Trace": "right", "± 95 %": "right", "Loss": "right", "Acc. %": "right", "Clip %": "right"}
     table = new_table({"Run": "left", "Epoch": "right", **numbers, "Method": "left"})
-    for _, run in rows.groupby(["run", "definition", "estimator", "n_data", "seed"], sort=False):
+    for _, run in rows.groupby(["run", "definition", "estimator", "loss", "n_data", "seed"], sort=False):
         run = run.sort_values("epoch")
         step = max(1, (len(run) - 1) // 4)
         for i in sorted({*range(0, len(run), step), len(run) - 1}):

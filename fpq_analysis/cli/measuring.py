@@ -22,6 +22,7 @@ from fpq_analysis.cli.app import (
     Figures,
     Jobs,
     Json,
+    Loss,
     Model,
     NData,
     Overwrite,
@@ -60,6 +61,7 @@ class Settings:
     seed: int
     data_root: str | None
     model: str | None
+    loss: str
     figures: Path
     records: Path | None
     device: str
@@ -80,6 +82,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "seed": (Seed, 0),
     "data_root": (DataRoot, None),
     "model": (Model, None),
+    "loss": (Loss, "cross_entropy"),
     "figures": (Figures, Path("figures")),
     "records": (Records, None),
     "device": (Device, "auto"),
@@ -147,7 +150,8 @@ def measure_and_show(
     from fpq_analysis.probes.point import NEEDS
     from fpq_analysis.text import parse_shard
 
-    sampling = Sampling(settings.n_data, settings.seed, settings.device, settings.data_root, settings.model)
+    where = settings.device, settings.data_root
+    sampling = Sampling(settings.n_data, settings.seed, *where, settings.model, settings.loss)
     shard = parse_shard(settings.shard) if settings.shard else WHOLE
     options: dict[str, Any] = {"epochs": settings.epochs, "through": through, "shard": shard}
     options |= {"overwrite": settings.overwrite, "records": settings.records}

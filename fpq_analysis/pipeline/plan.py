@@ -83,13 +83,17 @@ def plan(
         epochs, through, shard, overwrite, records: see `measure`.
 
     Raises:
-        UserError: if there is no checkpoint, `epochs` makes no sense, or there is no such model.
+        UserError: if there is no checkpoint, `epochs` makes no sense, or there is no such model or loss.
     """
     sampling = sampling or Sampling()
     if sampling.model is not None:
         from fpq_analysis.models import find_factory
 
         find_factory(sampling.model)  # an error of the command, not of each file
+    if sampling.loss != Sampling.loss:
+        from fpq_analysis.losses import resolve_loss
+
+        resolve_loss(sampling.loss)
     if ("through" in probe.needs) != bool(through):
         raise UserError(
             "A plane of checkpoints goes through those named: plane='checkpoints' with two or three of them in "
@@ -251,7 +255,21 @@ def settings_of(probe: Probe, sampling: Sampling) -> dict[str, Any]:
     """What decides the numbers of every checkpoint alike: the probe with its settings, and the sample."""
     settings = {**asdict(probe), "version": probe.version}  # type: ignore[call-overload]
     settings |= {"n_data": sampling.n_data, "seed": sampling.seed}
-    return settings if sampling.loss == Sampling.loss else settings | {"loss": sampling.loss}
+    if sampling.loss == Sampling.loss:
+        return settings
+    return settings | {"loss": sampling.loss} | _loss_code(sampling.loss)
+
+
+def _loss_code(name: str) -> dict[str, str]:
+    """The hash of the code of a loss of the user's own, if it can be imported."""
+    if ":" not in name:
+        return {}
+    from fpq_analysis.losses import resolve_loss
+
+    try:
+        return {"loss_code": source_hash(resolve_loss(name).per_sample)}
+    except UserError:  # of a function that has no name, in a training loop
+        return {}
 
 
 def measurement_key(

@@ -39,6 +39,7 @@ def measure(
     device: str = "auto",
     data_root: str | None = None,
     model: str | None = None,
+    loss: str = "cross_entropy",
     records: str | os.PathLike[str] | None = None,
     executor: Executor | str | None = None,
     jobs: int | str = 1,
@@ -58,6 +59,8 @@ def measure(
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
             changed, it is measured anew.
+        loss: a name of `losses.LOSSES`, or `package.module:name` of a `Loss` or a function (outputs, targets) to the
+            mean; its code is part of what was measured, too.
         records: folder in which measurements are kept, each run's under its name, where the runs themselves may not be
             written to; None: in the runs.
         executor: where tasks are done: a `concurrent.futures.Executor` of processes, or an engine by its name, see
@@ -73,7 +76,7 @@ def measure(
     Raises:
         UserError: if there is no checkpoint, the data are missing, or a checkpoint cannot be measured.
     """
-    sampling = Sampling(n_data, seed, device, data_root, model)
+    sampling = Sampling(n_data, seed, device, data_root, model, loss)
     what: dict[str, Any] = {"epochs": epochs, "through": through, "shard": shard}
 
     def planned_and_done() -> pd.DataFrame:

@@ -29,7 +29,7 @@ class Sampling:
         device: `auto`, or any name torch knows; chosen in the process that measures.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of the user's own, `package.module:factory`.
-        loss: by its name.
+        loss: a name of `losses.LOSSES`, or `package.module:name`.
 
     Raises:
         UserError: if so few images give no error over the data.
