@@ -31,7 +31,8 @@ ROOMS = {
     "plots": {"measures", "methods", "records"},
     "probes": {"curvature", "linalg", "losses", "measures", "methods", "models", "plots", "quantizers", "records"},
     "report": {"measures", "methods", "plots", "records", "runs"},
-    "pipeline": {"data", "losses", "models", "plots", "probes", "quantizers", "records", "report", "runs"} | {"training"},
+    "pipeline": {"data", "losses", "models", "plots", "probes", "quantizers", "records", "report", "runs"}
+    | {"training"},
     "integrations": {
         "curvature",
         "data",
