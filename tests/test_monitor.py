@@ -31,6 +31,7 @@ from fpq_analysis import (
     UserError,
     calibrate,
     draw_figures,
+    hessian_trace,
     measure,
     quantize,
     write_report,
@@ -321,8 +322,27 @@ def test_a_loader_is_gone_through_without_a_draw(tmp_path):
     state = torch.get_rng_state()
     monitor = CurvatureMonitor([HessianTrace()], loader, n_data=20, out=tmp_path / "live")
     assert torch.equal(state, torch.get_rng_state())
-    assert len(monitor.data.batch[0]) == 20
+    assert len(monitor.data.batches[0]) == 20
     assert monitor(Unlucky("well"), 0)
+
+
+class Named(nn.Linear):
+    def forward(self, values):
+        return {"scores": super().forward(values), "hidden": values}
+
+
+def test_batches_of_any_form_and_calls_of_ones_own(tmp_path):
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    torch.manual_seed(0)
+    network = Named(4, 3)
+    call = {"forward": lambda model, inputs: model(**inputs)["scores"]}
+    found = []
+    for place, data in enumerate([{"values": x, "labels": y}, [({"values": x}, y)]]):
+        monitor = CurvatureMonitor([HessianTrace()], data, out=tmp_path / str(place), **call)
+        found.append(monitor(network, 0)["hessian_trace/trace"])
+    plain = nn.Linear(4, 3)
+    plain.load_state_dict(network.state_dict())
+    assert found == pytest.approx([hessian_trace(plain, (x, y)).value] * 2, rel=1e-5)
 
 
 def test_a_loss_of_ones_own_is_measured_and_named(tmp_path):
@@ -342,7 +362,7 @@ def test_a_loss_of_ones_own_is_measured_and_named(tmp_path):
         ({"about": {"Method": "x"}}, "did you mean 'method'"),
         ({"data": (torch.zeros(3, 4), torch.zeros(2))}, "3 inputs and 2 targets"),
         ({"data": []}, "no data"),
-        ({"data": [(torch.zeros(3, 4), torch.zeros(3)), (torch.zeros(3, 5), torch.zeros(3))]}, "different shapes"),
+        ({"data": torch.zeros(3, 4)}, "The data are a Tensor"),
         ({"loss": "hinge"}, "Unknown loss"),
         ({"n_data": 1}, "at least 2"),
     ],

@@ -62,7 +62,7 @@ def draw(data: Any, n_data: int | None, seed: int, transform: Transform | None, 
         if transform is not None:
             parts = [_transformed(part, transform, name) for part in parts]
     if not parts or not size(parts[0]):
-        raise UserError(f"There are no samples in the data '{name}'. Was an iterator used up before?")
+        raise UserError(f"There is no data in '{name}'. Was an iterator used up before?")
     return [joined(parts)] if all(alike(part, parts[0]) for part in parts) else parts
 
 

@@ -18,14 +18,17 @@ import pandas as pd
 from torch import Tensor, nn
 
 from fpq_analysis import records as rec
+from fpq_analysis.batch import Batch
 from fpq_analysis.data import Dataset
 from fpq_analysis.errors import UserError, did_you_mean, going_on
 from fpq_analysis.files import write_json
-from fpq_analysis.integrations.sample import Batch, draw_sample
+from fpq_analysis.forward import ForwardFunction, with_forward
+from fpq_analysis.integrations.sample import draw_sample
 from fpq_analysis.integrations.undisturbed import is_first_process, plain_copy, state_hash, undisturbed
 from fpq_analysis.losses import LossFunction, resolve_loss
 from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.models import model_device
+from fpq_analysis.nests import moved
 from fpq_analysis.pipeline.execute import begin, columns
 from fpq_analysis.pipeline.plan import measurement_key, settings_of
 from fpq_analysis.pipeline.task import Sampling
@@ -59,15 +62,15 @@ class CurvatureMonitor:
 
     Args:
         probes: what to measure.
-        data: (inputs, targets), an iterable of such pairs as a DataLoader, which is gone through once, here; or what
-            `fpq_analysis.data.load_dataset` gives.
+        data: (inputs, targets), tensors or nests of tensors; a map-style data set, or a DataLoader of one; an iterable
+            of batches, gone through once, here (docs/data.md); or what `fpq_analysis.data.load_dataset` gives.
         out: the folder of the run.
         every: measure at the epochs that this divides.  Steps may be counted instead of epochs.
         log: called with the whole network's numbers by name, and the epoch: `wandb.log`, `mlflow.log_metrics`, ...
-        n_data: so many samples are drawn by `seed`, as `measure` draws them; an iterable is left after so many, in its
-            own order.  None: all.
+        n_data: so many samples are drawn by `seed`, as `measure` draws them; an iterable of batches is left after so
+            many, in its own order.  None: all.
         seed: of the draw and of everything random in a measurement.
-        loss: as for `hessian_trace`.
+        loss, forward: as for `hessian_trace`.
         budget_seconds: of the whole training; a measurement that would exceed it, by the time it took before, is left
             out, with a warning at the first time.
         teacher: for probes that need the float network that this one started from.
@@ -82,7 +85,7 @@ class CurvatureMonitor:
     def __init__(
         self,
         probes: Probe | Iterable[Probe],
-        data: Batch | Iterable[Batch] | Dataset,
+        data: Batch | Iterable[Any] | Dataset,
         *,
         out: str | os.PathLike[str],
         every: int = 1,
@@ -90,6 +93,7 @@ class CurvatureMonitor:
         n_data: int | None = 1024,
         seed: int = 0,
         loss: str | LossFunction = "cross_entropy",
+        forward: ForwardFunction | None = None,
         budget_seconds: float | None = None,
         teacher: nn.Module | None = None,
         about: Mapping[str, Any] | None = None,
@@ -101,6 +105,7 @@ class CurvatureMonitor:
         self.every = every
         self.log = log
         self.loss = resolve_loss(loss)
+        self.forward = forward
         self.budget_seconds = budget_seconds
         self.teacher = teacher
         self.spent = 0.0
@@ -188,11 +193,12 @@ class CurvatureMonitor:
         device = model_device(model)
 
         def needed(need: str, network: nn.Module | None) -> nn.Module | None:
-            return plain_copy(network).to(device) if network is not None and need in probe.needs else None
+            found = plain_copy(network).to(device) if network is not None and need in probe.needs else None
+            return found and with_forward(found, self.forward)
 
         point = Point(
-            model,
-            (self.data.batch[0].to(device), self.data.batch[1].to(device)),
+            with_forward(model, self.forward),
+            moved(self.data.batches, device),
             loss=self.loss,
             seed=self._sampling.seed,
             teacher=needed("teacher", self.teacher),

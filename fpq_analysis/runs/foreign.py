@@ -245,7 +245,9 @@ class ForeignCheckpoint(Checkpoint):
 
     @property
     def header(self) -> Header:
-        stated = {"model": self.model, "quant": self.quant}
+        stated: dict[str, Any] = {"model": self.model, "quant": self.quant}
+        if self.own is not None:
+            stated["data_name"] = self.data["name"]
         if self.function is not None:
             stated["forward"] = {factory_name(self.function): source_hash(self.function)}
         quantized = self.quant is not None or makes_quantized(self.factory, **self.model)
