@@ -14,6 +14,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from typer.testing import CliRunner
 
 from fpq_analysis import records
@@ -289,6 +290,29 @@ def test_compare(runs):
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
     assert "no folder" in words(call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr).lower()
+
+
+def test_compare_over_seeds(runs, tmp_path):
+    """The runs beside a run that differ in nothing but their seed; here by name only, so that all seeds are equal."""
+    for name in ("fp", "fpq-w4a4", "lsq-w4a4"):
+        shutil.copytree(runs / name, tmp_path / name)
+    alone = call("compare", tmp_path / "fpq-w4a4", tmp_path / "lsq-w4a4", *FAST, "--over-seeds", code=1)
+    assert "no pairs of runs with other training seeds" in words(alone.stderr)
+    for seed in (1, 2):
+        for name in ("fpq-w4a4", "lsq-w4a4"):
+            copy = shutil.copytree(runs / name, tmp_path / f"{name}-{seed}")
+            about = json.loads((copy / "run.json").read_text())
+            about["config"]["seed"] = seed
+            (copy / "run.json").write_text(json.dumps(about))
+    arguments = ["compare", tmp_path / "fpq-w4a4", tmp_path / "lsq-w4a4", *FAST, "--over-seeds"]
+    result = call(*arguments)
+    assert "over 3 training seeds: the trace" in words(result.stdout)
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    rows = [json.loads(line) for line in call(*arguments, "--json").stdout.splitlines()]
+    assert rows[-1]["n_seeds"] == 3
+    assert rows[-1]["value"] == pytest.approx(rows[-2]["value"], rel=1e-6)
+    # Of equal seeds nothing is left but the interval over the images.
+    assert rows[-1]["ci95"] == pytest.approx(stats.t.ppf(0.975, 31) * rows[-2]["sem"], rel=1e-6)
 
 
 def test_compare_runs_of_one_name(runs, tmp_path):

@@ -16,11 +16,12 @@ from matplotlib.text import Text
 from fpq_analysis import UserError, records
 from fpq_analysis.cli.measuring import draw
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.intervals import over_seeds
 from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
 from fpq_analysis.plots.style import powers_of_ten
-from fpq_analysis.records.comparison import against_baseline, by_epoch
+from fpq_analysis.records.comparison import SeedsDifference, against_baseline, by_epoch, difference
 from fpq_analysis.records.queries import AT_CHANCE, marked, totals
 
 
@@ -245,6 +246,51 @@ def test_differences_that_are_noise_are_called_so():
     assert "do not differ measurably" in against_baseline(pd.DataFrame(rows))[0].sentence()
     assert against_baseline(pd.DataFrame([row("lsq", "lsq"), row("fpq", "fpq", n_data=5)])) == []  # other images
     assert against_baseline(pd.DataFrame([row("fp", "fp", "FP")])) == []
+
+
+class TestOverSeeds:
+    """Differences of several training seeds on the same images."""
+
+    def differences(self, n_seeds, paired=True, shift=-5.0):
+        rng = np.random.default_rng(n_seeds)
+        images = rng.normal(20, 5, 64)
+        rows = []
+        for seed in range(n_seeds):
+            theirs = images + rng.normal(0, 1, 64)
+            ours = theirs + shift + rng.normal(0, 1) + rng.normal(0, 0.5, 64)
+            for run, samples in (("lsq", theirs), ("fpq", ours)):
+                about = {"train_seed": seed, "value": samples.mean(), "ci95": 1.0}
+                rows.append(row(f"{run}-{seed}", run, samples=list(samples) if paired else None, **about))
+        frame = pd.DataFrame(rows)
+        return [difference(frame.loc[2 * i + 1], frame.loc[2 * i]) for i in range(n_seeds)]
+
+    def test_both_intervals_are_said(self):
+        found = SeedsDifference.of(self.differences(4))
+        assert found.crossed.value == pytest.approx(np.mean([d.value for d in found.each]))
+        assert found.crossed.ci95 > 3 * found.crossed.ci95_images
+        said = found.sentence("FPQ", "LSQ")
+        assert said.startswith("FPQ against LSQ, over 4 training seeds: the trace is lower by")
+        assert "over these images alone ±" in said
+
+    def test_two_seeds_give_no_interval_over_seeds(self):
+        found = SeedsDifference.of(self.differences(2))
+        said = found.sentence("FPQ", "LSQ")
+        assert "takes 3 or more" in said
+        assert f"± {found.crossed.ci95_images:.2g}" in said
+
+    def test_how_many_seeds_a_small_difference_takes(self):
+        found = SeedsDifference.of(self.differences(3, shift=0.0))
+        said = found.sentence("FPQ", "LSQ")
+        assert "does not differ measurably" in said
+        needed = found.crossed.seeds_needed(0.1 * found.baseline_value)
+        assert (f"would show with {needed} seeds" in said) == (needed > 3)
+
+    def test_without_single_images_it_is_students(self):
+        found = SeedsDifference.of(self.differences(3, paired=False))
+        assert found.crossed is None
+        assert "Student interval over the seeds" in found.sentence("FPQ", "LSQ")
+        mean, half = over_seeds([d.value for d in found.each])
+        assert (found.as_row()["value"], found.as_row()["ci95"]) == (mean, half)
 
 
 def test_differences_by_epoch_without_samples_are_the_wider():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,11 @@ from fpq_analysis.cli.app import (
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+
+    from fpq_analysis.records.comparison import Difference, SeedsDifference
     from fpq_analysis.runs import Source
 
 
@@ -41,6 +46,10 @@ def compare(
     run_a: Annotated[Path, typer.Argument(help="A run.")],
     run_b: Annotated[Path, typer.Argument(help="The run it is compared with.")],
     definition: Annotated[str, typer.Option(help="dequantized, latent or float.")] = "dequantized",
+    over_seeds: Annotated[
+        bool,
+        typer.Option("--over-seeds", help="Take the runs beside that differ in nothing but their seed, too."),
+    ] = False,
     n_data: NData = 1024,
     seed: Seed = 0,
     data_root: DataRoot = None,
@@ -54,11 +63,14 @@ def compare(
     """Difference of two runs' Hessian traces, epoch by epoch, on the same images.
 
     Image by image, so that the interval is that of the difference: two runs share most of their error over the data.
-    What is not measured yet is measured first.
+    What is not measured yet is measured first. With --over-seeds the last epoch of all pairs of runs with equal seeds
+    is compared, too, and the interval is over seeds and images.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       fpq-analyze compare checkpoints/demo/fpq-w4a4 checkpoints/demo/lsq-w4a4
+
+      fpq-analyze compare checkpoints/fpq-w4a4-s0 checkpoints/lsq-w4a4-s0 --over-seeds
     """
     import pandas as pd
 
@@ -72,32 +84,29 @@ def compare(
     pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)
     faults: dict[Path, UserError] = {}
-    traces = [
-        totals(
-            measure(
-                run,
-                HessianTrace(definition),
-                n_data=n_data,
-                seed=seed,
-                device=device,
-                data_root=data_root,
-                model=model,
-                records=records,
-                jobs=jobs,
-                executor=executor,
-                on_fault=faults.__setitem__,
-            )
-        )
-        for run in (run_a, run_b)
-    ]
+
+    def traces_of(run: Path, epochs: str = "all") -> pd.DataFrame:
+        options: dict[str, Any] = {
+            "n_data": n_data,
+            "seed": seed,
+            "data_root": data_root,
+            "device": device,
+            "model": model,
+        }
+        options |= {"records": records, "jobs": jobs, "executor": executor, "on_fault": faults.__setitem__}
+        return totals(measure(run, HessianTrace(definition), epochs=epochs, **options))
+
+    traces = [traces_of(run) for run in (run_a, run_b)]
     if any(frame.empty for frame in traces):
         fail_all(faults)
     for run, frame in zip(pair, traces, strict=True):
         if frame.empty:
             raise UserError(f"No checkpoint of '{run}' has a finite trace, so there is nothing to compare.")
     found = by_epoch(*(frame.assign(run=name) for frame, name in zip(traces, names, strict=True)))
+    several = _over_seeds(pair, found[-1], traces_of) if over_seeds else None
     if json:
-        print_json(pd.DataFrame([vars(difference) | {"ci95": difference.ci95} for difference in found]))
+        rows = [difference.as_row() for difference in found]
+        print_json(pd.DataFrame(rows + ([several.as_row()] if several is not None else [])))
         fail_all(faults)
         return
     headings = ("Epoch", *names, "Difference", "± 95 %")  # a run may be called like another column
@@ -111,7 +120,32 @@ def compare(
     echo(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
     echo(f"{how}: {n_data} training images; one training run each.")
+    if several is not None:
+        log("")
+        echo(textwrap.fill(several.sentence(*names), width=80))
     fail_all(faults)
+
+
+def _over_seeds(pair: list[Path], last: Difference, traces_of: Callable[[Path, str], pd.DataFrame]) -> SeedsDifference:
+    """The differences at one epoch of all pairs of runs with equal seeds."""
+    from fpq_analysis.records.comparison import SeedsDifference, by_epoch
+    from fpq_analysis.runs import seeds_of
+
+    ours, theirs = map(seeds_of, pair)
+    both = sorted(set(ours) & set(theirs))
+    if len(both) < 2:
+        raise UserError(
+            f"Beside '{pair[0]}' and '{pair[1]}' there are no pairs of runs with other training seeds and the same "
+            "settings. Train some (fpq-analyze train --seed 1 ...), or leave out --over-seeds."
+        )
+    found = []
+    for seed in both:
+        frames = [traces_of(runs[seed], str(last.epoch)) for runs in (ours, theirs)]
+        if not any(frame.empty for frame in frames):
+            found += by_epoch(*frames)
+    if len(found) < 2:
+        raise UserError(f"Fewer than two pairs of runs could be measured at epoch {last.epoch}.")
+    return SeedsDifference.of(found)
 
 
 def _one_run(folder: Path, source: Source) -> Path:

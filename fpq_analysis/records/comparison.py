@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.intervals import Z95
+from fpq_analysis.intervals import Z95, Crossed, crossed, over_seeds
 from fpq_analysis.methods import BASELINE
 from fpq_analysis.text import number
 
@@ -29,7 +31,7 @@ class Difference:
         value: difference of the traces.
         sem: its standard error over the images.
         baseline_value: the baseline's trace.
-        paired: whether image by image.
+        gaps: image by image, where single images were seen: the difference is paired then.
     """
 
     run: str
@@ -38,12 +40,23 @@ class Difference:
     value: float
     sem: float
     baseline_value: float
-    paired: bool = True
+    gaps: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def paired(self) -> bool:
+        """Whether image by image."""
+        return self.gaps is not None
 
     @property
     def ci95(self) -> float:
         """Half of the 95 % interval."""
         return Z95 * self.sem
+
+    def as_row(self) -> dict[str, Any]:
+        """Of a table: everything but the single images."""
+        row = asdict(self) | {"ci95": self.ci95, "paired": self.paired}
+        del row["gaps"]
+        return row
 
     def sentence(self) -> str:
         """The difference in plain words, with its 95 % interval."""
@@ -61,6 +74,78 @@ class Difference:
             f"{self.run}'s trace is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than {self.baseline}'s "
             f"{where} ({percent:.0f} % of {number(self.baseline_value, 3)})."
         )
+
+
+MIN_SEEDS = 3  # of an interval over seeds: with two, Student's t is 12.7
+NOTEWORTHY = 10  # per cent: the difference of which it is said how many seeds it would need
+
+
+@dataclass(frozen=True)
+class SeedsDifference:
+    """The same difference for several training seeds, on the same images.
+
+    Attributes:
+        each: one difference for every seed.
+        crossed: their mean, with its errors; None where single images were not seen, or other images for each seed.
+    """
+
+    each: Sequence[Difference]
+    crossed: Crossed | None
+
+    @classmethod
+    def of(cls, each: Sequence[Difference]) -> SeedsDifference:
+        """From at least two differences of runs that differ in nothing but their training seed."""
+        gaps = [d.gaps for d in each if d.gaps is not None]
+        whole = len(gaps) == len(each) and len({len(g) for g in gaps}) == 1
+        return cls(each, crossed(np.stack(gaps)) if whole else None)
+
+    @property
+    def baseline_value(self) -> float:
+        """The baseline's mean trace."""
+        return float(np.mean([d.baseline_value for d in self.each]))
+
+    def as_row(self) -> dict[str, Any]:
+        """Of a table: the mean difference, with its interval over seeds and images, and that over the images alone."""
+        first, mean = self.each[0], self.crossed
+        row: dict[str, Any] = {"run": first.run, "baseline": first.baseline, "epoch": first.epoch}
+        row |= {"n_seeds": len(self.each), "baseline_value": self.baseline_value}
+        if mean is None:
+            value, half = over_seeds([d.value for d in self.each])
+            return row | {"value": value, "ci95": half, "paired": False}
+        return row | {"value": mean.value, "ci95": mean.ci95, "ci95_images": mean.ci95_images, "paired": True}
+
+    def sentence(self, ours: str, theirs: str) -> str:
+        """The mean difference in plain words, with its interval over seeds and that over these images alone.
+
+        Args:
+            ours, theirs: what the two kinds of runs are called.
+        """
+        if self.crossed is None:
+            value, half = over_seeds([d.value for d in self.each])
+            errors = "95 % Student interval over the seeds"
+        else:
+            value, half = self.crossed.value, self.crossed.ci95
+            errors = f"over these images alone ± {number(self.crossed.ci95_images, 2)}"
+            if len(self.each) < MIN_SEEDS:
+                half = self.crossed.ci95_images
+                errors = f"over these images alone, as an interval over seeds takes {MIN_SEEDS} or more"
+        base = self.baseline_value
+        percent = f"{100 * abs(value / base):.0f} % of {number(base, 3)}"
+        what = f"is lower by {number(-value, 3)}" if value < 0 else f"is higher by {number(value, 3)}"
+        if abs(value) <= half:
+            what = f"does not differ measurably: {'+' if value > 0 else ''}{number(value, 3)}"
+        return (
+            f"{ours} against {theirs}, over {len(self.each)} training seeds: the trace {what} ± {number(half, 2)} on "
+            f"average ({percent}; {errors}).{self._needed()}"
+        )
+
+    def _needed(self) -> str:
+        if self.crossed is None or len(self.each) < MIN_SEEDS:
+            return ""
+        needed = self.crossed.seeds_needed(NOTEWORTHY / 100 * abs(self.baseline_value))
+        if needed is None:
+            return f" To see a difference of {NOTEWORTHY} %, more images are needed, whatever the number of seeds."
+        return f" A difference of {NOTEWORTHY} % would show with {needed} seeds." if needed > len(self.each) else ""
 
 
 def told_apart(ours: Path, theirs: Path) -> tuple[str, str]:
@@ -82,14 +167,14 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     Without these, the errors of the two are taken as independent, which is the wider interval.
     """
     pairs = ours["samples"], theirs["samples"]
-    paired = all(isinstance(samples, list) for samples in pairs) and len(pairs[0]) == len(pairs[1])
-    if paired:
-        gap = np.asarray(pairs[0]) - np.asarray(pairs[1])
-        value, sem = float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    gaps = None
+    if all(isinstance(samples, list) for samples in pairs) and len(pairs[0]) == len(pairs[1]):
+        gaps = np.asarray(pairs[0]) - np.asarray(pairs[1])
+        value, sem = float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
     else:
         value, sem = ours["value"] - theirs["value"], math.hypot(ours["ci95"], theirs["ci95"]) / Z95
     return Difference(
-        str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), paired
+        str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), gaps
     )
 
 

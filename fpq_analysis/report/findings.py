@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fpq_analysis.intervals import newcombe, over_seeds
+from fpq_analysis.records.comparison import SeedsDifference
 from fpq_analysis.report.comparisons import Comparison, accuracy_pairs, against_float, against_method, variant
 from fpq_analysis.report.study import DEFINITIONS, Study
 from fpq_analysis.runs import Run, number_of
-from fpq_analysis.text import listed, number
+from fpq_analysis.text import listed
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,8 @@ def _traces(study: Study, comparisons: list[Comparison]) -> list[str]:
         if len(group) == 1:
             sentences.append(first.difference.sentence())
             continue
-        mean, half = over_seeds([c.difference.value for c in group])
-        base = statistics.mean(c.difference.baseline_value for c in group)
-        what = _change(mean, half, "", number)
-        sentences.append(
-            f"{_name(study, first.ours)} against {_name(study, first.theirs)}, over {len(group)} training seeds: the "
-            f"trace {what} on average ({100 * abs(mean / base):.0f} % of {number(base, 3)}; 95 % Student interval over "
-            "the seeds)."
-        )
+        several = SeedsDifference.of([c.difference for c in group])
+        sentences.append(several.sentence(_name(study, first.ours), _name(study, first.theirs)))
     return sentences
 
 

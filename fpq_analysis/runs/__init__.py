@@ -10,6 +10,7 @@ from fpq_analysis.runs.run import Header as Header
 from fpq_analysis.runs.run import Run as Run
 from fpq_analysis.runs.run import find_runs as find_runs
 from fpq_analysis.runs.run import number_of as number_of
+from fpq_analysis.runs.run import seeds_of as seeds_of
 from fpq_analysis.runs.run import versions as versions
 from fpq_analysis.runs.source import OwnRuns as OwnRuns
 from fpq_analysis.runs.source import Source as Source

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.files import read_json, read_jsonl
 from fpq_analysis.runs.stamps import file_hash, read_stamps
 from fpq_analysis.schema import RunFile, TrainRow, check
@@ -279,6 +279,22 @@ def find_runs(folder: str | Path, *, monitored: bool = False) -> list[Path]:
 def monitored_runs(folder: str | Path) -> set[Path]:
     """The runs at or below `folder` that a monitor measured while they were trained."""
     return {path.parent.parent for path in Path(folder).rglob(MONITORED)}
+
+
+def seeds_of(folder: Path) -> dict[int, Path]:
+    """Training seed to run, for the run in `folder` and those beside it that differ from it in their seed alone.
+
+    Raises:
+        UserError: if the run's own file is damaged or missing; runs beside it of which that is so are left out.
+    """
+    own = Run(folder.resolve())
+    found: dict[int | None, Path] = {own.seed: own.path}
+    for beside in sorted(own.path.parent.iterdir()):
+        run = Run(beside)
+        with going_on(lambda fault: None, str(beside)):
+            if (beside / "run.json").exists() and (run.kind, run.data) == (own.kind, own.data):
+                found.setdefault(run.seed, beside)
+    return {seed: path for seed, path in found.items() if seed is not None}
 
 
 def versions() -> dict[str, str]:
