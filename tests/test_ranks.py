@@ -11,6 +11,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from fpq_analysis.curvature import HessianOperator
 from fpq_analysis.losses import resolve_loss
 from fpq_analysis.ranks import added, gathered, share
 from fpq_analysis.ranks.wrapped import unwrapped
+from fpq_analysis.training import TrainConfig, train
 from tests.nets import tiny
 
 WORLDS = (1, 2, 3, 4)
@@ -100,6 +102,24 @@ def numbers() -> dict[str, object]:
 
 # --- What a rank does ---
 
+SMALL: dict[str, Any] = {"model": "tests.nets:tiny", "epochs": 1, "lr": 0.01}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def weights(folder: str, runs: str, **settings: Any) -> dict[str, list[torch.Tensor]]:
+    """What an epoch in six steps ends with, from the float run: parameters, and what is left of the loss."""
+    found = {}
+    for method in ("fp", "sam", "fpq"):
+        start = {} if method == "fp" else {"bits": "W4A4", "init": f"{runs}/fp", "sfp_p": 0.0}
+        config = TrainConfig(method=method, batch_size=240, **start, **SMALL, **settings)
+        row = train(config, Path(folder, method), device="cpu", log=silent).iloc[-1]
+        model = fpq.load(Path(folder, method, "epoch_0001.pt"), model="tests.nets:tiny")
+        found[method] = [torch.tensor([row["loss"], row["train_accuracy"]]), *(p.detach() for p in model.parameters())]
+    return found
+
 
 def refusal(call) -> str:
     """What every rank is told, and that they are together again afterwards."""
@@ -159,6 +179,11 @@ def pair_of_ranks(rank: int, runs: str, folder: str) -> dict[str, object]:
     found["measure"] = frame.drop(columns="seconds")
     with pytest.raises(UserError, match="No folder"), over_ranks():
         fpq.measure(Path(folder, "nothing"), fpq.HessianTrace())
+
+    with over_ranks():
+        found["trained"] = weights(f"{folder}/../trained", runs)
+        with pytest.raises(UserError, match="leaves 1 to a part"):
+            train(TrainConfig(batch_size=2, **SMALL), Path(folder, "tiny"), log=silent)
 
     dist.get_backend_config, before = lambda *_: "cuda:nccl", dist.get_backend_config  # with a group of our own
     with over_ranks():
@@ -272,6 +297,13 @@ def test_measure_writes_on_the_first_rank_what_one_process_would(found, tiny_run
         np.testing.assert_allclose(frame["value"], own["value"], rtol=1e-5)
     lines = (found["folder"] / "records/fp/records/hessian_trace.jsonl").read_text().splitlines()
     assert len(lines) == len(own)  # each once
+
+
+def test_training_on_two_ranks_is_training_on_the_two_halves_of_each_batch(found, tiny_runs, tmp_path):
+    alone = weights(str(tmp_path), str(tiny_runs), accumulate=2)
+    for of_rank in found[2]:
+        check_equal(alone, of_rank["trained"], tolerance=1e-3)
+    assert len((found["folder"] / "trained/sam/train.jsonl").read_text().splitlines()) == 2  # each epoch once
 
 
 def test_samples_are_divided_evenly_and_in_order(monkeypatch):

@@ -457,6 +457,23 @@ def test_noise_gates_are_independent_with_probability_p():
     assert abs(np.corrcoef(rates.T)[0, 1]) < 0.15
 
 
+def without_statistics(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, num_classes))
+
+
+def test_a_batch_in_parts_is_the_batch(tmp_path):
+    trained = []
+    for parts in (1, 3):
+        config = TrainConfig(model=f"{__name__}:without_statistics", epochs=1, lr=0.1, batch_size=500, accumulate=parts)
+        row = train(config, tmp_path / str(parts), device="cpu", log=quiet).iloc[-1]
+        state = fpq_analysis.load(tmp_path / str(parts) / "epoch_0001.pt", model=config.model).state_dict()
+        trained.append([torch.tensor([row["loss"], row["train_accuracy"]]), *state.values()])
+    for whole, divided in zip(*trained, strict=True):
+        torch.testing.assert_close(whole, divided.to(whole), rtol=1e-3, atol=1e-5)
+    with pytest.raises(UserError, match="fewer than 2 images"):
+        TrainConfig(batch_size=3, accumulate=2)
+
+
 def test_bf16_trains(tiny_runs, tmp_path, monkeypatch):
     """Convolutions are computed in bfloat16; weights and what is kept of them are in float32."""
     seen = set()

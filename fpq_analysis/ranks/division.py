@@ -9,10 +9,10 @@ changes nothing but the order in which float64 numbers are added.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,10 +106,12 @@ def added(work: Iterable[object], sums: Iterable[Tensor]) -> None:
         for _ in work:
             pass
         return
-    with _meetings.after("sums"):
+    found: list[Tensor] = []
+    with _meetings.after("sums", lambda: [tuple(total.shape) for total in found]):
         for _ in work:
             pass
-    for total in sums:
+        found += sums
+    for total in found:
         _meetings.add(total)
 
 
@@ -122,9 +124,32 @@ def gathered(work: Iterable[T]) -> Iterable[T]:
     return chain.from_iterable(_meetings.of_all(own))
 
 
-def from_first(value: T) -> T:
-    """The first rank's value, on all ranks."""
-    return value if _meetings is None else _meetings.of_all(value)[0]
+def on_first(call: Callable[[], T]) -> T:
+    """Make the call on the first rank alone; its result, on all ranks.  Files are written in such calls."""
+    if _meetings is None:
+        return call()
+    with _meetings.after("what the first rank does"):
+        value: Any = call() if _meetings.rank == 0 else None
+    return _meetings.of_all(value)[0]
+
+
+def mean_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace each rank's own values by their mean over the ranks."""
+    if _meetings is not None:
+        found = list(tensors)
+        added((), found)
+        for total in found:
+            total.div_(_meetings.size)
+
+
+def n_ranks() -> int:
+    """Ranks that samples are divided over."""
+    return _meetings.size if _meetings is not None else 1
+
+
+def place() -> int:
+    """This rank's number, where samples are divided; otherwise 0."""
+    return _meetings.rank if _meetings is not None else 0
 
 
 def neighbours(device: torch.device) -> int:

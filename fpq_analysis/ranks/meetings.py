@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -53,8 +53,11 @@ class Meetings:
         self._held = 0
         self._fault: Exception | None = None
 
-    def meet(self, about: str, error: Exception | None = None) -> None:
+    def meet(self, about: str, error: Exception | None = None, what: object = None) -> None:
         """Wait for the others.
+
+        Args:
+            what: more of what it is about, which those that have an `error` need not know.
 
         Raises:
             Exception: the first rank's `error` that has one; a `UserError` if the others are about something else.
@@ -62,13 +65,14 @@ class Meetings:
         if self._fault is not None:
             raise self._fault
         self._held += 1
-        mine = torch.tensor([zlib.crc32(f"{self._held} {about}".encode()), error is not None])
+        words = f"{self._held} {about}", repr(what)
+        mine = torch.tensor([*(zlib.crc32(word.encode()) for word in words), error is not None])
         table = [torch.empty_like(mine) for _ in range(self.size)]
         with reaching():
             dist.all_gather(table, mine, group=self._own)
-        if any(bool(row[0] != mine[0]) for row in table):
+        failed = [rank for rank, row in enumerate(table) if row[2]]
+        if len({int(row[0]) for row in table}) > 1 or len({int(row[1]) for row in table if not row[2]}) > 1:
             self._fault = as_shared(UserError(APART))  # some may have left the block
-        failed = [rank for rank, row in enumerate(table) if row[1]]
         if failed:
             raised = self.of_all(None if error is None else portable(error))[failed[0]]
             assert raised is not None
@@ -92,14 +96,14 @@ class Meetings:
         total.copy_(wide)
 
     @contextmanager
-    def after(self, about: str) -> Iterator[None]:
-        """Inside is work of this rank alone, after which all meet."""
+    def after(self, about: str, what: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Inside is work of this rank alone, after which all meet; see `meet`."""
         try:
             yield
         except Exception as error:
             self.meet(about, error)
             raise
-        self.meet(about)
+        self.meet(about, what=what())
 
     def leave(self) -> None:
         """Give back what was made for the block."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.ranks.division import dividing, from_first
+from fpq_analysis.ranks.division import dividing, on_first
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -46,9 +46,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model
     else:
         model = copy.deepcopy(model)
-    buffers = dict(model.named_buffers())
-    for name, value in from_first({name: t.cpu() for name, t in buffers.items()}).items():
-        buffers[name].copy_(value)
+    buffers = list(model.buffers())
+    for buffer, first in zip(buffers, on_first(lambda: [t.cpu() for t in buffers]), strict=True):
+        buffer.copy_(first)
     return model
 
 

@@ -45,11 +45,19 @@ class TrainConfig(MethodSettings, RunSettings):
     weight_calibration: str = setting("mse", "Initial scales of weights: {choices}.", choices=("mse", "minmax"))
     act_calibration: str = setting("mse", "Initial scales of inputs: {choices}.", choices=("mse", "minmax"))
     calibration_images: int = setting(100, "Training images for the first scales.", within="positive")
+    accumulate: int = setting(
+        1, "Parts of a batch, one after the other, for less memory; BatchNorm sees a part.", within="positive"
+    )
     bf16: bool = setting(False, "Networks under bfloat16 autocast; quantizers and losses stay in float32.")
     seed: int = setting(0, "Seed of initial weights, shuffles, augmentation and noise.")
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.accumulate > 1 and self.batch_size < 2 * self.accumulate:
+            raise UserError(
+                f"A batch of {self.batch_size} in {self.accumulate} parts leaves fewer than 2 images to a part, which "
+                "BatchNorm has no statistics of. Choose a smaller --accumulate, or a larger --batch-size."
+            )
         method = METHODS[self.method]
         if method.quantized:
             if self.bits is None:

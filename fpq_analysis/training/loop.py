@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fpq_analysis.data import Dataset, Split, evaluation_batches, load_dataset, 
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError
 from fpq_analysis.models import build_model
+from fpq_analysis.nests import split
 from fpq_analysis.quantizers import (
     calibrate,
     changed_fraction,
@@ -28,6 +30,8 @@ from fpq_analysis.quantizers import (
     step_sizes,
     weight_codes,
 )
+from fpq_analysis.ranks import added, dividing, mean_over_ranks, n_ranks, on_first, share
+from fpq_analysis.ranks.leading import leading, together
 from fpq_analysis.runs import Run
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.text import duration
@@ -63,6 +67,9 @@ def train(
 ) -> pd.DataFrame:
     """Train one run into the folder `run`, a checkpoint before training and after every epoch.
 
+    Under torchrun, or inside `over_ranks()`, every batch is divided over the ranks, and gradients are added up.  Each
+    rank's BatchNorm has the statistics of its own images; a checkpoint has their mean over the ranks.
+
     Args:
         resume: go on from the last finished epoch of `run`; on the same CPU the end is bit-identical to that of a run
             that was never stopped.  A finished run is left as it is.
@@ -78,11 +85,33 @@ def train(
     Raises:
         UserError: for bad input, or if the loss is not finite; the last good checkpoint stands.
     """
-    run = Path(run)
+    how = partial(_train, config, Path(run), device, download, resume, overwrite)
+    if leading():  # the others know the run by its config, and load the data themselves
+        return together(partial(how, None, log))
+    return how(dataset, log)
+
+
+def _train(
+    config: TrainConfig,
+    run: Path,
+    device: str,
+    download: bool,
+    resume: bool,
+    overwrite: bool,
+    dataset: Dataset | None,
+    log: Log,
+) -> pd.DataFrame:
+    """On every rank, of which the first reads and writes the folder."""
     where = pick_device(device)
-    done = last_finished_epoch(config, run, resume=resume, overwrite=overwrite)
+    least = config.batch_size // (n_ranks() * config.accumulate)
+    if dividing() and least < 2:
+        raise UserError(
+            f"A batch of {config.batch_size} on {n_ranks()} ranks in {config.accumulate} part(s) leaves {least} to a "
+            "part, and BatchNorm needs 2. Choose a larger --batch-size, fewer ranks, or a smaller --accumulate."
+        )
+    done = on_first(lambda: last_finished_epoch(config, run, resume=resume, overwrite=overwrite))
     if done == config.epochs:
-        log(f"{run}: all {config.epochs} epochs are done")
+        on_first(lambda: log(f"{run}: all {config.epochs} epochs are done"))
         rows = Run(run).rows
         if not rows:
             raise UserError(
@@ -97,20 +126,20 @@ def train(
     model, teacher, teacher_hash = _start(config, data)
     method = regularizers(config, model, teacher)
     # Everything was checked; from here on the folder is written to.
-    run.mkdir(parents=True, exist_ok=True)
+    on_first(lambda: run.mkdir(parents=True, exist_ok=True))
     if done != NOTHING:
         check_teacher(run, teacher_hash)
         last = ckpt.read_checkpoint(run / f"epoch_{done:04d}.pt")
         ckpt.load_state(model, last.state_dict, what=f"'{config.model}'", whose=ckpt.made_with(last.model["name"]))
-    clear_after(run, done)
+    on_first(lambda: clear_after(run, done))
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     optimizer = make_optimizer(config, model)
     if done == NOTHING:
-        begin(run, config, data, teacher_hash)
+        on_first(lambda: begin(run, config, data, teacher_hash))
         row: dict[str, Any] = {"test_accuracy": accuracy(model, data, data.test)}
-        finish_epoch(run, config, data, model, optimizer, 0, row)
+        on_first(lambda: finish_epoch(run, config, data, model, optimizer, 0, row))
         done = 0
     else:
         _load_optimizer(optimizer, run)
@@ -118,17 +147,19 @@ def train(
     for epoch in range(done + 1, config.epochs + 1):
         codes = weight_codes(model)
         row = _train_epoch(config, data, model, teacher, method, optimizer, epoch)
+        mean_over_ranks(b for b in model.buffers() if b.is_floating_point())
         row["test_accuracy"] = accuracy(model, data, data.test)
         row["clipped_fraction"] = clipped_fraction(model)
         row["oscillating_fraction"] = changed_fraction(codes, weight_codes(model))
         row["step_sizes"] = step_sizes(model)
-        finish_epoch(run, config, data, model, optimizer, epoch, row)
         left = (config.epochs - epoch) * row["seconds"]
-        log(
+        line = (
             f"{run.name}  epoch {epoch}/{config.epochs}  loss {row['loss']:.4f}  "
             f"test {100 * row['test_accuracy']:.2f} %  {row['seconds']:.1f} s, {duration(left)} left"
         )
-    (run / "resume.pt").unlink(missing_ok=True)
+        on_first(lambda: finish_epoch(run, config, data, model, optimizer, epoch, row))  # noqa: B023 -- called at once
+        on_first(lambda: log(line))  # noqa: B023
+    on_first(lambda: (run / "resume.pt").unlink(missing_ok=True))
     return pd.DataFrame(Run(run).rows)
 
 
@@ -176,6 +207,30 @@ def _train_epoch(
             terms |= part.losses(logits, wanted)
         return terms, logits
 
+    def gradient(x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Leave the gradient over a batch in `.grad`; the terms' means, and how many images are right.
+
+        The batch is divided over ranks, and gone through in parts.
+        """
+        optimizer.zero_grad()
+        means: dict[str, Tensor] = {}
+        hits = torch.zeros_like(correct)
+
+        def parts() -> Iterator[None]:
+            nonlocal hits
+            for own in share([(x, y)]):
+                for images, labels in split(own, -(-len(own[0]) // config.accumulate)):
+                    terms, logits = forward(images, labels)
+                    weight = len(images) / len(x)
+                    (torch.stack(list(terms.values())).sum() * weight).backward()
+                    for name, term in terms.items():
+                        means[name] = means.get(name, 0.0) + term.detach() * weight
+                    hits += (logits.argmax(1) == labels).sum()
+                    yield
+
+        added(parts(), (p.grad for p in model.parameters() if p.grad is not None))
+        return means, hits
+
     model.train()
     with ExitStack() as stack:
         stack.enter_context(fused_quantizers(model))
@@ -187,19 +242,15 @@ def _train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            terms, logits = forward(x, y)
-            losses = torch.stack(list(terms.values()))
-            optimizer.zero_grad()
-            losses.sum().backward()
+            terms, hits = gradient(x, y)
             for moved in filter(None, (part.second_pass() for part in method)):
                 with moved:  # the gradient there, in place of this one
-                    optimizer.zero_grad()
-                    torch.stack(list(forward(x, y)[0].values())).sum().backward()
+                    gradient(x, y)
             optimizer.step()
             project()
 
-            history.append(losses.detach())
-            correct += (logits.argmax(1) == y).sum()
+            history.append(torch.stack(list(terms.values())))
+            correct += hits
             if step % CHECK_EVERY == CHECK_EVERY - 1:
                 _check_finite(history, epoch, lr)
         _check_finite(history, epoch, lr)
@@ -209,11 +260,13 @@ def _train_epoch(
 
     seconds = time.perf_counter() - start
     images = steps * min(config.batch_size, len(data.train))
-    means = torch.stack(history).cpu().double().mean(0).tolist()
+    sums, right = torch.stack(history).cpu().double().mean(0), correct.double()
+    added((), [sums, right])
+    means = sums.tolist()
     return {
         "loss": sum(means),
         **{f"loss_{name}": mean for name, mean in zip(terms, means, strict=True)},
-        "train_accuracy": int(correct) / images,
+        "train_accuracy": float(right) / images,
         "lr": lr,
         "seconds": seconds,
         "images_per_s": images / seconds,

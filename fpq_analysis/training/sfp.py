@@ -17,6 +17,7 @@ from fpq_analysis.data import epoch_generator
 from fpq_analysis.errors import UserError, did_you_mean
 from fpq_analysis.models import model_device
 from fpq_analysis.quantizers import FeatureNoise
+from fpq_analysis.ranks import place
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.regularizer import Regularizer
 from fpq_analysis.training.weight_noise import check_steps
@@ -115,7 +116,7 @@ class SFP(Regularizer):
 
     def during(self, epoch: int) -> StochasticFeaturePerturbation:
         gates = epoch_generator(self.config.seed, epoch, "sfp gates")
-        noise = self.generator(epoch, "sfp noise")
+        noise = self.generator(epoch, f"sfp noise{place() or ''}")  # other images, other noise
         p = 1.0 if self.weight is None else self.config.sfp_p
         return StochasticFeaturePerturbation(self.model, p, gates, noise, self.config.sfp_site)
 
