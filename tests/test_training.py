@@ -466,7 +466,7 @@ def test_a_batch_in_parts_is_the_batch(tmp_path):
     for parts in (1, 3):
         config = TrainConfig(model=f"{__name__}:without_statistics", epochs=1, lr=0.1, batch_size=500, accumulate=parts)
         row = train(config, tmp_path / str(parts), device="cpu", log=quiet).iloc[-1]
-        state = fpq_analysis.load(tmp_path / str(parts) / "epoch_0001.pt", model=config.model).state_dict()
+        state = load(tmp_path / str(parts) / "epoch_0001.pt", model=config.model).state_dict()
         trained.append([torch.tensor([row["loss"], row["train_accuracy"]]), *state.values()])
     for whole, divided in zip(*trained, strict=True):
         torch.testing.assert_close(whole, divided.to(whole), rtol=1e-3, atol=1e-5)
