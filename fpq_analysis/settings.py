@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ T = TypeVar("T")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "must be above zero"),
     "non-negative": (lambda value: value >= 0, "must not be negative"),
+    "fraction": (lambda value: 0 <= value < 1, "must be from 0 to below 1"),
+    "seed": (lambda value: -(2**63) <= value < 2**64, "must fit into 64 bits"),
     "probability": (lambda value: 0 <= value <= 1, "must be a probability, from 0 to 1"),
 }
 
@@ -44,5 +47,7 @@ def check_settings(settings: Any) -> None:
         if choices and value not in choices and not (value is None and one.default is None):
             near = did_you_mean(str(value), choices)
             raise UserError(f"Unknown {one.name} '{value}'{near}. Known: {', '.join(choices)}.")
-        if within and not RANGES[within][0](value):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{one.name} is {value}, and must be a finite number.")
+        if within and value is not None and not RANGES[within][0](value):
             raise UserError(f"{one.name} is {value}, and {RANGES[within][1]}.")

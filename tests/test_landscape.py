@@ -671,3 +671,12 @@ def test_command(runs, tmp_path, monkeypatch):
     assert "a checkpoint of epoch 9" in " ".join(call(*here, "--epoch", 9, code=1).stderr.split())
     monkeypatch.setattr("fpq_analysis.plots.landscape_html.find_spec", lambda name: None)
     assert "fpq-analysis[html]" in "".join(call(*here, "--html", code=1).stderr.split("\n"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_a_single_image_no_error_is_known():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    rows = landscape(model, (torch.randn(1, 1, 2, 2), torch.tensor([1])), points=3).frame()
+    losses = rows[rows["quantity"].str.startswith("loss")]
+    assert losses["value"].notna().all()
+    assert losses["sem_data"].isna().all()

@@ -309,6 +309,8 @@ def test_the_smoothed_density_integrates_to_one_and_sees_the_outlier():
     near = grid > 8
     assert np.trapezoid(density[near], grid[near]) == pytest.approx(0.01, abs=0.01)
     assert (error >= 0).all()
+    alone = spectral_measure(DenseMatrix(rotated(values)), generator=dice(), n_draws=1, n_steps=10)
+    assert np.isnan(alone.density(grid, 0.2)[1]).all()  # not known, which is not none
 
 
 # --- Traces ---

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import pytest
+import torch
 import typer
 
 from fpq_analysis import TrainConfig, UserError
 from fpq_analysis.cli import app
 from fpq_analysis.methods import METHODS, SCHEMES, load_class
+from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.plots.style import SPARE_COLOURS, colour
 from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
@@ -65,3 +67,27 @@ def test_no_two_methods_share_a_colour():
     own = [method.colour for method in METHODS.values() if method.colour]
     assert len({*own, *SPARE_COLOURS}) == len(own) + len(SPARE_COLOURS)
     assert colour("mine", ["lsq", "mine"]) == SPARE_COLOURS[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lr": float("inf")}, "lr is inf, and must be a finite number"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"momentum": 1.0}, "momentum is 1.0, and must be from 0 to below 1"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"seed": 10**30}, "seed is 10+, and must fit into 64 bits"),
+    ],
+)
+def test_no_training_with_numbers_that_are_none(options, says):
+    with pytest.raises(UserError, match=says):
+        TrainConfig(**options)
+
+
+def test_no_measuring_with_a_seed_that_torch_does_not_take():
+    with pytest.raises(UserError, match="must fit into 64 bits"):
+        Sampling(seed=2**64)
+    for seed in (-(2**63), 2**64 - 1):
+        assert Sampling(seed=seed).seed == TrainConfig(seed=seed).seed == seed
+        torch.Generator().manual_seed(seed)

@@ -41,6 +41,9 @@ def export(
     if "images" in frame:
         log(
             f"onnxruntime on {row['images']} random images: {100 * row['same_class']:.0f} % of the answers as in "
-            f"PyTorch; difference of a logit, relative to their spread: typically {row['typical']:.1g}, at most "
+            f"PyTorch"
+        )
+        log(
+            f"Difference of a logit, relative to their spread: typically {row['typical']:.1g}, at most "
             f"{row['largest']:.1g}"
         )

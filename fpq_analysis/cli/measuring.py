@@ -185,7 +185,7 @@ def measure_and_show(
         print_json(rows(everything) if rows else everything)
     unshown: list[UserError] = []
     if shard != WHOLE:
-        log(f"Part {settings.shard} is done. When all are, the same command without --shard gathers and draws.")
+        log(f"Part {settings.shard} is done. After all of them, run it without --shard to draw.")
     else:
         unshown = _show(frames, settings, show)
         for page in pages:

@@ -53,11 +53,11 @@ class SpectralMeasure:
             width: standard deviation of the Gaussian, one for all or one for each grid point.
 
         Returns:
-            Mean over the runs and its standard error, (g,) each (zero for a single run).
+            Mean over the runs and its standard error, (g,) each (NaN of a single run).
         """
         width = np.broadcast_to(width, grid.shape)[:, None]
         runs = np.stack([self._smoothed(run, grid, width) for run in range(len(self.nodes))])
-        error = runs.std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.zeros_like(grid)
+        error = runs.std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.full(grid.shape, math.nan)
         return runs.mean(0), error
 
     def _smoothed(self, run: int, grid: np.ndarray, width: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.runs import Header, Source
+from fpq_analysis.settings import RANGES
 
 if TYPE_CHECKING:
     from fpq_analysis.probes import Probe
@@ -32,7 +33,7 @@ class Sampling:
         loss: a name of `losses.LOSSES`, or `package.module:name`.
 
     Raises:
-        UserError: if so few images give no error over the data.
+        UserError: if so few images give no error over the data, or for a seed that torch does not take.
     """
 
     n_data: int | None = 1024
@@ -45,6 +46,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.n_data is not None and self.n_data < 2:
             raise UserError(f"n_data is {self.n_data}; an error over the data needs at least 2 images.")
+        accepts, otherwise = RANGES["seed"]
+        if not accepts(self.seed):
+            raise UserError(f"seed is {self.seed}, and {otherwise}.")
 
 
 @dataclass(frozen=True)

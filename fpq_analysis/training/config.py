@@ -19,7 +19,7 @@ class RunSettings:
 
     data: str = setting("digits", "digits, cifar10, cifar100 or imagefolder.")
     data_root: str | None = setting(None, "Folder of the data set (not for digits).")
-    image_size: int | None = setting(None, "Resize imagefolder images to this side.")
+    image_size: int | None = setting(None, "Resize imagefolder images to this side.", within="positive")
     model: str = setting(
         "resnet20", "resnet20, resnet18, resnet50, mobilenet_v1, mobilenet_v2 or package.module:factory."
     )
@@ -29,7 +29,7 @@ class RunSettings:
     epochs: int = setting(200, "Passes over the training data.", within="positive")
     batch_size: int = setting(256, "Images per step.", within="positive")
     lr: float = setting(0.01, "Learning rate at the start of the cosine.", within="positive")
-    momentum: float = setting(0.9, "Momentum of SGD.", within="non-negative")
+    momentum: float = setting(0.9, "Momentum of SGD.", within="fraction")
     weight_decay: float = setting(5e-4, "Of weights, not of step sizes.", within="non-negative")
     augment: bool = setting(True, "Random crop and flip (the paper most likely had none).")
     quantizer: str | None = setting(
@@ -49,7 +49,7 @@ class TrainConfig(MethodSettings, RunSettings):
         1, "Parts of a batch, one after the other, for less memory; BatchNorm sees a part.", within="positive"
     )
     bf16: bool = setting(False, "Networks under bfloat16 autocast; quantizers and losses stay in float32.")
-    seed: int = setting(0, "Seed of initial weights, shuffles, augmentation and noise.")
+    seed: int = setting(0, "Seed of initial weights, shuffles, augmentation and noise.", within="seed")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -239,8 +239,8 @@ class LossGrid:
         ]
 
     def _mean(self, quantity: str, values: Tensor) -> dict[str, Any]:
-        mean, spread = torch.stack([values.mean(), values.std()]).tolist()  # one wait for the device
-        error = spread / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        spread = values.std() if len(values) > 1 else torch.full_like(values[0], math.nan)
+        mean, error = torch.stack([values.mean(), spread / math.sqrt(len(values))]).tolist()  # one wait for the device
         numbers = {"value": mean, "sem_data": error, "ci95": 1.96 * error, "n_products": 0}
         return {**self.common, "quantity": quantity, **numbers}
 
