@@ -9,6 +9,7 @@ from fpq_analysis.curvature.operator import FisherOperator as FisherOperator
 from fpq_analysis.curvature.operator import GaussNewtonOperator as GaussNewtonOperator
 from fpq_analysis.curvature.operator import HessianOperator as HessianOperator
 from fpq_analysis.curvature.operator import select as select
+from fpq_analysis.curvature.residual import ResidualOperator as ResidualOperator
 from fpq_analysis.curvature.samples import check_samples_apart as check_samples_apart
 from fpq_analysis.curvature.samples import repeatable as repeatable
 from fpq_analysis.curvature.sampling import SampleTraces as SampleTraces

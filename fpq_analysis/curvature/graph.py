@@ -65,13 +65,19 @@ def graph_signature(output: Tensor) -> tuple[Any, ...]:
     return tuple(lines)
 
 
-def prove(model: nn.Module, run: Callable[[], Tensor], variables: Callable[[], dict[str, Tensor]]) -> Tensor:
+def prove(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    variables: Callable[[], dict[str, Tensor]],
+    outside: set[str] | None = None,
+) -> Tensor:
     """What `run` gives, if it is piecewise linear in each of the variables alone.
 
     Args:
         model: whose modules name the place of an operation.
         run: a forward pass of it; done a second time where the graph alone does not say all.
         variables: leaf tensors that want gradients, by what they are called in the reason; asked for after each pass.
+        outside: takes up the names of all variables for which it is not; None: the first one is an error.
 
     Raises:
         NotExactError: with the operation, the module it stands in and the variable.
@@ -83,13 +89,18 @@ def prove(model: nn.Module, run: Callable[[], Tensor], variables: Callable[[], d
     for node in nodes(output):
         inputs = [depends.get(before, 0) for before, _ in node.next_functions]
         depends[node] = reduce(or_, inputs, bits.get(id(getattr(node, "variable", None)), 0))
-        if any(inputs):
+        while any(inputs):
             hidden = of_slices.get(node._sequence_nr()) if operation(node) == "CopySlices" else None
             found = _fault(node, inputs, calls.get(node), hidden)
-            if found:
-                what, why, which = found
-                name = list(named)[(which & -which).bit_length() - 1]
-                raise NotExactError(f"{what} in {place(node)} {why} {name}")
+            if not found:
+                break
+            what, why, which = found
+            names = [name for i, name in enumerate(named) if which >> i & 1]
+            if outside is None:
+                raise NotExactError(f"{what} in {place(node)} {why} {names[0]}")
+            outside.update(names)
+            inputs = [bits_of & ~which for bits_of in inputs]
+            depends[node] &= ~which
     return output
 
 

@@ -14,6 +14,7 @@ from fpq_analysis.curvature import (
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
+    ResidualOperator,
     as_batches,
     check_samples_apart,
     select,
@@ -66,23 +67,32 @@ class Subject:
         """Each sample's loss: (B,) float64 on the CPU."""
         return self.loss.sample_losses(outputs, y).cpu()
 
-    def operator(self, kind: str = "hessian", seed: int = 0) -> CurvatureOperator:
-        """`hessian`, `gauss-newton`, or `fisher` (with one label a sample, drawn by `seed`).
+    def operator(
+        self, kind: str = "hessian", seed: int = 0, parameters: dict[str, Tensor] | None = None
+    ) -> CurvatureOperator:
+        """`hessian`, `gauss-newton`, `fisher` (with one label a sample, drawn by `seed`) or the `residual` H - G.
+
+        Args:
+            parameters: some of those of the subject, or None for all.
 
         Raises:
             UserError: for an unknown kind, or a Fisher matrix of a loss that draws no labels.
         """
-        check_operator(kind)
+        if kind != "residual":
+            check_operator(kind)
+        parameters = self.parameters if parameters is None else parameters
         data = merged(self.data) if self.micro_batch is None else self.data
         if device_of(data[0]).type == "cpu":
             # Second derivatives of channels-last convolutions take up to twice as long on a CPU.
             self.view.to(memory_format=torch.contiguous_format)
             data = [(mapped(Tensor.contiguous, x), y) for x, y in data]
         if kind == "hessian":
-            return HessianOperator(self.view, self.loss, data, self.parameters)
+            return HessianOperator(self.view, self.loss, data, parameters)
+        if kind == "residual":
+            return ResidualOperator(self.view, self.loss, data, parameters)
         if kind == "gauss-newton":
-            return GaussNewtonOperator(self.view, self.loss, data, self.parameters)
-        return FisherOperator(self.view, self.loss, data, self.parameters, seed=seed)
+            return GaussNewtonOperator(self.view, self.loss, data, parameters)
+        return FisherOperator(self.view, self.loss, data, parameters, seed=seed)
 
 
 def prepare(

@@ -30,13 +30,14 @@ from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.sample_traces import BY_SAMPLE, N_LABELS, by_sample
+from fpq_analysis.probes.split_trace import split_trace
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
 from fpq_analysis.quantizers import check_definition, clipped_fraction
 from fpq_analysis.ranks import same_on_all_ranks
 from fpq_analysis.records.queries import AT_CHANCE
 
 BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
-TRACE_METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT)
+TRACE_METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT, "split")
 N_PRODUCTS = 100
 MAX_PRODUCTS = 100_000
 ROOT = "(model)"  # the layer's name when the model is a single layer
@@ -162,6 +163,8 @@ def hessian_trace(
 
     - `hutchinson`: random signs; `deflated`: with a Krylov subspace taken out exactly; `hutch++`: with a sketch;
     - `xtrace`; `xnystrace` for positive semidefinite matrices (`operator="gauss-newton"`, `"fisher"`);
+    - `split`: of the Hessian, the Gauss-Newton matrix's trace by sample, and of what is left random signs, among those
+      parameters alone in which the outputs are not piecewise linear; for a loss with an `output_factor`;
     - `pyhessian`: its Hutchinson, as a cross-check.
 
     `auto` takes `exact` where the autograd graph proves that it holds (`sampled` with `tol`, or where a sample has more
@@ -197,8 +200,15 @@ def hessian_trace(
     subject = prepare(model, batches, definition=definition, **where)
     model = subject.model
     estimate, reason = None, "asked for"
+    plain = functools.partial(prepare, model, batches, **where)
+    if method == "split":
+        try:
+            estimate = split_trace(subject, plain, definition, n_products, n_labels, seed)
+        except NotExactError as outside:
+            raise UserError(f"The method 'split' does not hold here: {outside}. Use method='deflated'.") from outside
+        for kind in ("per_layer", "per_layer_sem"):
+            estimate[kind] = {layer or ROOT: number for layer, number in estimate[kind].items()}
     if method == "auto" or method in BY_SAMPLE:
-        plain = functools.partial(prepare, model, batches, **where)
         try:
             traces, method, reason = by_sample(subject, plain, definition, operator, method, n_labels, tol, seed)
             estimate = _from_samples(traces)
@@ -240,6 +250,8 @@ def _check_settings(
             "xnystrace is for positive semidefinite matrices, and a Hessian need not be one. Use method='xtrace', or "
             "operator='gauss-newton'."
         )
+    if method == "split" and (operator != "hessian" or tol is not None):
+        raise UserError("The method 'split' is for the Hessian, with a fixed number of products (n_products).")
     if method == "pyhessian" and operator != "hessian":
         raise UserError("PyHessian knows the Hessian only; leave the operator out.")
     if tol is not None and not tol > 0:
