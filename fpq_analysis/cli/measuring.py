@@ -160,6 +160,8 @@ def measure_and_show(
     forecasts, checkpoints = [], 0
     folder = settings.records or Path(settings.ckpt_dir)
     with open_engine(settings.executor, settings.jobs, device=settings.device, folder=folder) as engine:
+        if engine.about and not settings.dry_run:
+            log(engine.about)
         for probe in probes:
             todo = plan(settings.ckpt_dir, probe, sampling, **options)
             bad = f", {len(todo.faults)} unreadable" if todo.faults else ""

@@ -158,7 +158,7 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
 
 def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[TaskResult], list[str]]]:
     """Each task with its outcome, as they are done, and what is being measured meanwhile."""
-    limit = executor.in_hand if isinstance(executor, Engine) else Engine.in_hand
+    engine = executor if isinstance(executor, Engine) else Engine
     flying: dict[Future[TaskResult], Task] = {}
     done: SimpleQueue[Future[TaskResult]] = SimpleQueue()
 
@@ -176,7 +176,7 @@ def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, 
             future = executor.submit(execute, task)
             flying[future] = task
             future.add_done_callback(done.put)
-            while not done.empty() or len(flying) >= limit:
+            while not done.empty() or len(flying) >= engine.in_hand:
                 yield landed()
         while flying:
             yield landed()

@@ -18,6 +18,7 @@ GROUP = "fpq_analysis.engines"
 ENGINES = {
     "serial": "fpq_analysis.pipeline.engines.serial:SerialExecutor",
     "processes": "fpq_analysis.pipeline.engines.processes:ProcessEngine",
+    "dask": "fpq_analysis.pipeline.engines.dask:DaskEngine",
     "ranks": "fpq_analysis.pipeline.engines.ranks:RanksExecutor",
 }
 
@@ -45,9 +46,11 @@ class Engine(Executor):
 
     Attributes:
         in_hand: tasks it is given at a time: enough to be busy, few enough to call back if a measurement fails.
+        about: what a user should know of it, a sentence.
     """
 
     in_hand = 256
+    about = ""
 
     @classmethod
     def open(cls, address: str, resources: Resources) -> Self:
@@ -94,6 +97,11 @@ def open_engine(
         raise UserError("All ranks measure each checkpoint together; leave --executor out, or torchrun.")
     name, address = re.fullmatch(r"([^:]*)(?::(?://)?(.*))?", executor, re.DOTALL).groups()  # type: ignore[union-attr]
     return _kind(name).open(address or "", Resources(count, device, Path(folder)))
+
+
+def not_installed(name: str, error: ImportError) -> UserError:
+    """What to say where the packages of an engine of ours are missing: its extra has its name."""
+    return UserError(f"--executor {name} needs {error.name}; install it with pip install 'fpq-analysis[{name}]'.")
 
 
 def _kind(name: str) -> type[Engine]:

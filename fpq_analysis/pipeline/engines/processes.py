@@ -6,7 +6,6 @@ import atexit
 import multiprocessing
 import multiprocessing.util  # whose exit handler, which waits for children, must be behind ours
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from queue import LifoQueue
 from typing import Any, ParamSpec, Self, TypeVar
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.pipeline.engines.calls import done, packed, unpacked
 from fpq_analysis.pipeline.engines.engine import Engine, Resources
 from fpq_analysis.text import duration
 
@@ -72,12 +72,9 @@ class ProcessEngine(Engine):
     def _call(self, *call: Any) -> Any:
         worker = self._idle.get()
         try:
-            outcome, error = worker.call(pickle.dumps(call))
+            return unpacked(worker.call(packed(*call)))
         finally:
             self._idle.put(worker)
-        if error is not None:
-            raise error
-        return outcome
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the processes: when all is done, or with `cancel_futures` at once."""
@@ -102,13 +99,13 @@ class _Worker:
         self._stopped = False
         self._starting = threading.Lock()  # or one could be started behind the back of `stop`
 
-    def call(self, call: bytes) -> tuple[Any, Exception | None]:
+    def call(self, call: bytes) -> bytes:
         """What it returned, or raised."""
         for _ in range(ATTEMPTS):
             self._start()
             try:
                 self._pipe.send_bytes(call)
-                return pickle.loads(self._pipe.recv_bytes())
+                return self._pipe.recv_bytes()
             except (EOFError, ConnectionError):
                 if self._stopped:
                     raise UserError(STOPPED) from None
@@ -172,22 +169,7 @@ def _serve(pipe: Connection, threads: int, gpu: int | None) -> None:
             call = pipe.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        pipe.send_bytes(_outcome(call))
-
-
-def _outcome(call: bytes) -> bytes:
-    outcome: tuple[Any, Exception | None]
-    try:
-        fn, args, kwargs = pickle.loads(call)
-        outcome = fn(*args, **kwargs), None
-        return pickle.dumps(outcome)
-    except Exception as error:
-        outcome = None, error
-    try:
-        pickle.loads(found := pickle.dumps(outcome))
-        return found
-    except Exception:  # not every exception can be handed on
-        return pickle.dumps((None, RuntimeError(f"{type(outcome[1]).__name__}: {outcome[1]}")))
+        pipe.send_bytes(done(call))
 
 
 def _end_with_parent() -> None:
