@@ -1,6 +1,7 @@
 # make demo           the whole job on embedded data: train, measure, figures, report
 # make test           the test suite
 # make test-portable  its numbers once more, as on another processor: the oldest instructions, one thread
+# make test-slurm     the tests of Slurm, beside one that lasts as long (needs Debian's slurm-wlm and munge)
 # make coverage       the test suite, and the share of the package's lines and branches it reaches
 # make notebooks      the notebooks, on the demo's checkpoints
 # make check          linter, formatter and type checker
@@ -15,7 +16,7 @@ NOT_OF_NUMBERS := cli extending factories figures files guard hostile inspection
 	text training
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-portable coverage notebooks check docs dist clean
+.PHONY: demo test test-portable test-slurm coverage notebooks check docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fpq-analyze demo
@@ -25,6 +26,9 @@ test: $(VENV)/.installed-test
 
 test-portable: $(VENV)/.installed-test
 	$(OTHER_PROCESSOR) $(BIN)/python -m pytest $(NOT_OF_NUMBERS:%=--ignore=tests/test_%.py)
+
+test-slurm: $(VENV)/.installed-test
+	.ci/with-slurm $(BIN)/python -m pytest -n0 -m slurm
 
 coverage: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html:build/coverage

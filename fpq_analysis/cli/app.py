@@ -107,9 +107,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
 Jobs = Annotated[str, typer.Option(help="Processes at a time: a number, or auto.")]
-Engine = Annotated[
-    str | None, typer.Option("--executor", help="Where: processes, dask://HOST:PORT, ... (docs/scale.md)")
-]
+Engine = Annotated[str | None, typer.Option("--executor", help="Where it is done: docs/scale.md.")]
 ShardOf = Annotated[str | None, typer.Option("--shard", help="i/N: the share of the i-th of N machines.")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
 

@@ -93,6 +93,11 @@ class Task:
     settings: str
     piece: str = ""
 
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What it has in common with the same task of another plan, when others may be done already."""
+        return str(self.measurement.home.absolute()), self.measurement.key, self.piece
+
 
 @dataclass(frozen=True)
 class TaskResult:

@@ -19,6 +19,7 @@ ENGINES = {
     "serial": "fpq_analysis.pipeline.engines.serial:SerialExecutor",
     "processes": "fpq_analysis.pipeline.engines.processes:ProcessEngine",
     "dask": "fpq_analysis.pipeline.engines.dask:DaskEngine",
+    "slurm": "fpq_analysis.pipeline.engines.slurm:SlurmEngine",
     "ranks": "fpq_analysis.pipeline.engines.ranks:RanksExecutor",
 }
 
@@ -31,11 +32,13 @@ class Resources:
         jobs: tasks at a time; None: as many as the engine thinks right.
         device: on which the tasks compute, as the user named it.
         folder: where the engine may keep files of its own, and other machines see them.
+        batch: tasks that may be put together, where beginning one costs much.
     """
 
     jobs: int | None = 1
     device: str = "auto"
     folder: Path = Path()
+    batch: int = 8
 
 
 class Engine(Executor):
@@ -73,7 +76,7 @@ class Engine(Executor):
 
 
 def open_engine(
-    executor: str | None = None, jobs: int | str = 1, *, device: str = "auto", folder: str | Path = "."
+    executor: str | None = None, jobs: int | str = 1, *, device: str = "auto", folder: str | Path = ".", batch: int = 8
 ) -> Engine:
     """The engine that `--executor` and `--jobs` ask for, to be used as a context manager.
 
@@ -81,7 +84,7 @@ def open_engine(
         executor: `name`, `name:address` or `name://address`; None: this process for one job, processes for several, or
             where this rank leads others, all of them together.
         jobs: tasks at a time, or `auto`.
-        device, folder: see `Resources`.
+        device, folder, batch: see `Resources`.
 
     Raises:
         UserError: for an unknown name, no number, or see `Engine.open`.
@@ -96,7 +99,7 @@ def open_engine(
     elif leading():
         raise UserError("All ranks measure each checkpoint together; leave --executor out, or torchrun.")
     name, address = re.fullmatch(r"([^:]*)(?::(?://)?(.*))?", executor, re.DOTALL).groups()  # type: ignore[union-attr]
-    return _kind(name).open(address or "", Resources(count, device, Path(folder)))
+    return _kind(name).open(address or "", Resources(count, device, Path(folder), batch))
 
 
 def not_installed(name: str, error: ImportError) -> UserError:
