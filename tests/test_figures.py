@@ -56,7 +56,7 @@ def test_every_drawing_has_a_probe_and_a_command_that_exists():
     for drawing in FIGURES.values():
         assert drawing.command.split()[0] in commands
         assert drawing.probe in PROBES or drawing.probe in commands
-    assert len({drawing.file for drawing in FIGURES.values()}) == len(FIGURES)
+    assert len({drawing.picture.file for drawing in FIGURES.values()}) == len(FIGURES)
 
 
 def test_what_is_not_there_is_said(tiny_runs, tmp_path):

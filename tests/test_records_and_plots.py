@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,12 +16,14 @@ from fpq_analysis import UserError, records
 from fpq_analysis.cli.measuring import draw
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.intervals import over_seeds
+from fpq_analysis.loss_titles import LOSS_TITLES
+from fpq_analysis.losses import LOSSES
 from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
 from fpq_analysis.plots.style import powers_of_ten
 from fpq_analysis.records.comparison import SeedsDifference, against_baseline, by_epoch, difference
-from fpq_analysis.records.queries import AT_CHANCE, marked, totals
+from fpq_analysis.records.queries import AT_CHANCE, marked, mean_loss, totals
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
@@ -38,6 +39,7 @@ def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other)
         "checkpoint": "c",
         "probe": "hessian_trace",
         "definition": "dequantized",
+        "loss": "cross_entropy",
         "estimator": "exact",
         "layer": "all",
         "quantity": "trace",
@@ -71,13 +73,13 @@ def frame():
 
 def test_append_read_resume(tmp_path):
     run = tmp_path / "run"
-    records.append(run, "hessian_trace", [row(layer="0"), row(layer="all")])
+    records.append(run, "hessian_trace", [row(layer="0", loss=None), row(layer="all")])
     records.append(run, "hessian_trace", [row(epoch=1, layer="all", quantity="clipped"), row(epoch=1, layer="all")])
     path = run / "records" / "hessian_trace.jsonl"
     path.write_text(path.read_text()[:-20])  # cut off within its last row
     frame = records.read(tmp_path, [run], "hessian_trace")
     assert list(frame.columns) == list(records.COLUMNS)
-    assert set(frame["loss"]) == {"cross_entropy"}  # rows of before do not say
+    assert set(frame["loss"]) == {"cross_entropy"}  # also where a row does not say
     assert list(frame["layer"]) == ["0", "all"]
     assert records.done(run, "hessian_trace") == {"lsq-w4a40"}
     records.append(run, "hessian_trace", [row(layer="0", value=3.0), row(layer="all", value=3.0)])
@@ -367,12 +369,28 @@ def test_a_fault_is_not_nothing_to_draw(frame, tmp_path, monkeypatch, capsys):
     def broken(records):
         raise ValueError("cannot reindex on an axis with duplicate labels")
 
-    monkeypatch.setitem(FIGURES, "5", replace(FIGURES["5"], draw=broken))
+    monkeypatch.setattr(sys.modules["fpq_analysis.plots.figure5"], "figure5", broken)
     (fault,) = draw("hessian_trace", frame, tmp_path)
     assert "Figure 5: ValueError: cannot reindex" in str(fault)
-    monkeypatch.setitem(FIGURES, "5", replace(FIGURES["5"], draw=figure5))
+    monkeypatch.undo()
     assert draw("hessian_trace", frame.iloc[:0], tmp_path) == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("probe", ["gradnorm", "hessian_trace", "hessian_eigs", "hessian_density", "noise"])
+def test_captions_name_the_loss_that_was_measured(probe):
+    quantities = ("grad_norm_minibatch@features", "trace", "eigenvalue_1", "nodes_1", "predicted_1.0")
+    rows = [row(quantity=q, layer="all", loss="squared_error", samples=[0.0, 1.0], n_products=1) for q in quantities]
+    (caption,) = (drawing.caption(pd.DataFrame(rows)) for drawing in FIGURES.values() if drawing.probe == probe)
+    assert "mean squared error" in caption
+    assert "cross-entropy" not in caption
+
+
+def test_losses_in_words():
+    assert set(LOSS_TITLES) == set(LOSSES)
+    names = {"squared_error", "cross_entropy(label_smoothing=0.1)", "mine:huber"}
+    words = mean_loss(pd.DataFrame({"loss": sorted(names)}))
+    assert words == "mean cross-entropy (label_smoothing=0.1), loss mine:huber or squared error"
 
 
 def test_a_network_at_chance_before_training_is_no_caution():

@@ -138,7 +138,7 @@ def test_every_figure_is_there_once(measured, written):
     drawn = [drawing for drawing in FIGURES.values() if drawing.probe in read_study(measured).probes]
     assert report.figures == [drawing.title for drawing in drawn]
     for drawing in drawn:
-        assert found.ids.count(f"figure-{drawing.file}") == 1
+        assert found.ids.count(f"figure-{drawing.picture.file}") == 1
         frame = records.load(measured, drawing.probe)
         frame = frame[frame["definition"] == "dequantized"]
         assert typeset(drawing.caption(frame)) in found.text["figcaption"]
@@ -192,6 +192,14 @@ def test_methods_say_what_was_done(written):
     ):
         assert fact in text, fact
     assert "nan" not in text.lower().split()
+
+
+def test_the_loss_is_the_one_measured(runs, tmp_path):
+    for path in runs.rglob("records/*.jsonl"):
+        path.write_text(path.read_text().replace('"loss": "cross_entropy"', '"loss": "squared_error"'))
+    text = page(runs, tmp_path)
+    assert text.count("mean squared error") >= 7  # definitions, three paragraphs of the methods, three captions
+    assert "mean cross-entropy" not in text
 
 
 def test_names_from_files_are_text(runs, tmp_path):

@@ -69,7 +69,7 @@ def draw_figures(
         if everything and name not in PAPER and rec.load(records or root, drawing.probe).empty:
             continue
         if everything or name in names:
-            what = drawing.probe, drawing.last
+            what = drawing.probe, drawing.picture.last
             if what not in frames:
                 frames[what] = _measured(drawing, ckpt_dir, records, where if measure else None, on_fault)
             row = _draw(drawing, frames[what], Path(out))
@@ -101,7 +101,7 @@ def _measured(
         from fpq_analysis.probes import PROBES
 
         if drawing.probe in PROBES:
-            epochs = "last" if drawing.last else "all"
+            epochs = "last" if drawing.picture.last else "all"
             probe = PROBES[drawing.probe]()
             return measure(ckpt_dir, probe, epochs=epochs, records=records, on_fault=on_fault, **where)
     return rec.load(records or ckpt_dir, drawing.probe)

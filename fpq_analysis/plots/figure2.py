@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import BASELINE
 from fpq_analysis.plots.style import band, epoch_axis, log_if_wide, run_label, style
-from fpq_analysis.records.queries import distinct, norms
+from fpq_analysis.records.queries import distinct, mean_loss, norms
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
 # By the kind of noise, not by the method: these colours are this figure's own.
@@ -113,7 +113,7 @@ def caption2(records: pd.DataFrame) -> str:
         draws = " and ".join(f"{n:g} ({arm})" for arm, n in counts.items())
     runs = "each run in the noise it was trained with" if len(trained) else "runs trained without noise"
     return (
-        "Euclidean norm of the gradient of the mean cross-entropy with respect to the weights (definition: "
+        f"Euclidean norm of the gradient of the {mean_loss(drawn)} with respect to the weights (definition: "
         f"{several('definition')}), mean over {several('estimator')} and {draws} draws of the noise, against the "
         f"epoch: {runs}. Noise: uniform, one quantization step wide, in the input (features) or the quantized weight "
         f"(weights) of every convolution. BatchNorm in eval mode, {several('n_data')} training images without "

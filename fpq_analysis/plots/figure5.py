@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import band, colour, epoch_axis, legend_by_ends, line_style, log_if_wide, run_label, style
-from fpq_analysis.records.queries import distinct, totals
+from fpq_analysis.records.queries import distinct, mean_loss, totals
 
 # What the rows of one line have in common.
 LINE = ["run", "method", "bits", "definition", "estimator"]
@@ -89,7 +89,7 @@ def caption5(records: pd.DataFrame) -> str:
     rows = totals(records)
     several = partial(distinct, rows)
     return (
-        f"Trace of the Hessian of the mean cross-entropy against the epoch (definition: {several('definition')}; "
+        f"Trace of the Hessian of the {mean_loss(rows)} against the epoch (definition: {several('definition')}; "
         f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training images without "
         f"augmentation (sample seed {several('seed')}; the same images for every line). Data: {several('dataset')}; "
         f"network: {several('model')}; training seed {several('train_seed')}. Bands or bars: 95 % interval over the "

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import colour, panels, powers_of_ten, style
-from fpq_analysis.records.queries import distinct, responses
+from fpq_analysis.records.queries import distinct, mean_loss, responses
 from fpq_analysis.text import fraction
 
 # Kind of number: its name in the legend, its marker, filled or not, and where beside its size it stands.
@@ -91,7 +91,7 @@ def noise_caption(records: pd.DataFrame) -> str:
     several = partial(distinct, rows)
     how = ", ".join(sorted(rows.loc[rows["kind"] == "predicted", "estimator"].unique()))
     return (
-        "Increase of the mean cross-entropy when uniform noise, of the width given in quantization steps, is added at "
+        f"Increase of the {mean_loss(rows)} when uniform noise, of the width given in quantization steps, is added at "
         "the input of every convolution, behind its quantizer. Line: prediction to second order from the trace of the "
         f"Hessian in feature space ({how}); dotted: loss at logits linear in the noise; squares: quantizers "
         "straight-through, rounding residues held; circles: the network itself. Bars: 95 % interval over the images, "

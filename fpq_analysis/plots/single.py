@@ -27,7 +27,7 @@ def single_figure(records: pd.DataFrame) -> Figure:
     data = f"{records['n_data'].iloc[-1]} images"
     about = {"method": name, "bits": "FP", "model": name, "dataset": data, "data": "", "train_seed": "", "epoch": ""}
     for drawing in FIGURES.values():
-        if drawing.single and drawing.probe == records["probe"].iloc[0]:
+        if drawing.picture.single and drawing.probe == records["probe"].iloc[0]:
             blank = {column: records[column].fillna("") for column in ("definition", "estimator")}
             return drawing.draw(records.assign(run=name, **about, **blank))
     return layer_figure(records)

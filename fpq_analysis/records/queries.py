@@ -7,6 +7,8 @@ import math
 import pandas as pd
 
 from fpq_analysis.intervals import Z95
+from fpq_analysis.loss_titles import loss_title
+from fpq_analysis.text import listed
 
 AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
 
@@ -61,6 +63,11 @@ def half_widths(rows: pd.DataFrame) -> pd.Series:
 def last_epochs(rows: pd.DataFrame) -> pd.DataFrame:
     """Of every run, the rows of its last epoch."""
     return rows[rows["epoch"] == rows.groupby("run")["epoch"].transform("max")]
+
+
+def mean_loss(rows: pd.DataFrame) -> str:
+    """What the rows' loss is called, `mean cross-entropy`; of several losses all, with `or` before the last."""
+    return f"mean {listed((loss_title(name) for name in sorted(rows['loss'].unique())), 'or')}"
 
 
 def distinct(rows: pd.DataFrame, column: str) -> str:

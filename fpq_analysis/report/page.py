@@ -88,6 +88,7 @@ def write_report(
             pictures=[*([training] if training else []), *drawn],
             numbers=tables.number_tables(study),
             missing=missing,
+            loss=study.loss,
             definitions=[(name, text, name in set(study.traces["definition"])) for name, text in DEFINITIONS.items()],
             methods=methods(study),
             differing=differing,

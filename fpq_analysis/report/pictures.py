@@ -71,7 +71,7 @@ def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
             except NothingToDraw:
                 missing.append(drawing)
                 continue
-            drawn.append(picture(drawing.title, drawing.file, figure, drawing.caption(frame)))
+            drawn.append(picture(drawing.title, drawing.picture.file, figure, drawing.caption(frame)))
     return drawn, missing
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import METHODS, method_label
-from fpq_analysis.records.queries import eigenvalues, totals
+from fpq_analysis.records.queries import eigenvalues, mean_loss, totals
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
@@ -146,7 +146,7 @@ def _trace(frame: pd.DataFrame) -> str:
     how = listed(ESTIMATORS.get(name, f"estimated by {name}") for name in rows["estimator"])
     n = rows["checkpoint"].nunique()
     sentences = [
-        f"We measured the trace of the Hessian of the mean cross-entropy at {n} checkpoint{'s' if n > 1 else ''}, with "
+        f"We measured the trace of the Hessian of the {mean_loss(rows)} at {n} checkpoint{'s' if n > 1 else ''}, with "
         f"respect to {_variables(rows)}, and to biases and BatchNorm parameters; step sizes were not among the "
         "variables, and activation quantizers acted through their straight-through derivative. BatchNorm was in "
         f"evaluation mode, the arithmetic in float32, and the loss that of {_sample(rows)}. The trace was {how}."
@@ -173,8 +173,9 @@ def _eigenvalues(frame: pd.DataFrame) -> str:
     which = {str(name).partition(",")[0].split()[-1] for name in rows["estimator"]}
     return (
         f"The {rows['rank'].max()} {listed(sorted(kinds.get(name, name) for name in which))} eigenvalues of the "
-        f"Hessian with respect to {_variables(rows)}, on {_sample(rows)}, were computed by Lanczos' method with full "
-        f"reorthogonalization (largest relative residual {worst:.2g}); they carry no error over the data."
+        f"Hessian of the {mean_loss(rows)} with respect to {_variables(rows)}, on {_sample(rows)}, were computed by "
+        f"Lanczos' method with full reorthogonalization (largest relative residual {worst:.2g}); they carry no error "
+        "over the data."
     )
 
 
@@ -185,15 +186,15 @@ def _density(frame: pd.DataFrame) -> str:
     runs = nodes.groupby("key").size().max()
     steps = nodes["samples"].map(len).max()
     return (
-        f"The spectral density was estimated by stochastic Lanczos quadrature with {runs} random vectors of {steps} "
-        f"steps each, with respect to {_variables(nodes)}, on {_sample(nodes)}."
+        f"The spectral density of the Hessian of the {mean_loss(nodes)} was estimated by stochastic Lanczos quadrature "
+        f"with {runs} random vectors of {steps} steps each, with respect to {_variables(nodes)}, on {_sample(nodes)}."
     )
 
 
 def _sharpness(frame: pd.DataFrame) -> str:
     return (
         f"Sharpness measures that do not change when layers are rescaled were measured on {_sample(frame)}, as changes "
-        f"of the loss under moves relative to {_variables(frame)}."
+        f"of the {mean_loss(frame)} under moves relative to {_variables(frame)}."
     )
 
 

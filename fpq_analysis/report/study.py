@@ -16,7 +16,7 @@ import pandas as pd
 from fpq_analysis import records
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.methods import method_rank
-from fpq_analysis.records.queries import totals
+from fpq_analysis.records.queries import mean_loss, totals
 from fpq_analysis.runs import Run
 
 # Which Hessian is spoken of where only one can be.
@@ -62,6 +62,12 @@ class Study:
         """The definition of the Hessian spoken of where only one can be; None if no trace was measured."""
         known = set(self.traces["definition"])
         return next((name for name in DEFINITIONS if name in known), None)
+
+    @property
+    def loss(self) -> str:
+        """What the loss that was measured is called; empty if nothing was."""
+        frames = [self.records(name)[["loss"]] for name in self.probes]
+        return mean_loss(pd.concat(frames)) if frames else ""
 
     def run(self, name: str) -> Run | None:
         """The run of that name."""
