@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -53,6 +54,8 @@ MODULE = """
     def dictionaries(): return [{"values": X[i : i + 7], "label": Y[i : i + 7]} for i in range(0, 40, 7)]
     def double(x): return 2 * x
     def scores(model, inputs): return model(**inputs)["scores"]
+    def regression(): return X, torch.stack([X.sum(1), X[:, 0], X[:, 1]], 1)
+    def huber(z, y): return nn.functional.huber_loss(z, y)
     def fails(): raise ValueError("no disk")
     def nothing(): X.sum()
     def unlabelled(): return [x for x in X]
@@ -291,6 +294,27 @@ def test_the_command_line(here):
     result = CliRunner().invoke(app, ["hessian", "--forward", "ownmodule:scores"])
     assert "--forward" in result.output
     assert result.exit_code == 1
+
+
+def test_compare_says_how_many_samples_there_were(here):
+    options = ["--model", "ownmodule:Net", "--data", "ownmodule:make", "--n-data", "64", "--device", "cpu"]
+    shutil.copytree("Net", "Other")
+    result = CliRunner().invoke(app, ["compare", "Net", "Other", *options])
+    assert result.exit_code == 0, result.output
+    assert "40 training images" in " ".join(result.output.split())
+
+
+def test_a_regression_with_a_loss_of_ones_own(here):
+    model = find("ownmodule:Net", "model")
+    targets = find("ownmodule:regression", "data")()[1]
+    for loss in ("squared_error", "ownmodule:huber"):
+        source = ForeignRuns("Net", "ownmodule:Net", "ownmodule:regression")
+        found = measure(source, HessianTrace(), n_data=None, loss=loss, epochs="1")
+        torch.manual_seed(1)
+        order = torch.randperm(40, generator=epoch_generator(0, 0, "sample"))
+        direct = hessian_trace(model(), (X[order], targets[order]), loss=loss)
+        row = found[(found["layer"] == "all") & (found["quantity"] == "trace")].iloc[0]
+        assert (row["value"], row["loss"]) == (pytest.approx(direct.value, rel=1e-6), loss)
 
 
 def test_a_stream_is_left_after_what_is_needed(here):

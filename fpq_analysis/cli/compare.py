@@ -119,7 +119,8 @@ def compare(
     log("")
     echo(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
-    echo(f"{how}: {n_data} training images; one training run each.")
+    n_used = int(traces[0]["n_data"].max())  # there may be fewer than were asked for
+    echo(f"{how}: {n_used} training images; one training run each.")
     if several is not None:
         log("")
         echo(textwrap.fill(several.sentence(*names), width=80))
