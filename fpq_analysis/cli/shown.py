@@ -107,7 +107,7 @@ def print_responses(frame: pd.DataFrame) -> None:
     say_what = (
         "Predicted: increase of the loss by noise of so many steps at the input of every convolution. Behind it, what "
         "the measured increase is relative to that, ± 95 % over the images: with logits linear in the noise; with "
-        "rounding residues held (straight-through); in the real network."
+        "rounding residues fixed (straight-through); in the real network."
     )
     echo(textwrap.fill(say_what, width=80))
     echo("")

@@ -76,7 +76,7 @@ _OF_SWEEPS = ("config", "shard", "out", "device", "download", "resume", "dry_run
 
 
 def _refuse_beside_config(ctx: typer.Context) -> None:
-    """A sweep's settings stand in its file: one on the command line would be ignored, or hide what the file says."""
+    """A sweep's settings belong in its file: one on the command line would be ignored, or override the file unseen."""
     for name in ctx.params:
         source = ctx.get_parameter_source(name)
         if name not in _OF_SWEEPS and source is not None and source.name == "COMMANDLINE":

@@ -28,7 +28,7 @@ MOST_LEVELS = 15
 WEIGHTS = {
     "dequantized": "the weights Q(w) that the network uses, moved as plain numbers",
     "requantized": "the trained w, rounded again at every point",
-    "straight-through": "the trained w, with the rounding residue Q(w) - w and the clipping of the centre held",
+    "straight-through": "the trained w, with the rounding residue Q(w) - w and the clipping of the centre kept fixed",
     "float": "the trained w, without quantizers",
 }
 

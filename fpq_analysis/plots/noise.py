@@ -94,7 +94,7 @@ def noise_caption(records: pd.DataFrame) -> str:
         f"Increase of the {mean_loss(rows)} when uniform noise, of the width given in quantization steps, is added at "
         "the input of every convolution, behind its quantizer. Line: prediction to second order from the trace of the "
         f"Hessian in feature space ({how}); dotted: loss at logits linear in the noise; squares: quantizers "
-        "straight-through, rounding residues held; circles: the network itself. Bars: 95 % interval over the images, "
+        "straight-through, rounding residues fixed; circles: the network itself. Bars: 95 % interval over the images, "
         "not over training runs; triangle: upper end of an interval about a value that is not above zero. BatchNorm in "
         f"eval mode, {several('n_data')} training images without augmentation (seed {several('seed')}: the same images "
         f"and noise in every panel), epoch {several('epoch')}; data: {several('dataset')}; network: "

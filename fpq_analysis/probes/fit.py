@@ -50,7 +50,7 @@ class Fit:
 
 
 def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
-    """Run the model over the data, twice, and look.
+    """Run the model over the data twice: its loss and accuracy, and whether the loss there can have a Hessian.
 
     Raises:
         UserError: if the model does not run on them, its outputs are no tensor of one row a sample, not finite, random,

@@ -160,7 +160,7 @@ def _minibatches(data: list[Batch], size: int) -> list[Minibatch]:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of one draw.
+    """The gradients in one draw of the noise.
 
     Attributes:
         full: the gradient of the mean loss, a tensor a parameter.

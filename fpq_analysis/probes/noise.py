@@ -10,7 +10,7 @@ real network, and where two part one sees why the theory fails:
 
 - `predicted`: the formula.
 - `linear`: the loss at z + J d, the logits linear in the noise; what the softmax does beyond the second order.
-- `surrogate`: the network with every quantizer straight-through, its rounding residue and its clipping held as they are
+- `surrogate`: the network with every quantizer straight-through, its rounding residue and clipping fixed as they are
   without noise; what the kinks of ReLU and max-pooling do.  H_l is this network's.
 - `real`: the network itself, which rounds anew behind every noisy convolution.  A weak move e flips a share e/s of
   the roundings below it by a whole step s, a variance of e s where the straight-through network has e^2.

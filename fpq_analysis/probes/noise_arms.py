@@ -27,7 +27,7 @@ class ArmNoise(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def draw(self, index: int) -> None:
-        """From now on the noise is this draw's."""
+        """Use the noise of this draw from now on."""
 
     def see(self, samples: Tensor) -> None:
         """The next forward pass is over these samples."""

@@ -147,5 +147,7 @@ class _Pass:
         ]
         layers = [call.name for call in once if isinstance(self.modules[call.name], QUANTIZABLE)]
         if not chosen and not layers:
-            raise UserError("The network has no convolution or linear layer to stand for it; name a layer (--layer).")
+            raise UserError(
+                "The network has no convolution or linear layer for 'auto' to choose; name a layer (--layer)."
+            )
         return (chosen[len(chosen) // 2], False) if chosen else (layers[len(layers) // 2], True)

@@ -149,8 +149,8 @@ def _noisy_field(x: Nest) -> str:
     real = [name for name, t in named_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()]
     if len(real) == 1:
         return real[0]
-    held = f"several are ({', '.join(real)})" if real else f"these are of {described(x)}"
-    raise UserError(f"The variance of a prediction wants noise on the one input that is of real numbers, and {held}.")
+    found = f"has several ({', '.join(real)})" if real else f"takes {described(x)}"
+    raise UserError(f"Output variance needs exactly one input of real numbers to add noise to; the network {found}.")
 
 
 def _noisy(x: Nest, sd: float, draw: Tensor) -> Nest:
@@ -167,7 +167,7 @@ def _logits(net: nn.Module, x: Nest) -> Tensor:
     with running(x):
         z = net(x)
     if not isinstance(z, Tensor) or z.ndim != 2:
-        raise UserError("The variance of a prediction wants a network that gives one row of logits for each image.")
+        raise UserError("Output variance needs a network that gives one row of logits for each image.")
     return z.cpu().double()
 
 

@@ -44,7 +44,7 @@ class Difference:
 
     @property
     def paired(self) -> bool:
-        """Whether image by image."""
+        """Whether the difference was taken image by image."""
         return self.gaps is not None
 
     @property

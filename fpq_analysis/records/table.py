@@ -35,7 +35,7 @@ COLUMNS = {
     "checkpoint": "SHA-256 of the file",
     "probe": "which measurement",
     "definition": "which Hessian of a quantized network: dequantized, latent, float",
-    "loss": "name of the loss; in records of before, which do not say, the cross-entropy",
+    "loss": "name of the loss; `cross_entropy` in older records, which do not store it",
     "estimator": "how it was computed",
     "layer": "layer's name, or all",
     "quantity": "what the value is",
@@ -51,7 +51,7 @@ COLUMNS = {
     "the same",
     "status": "ok, or what is wrong",
     "last": "on the final row of each write, how many rows were written; an incomplete write is measured again",
-    "package": "version of fpq-analysis that measured; like the next three, None in records of before",
+    "package": "version of fpq-analysis that measured; like the next three, None in older records",
     "torch": "version of torch",
     "device": "where it was computed: cpu, cuda, ...",
     "dtype": "of the weights in the file, and where it is another, what they were measured in",
@@ -134,7 +134,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(number, int) and number is not True and end - number >= begin:
             begin = end - number
-        elif number is True:  # in files of before 0.1
+        elif number is True:  # in files older than 0.1
             while begin < end and not (good[begin] and (rows[begin] or {})["key"] == row["key"]):
                 begin += 1
         else:

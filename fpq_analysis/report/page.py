@@ -117,7 +117,7 @@ def _environment() -> jinja2.Environment:
 
 
 def typeset(text: str) -> str:
-    """Signs that belong to a number stay on its line, and a minus is one."""
+    """Keep a number and its signs on one line, and write minus as U+2212."""
     text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
     return re.sub(r"(?<=\d) (?=%)| (?=±)|(?<=±) ", "\u00a0", text)
 

@@ -28,7 +28,7 @@ from fpq_analysis.schema import CheckpointFile, check
 
 FORMAT = 1
 MEASURED = "float32"
-COUNTER = "num_batches_tracked"  # of BatchNorm, not in files of before PyTorch 0.4.1 and without use in eval mode
+COUNTER = "num_batches_tracked"  # of BatchNorm, not in files older than PyTorch 0.4.1, and unused in eval mode
 MOST_SHARED = 4  # how often tensors may share memory: tied weights twice, say
 
 
@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """Of the weights; everything is measured in float32, which is said where they are of another."""
+        """Of the weights in the file and, where that is not float32, the type they are measured in."""
         kinds = sorted({str(t.dtype).removeprefix("torch.") for t in self.state_dict.values() if t.is_floating_point()})
         return MEASURED if kinds in ([], [MEASURED]) else f"{' and '.join(kinds)}, measured in {MEASURED}"
 

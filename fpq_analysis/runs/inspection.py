@@ -150,7 +150,7 @@ def unsafe_names(path: Path) -> list[str]:
 
 
 def _about(path: Path) -> list[tuple[str, str]]:
-    """What can be said of it as a file."""
+    """What is known of it as a file."""
     if not path.is_file():
         raise UserError(f"No checkpoint '{path}'.")
     digest = sha256(path)

@@ -23,7 +23,7 @@ SETTLED = 2.0
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file was when it was last hashed; `size` and `mtime_ns` are None in manifests of before 0.1.
+    """What a file was when it was last hashed; `size` and `mtime_ns` are None in manifests older than 0.1.
 
     Attributes:
         channels: of the images that a network of another program takes, see `runs/foreign.py`; None if not known.

@@ -101,7 +101,7 @@ def read_sweep(path: str | Path, *, out: str | Path | None = None) -> Sweep:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read: {error}. --config wants a TOML file.") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"'{path}' is not TOML: {error}. Text stands in quotes, lists in [ ].") from error
+        raise UserError(f"'{path}' is not TOML: {error}. Put text in quotes and lists in [ ].") from error
     try:
         return parse_sweep(document, out or document.get("out", f"checkpoints/{path.stem}"))
     except UserError as error:

@@ -22,7 +22,7 @@ PLANES = {
 WEIGHTS = {
     "dequantized": "the weights Q(w) the network uses, as plain numbers",
     "requantized": "the trained w, rounded again at every point",
-    "straight-through": "the trained w, with the centre's rounding residue Q(w) - w and clipping held",
+    "straight-through": "the trained w, with the centre's rounding residue Q(w) - w and clipping kept fixed",
     "float": "the trained w, quantizers off",
 }
 # Whose Hessian has its eigenvectors where these weights are moved.

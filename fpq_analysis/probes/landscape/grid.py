@@ -258,7 +258,9 @@ def check_auxiliary(choices: LandscapeChoices, n: int) -> None:
             f"at least {choices.dim + 1}."
         )
     if not choices.follows_checkpoints and n:
-        raise UserError(f"The plane '{choices.plane}' is about one network; others are for 'pca' and 'checkpoints'.")
+        raise UserError(
+            f"The plane '{choices.plane}' is about one network; auxiliary networks are for 'pca' and 'checkpoints'."
+        )
 
 
 def _copied(state: Move) -> Move:
