@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.losses import softmax
-from fpq_analysis.losses.loss import Loss, stated
+from fpq_analysis.losses.loss import Loss, stated, wide
 from fpq_analysis.nests import Nest, described
 
 IGNORED = -100  # PyTorch's
@@ -78,10 +78,10 @@ class CrossEntropy:
         if targets.is_floating_point():
             n = targets[0, :1].numel() if targets.ndim > 1 else 1
             return torch.full((len(targets),), float(n), device=targets.device)
-        counts = (targets != self.ignore_index).double()
+        counts = wide(targets != self.ignore_index)
         weights = self._class_weights(counts)
         if weights is not None:
-            counts = counts * weights[targets.long().clamp(0, len(weights) - 1)]
+            counts = counts * weights[targets.to(counts.device).long().clamp(0, len(weights) - 1)]
         return counts.flatten(1).sum(1) if counts.ndim > 1 else counts
 
     def classes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

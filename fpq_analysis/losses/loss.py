@@ -86,7 +86,7 @@ class Loss:
         if self.bind is not None:
             return self.bind(found)
         assert self.weights is not None
-        weights = torch.cat([self.weights(some).detach().double().cpu() for some in found])
+        weights = torch.cat([wide(self.weights(some).detach()).cpu() for some in found])
         mean = float(weights.mean())
         if not 0 < mean < math.inf:
             raise UnfitError(
@@ -110,12 +110,12 @@ class Loss:
 
     def shares(self, targets: Nest) -> Tensor | None:
         """What each sample counts, (B,) float64 on the CPU, 1 in the mean over all data; None where all count alike."""
-        return self.weights(targets).detach().double().cpu() if self.bound and self.weights is not None else None
+        return wide(self.weights(targets).detach()).cpu() if self.bound and self.weights is not None else None
 
     def sample_losses(self, outputs: Tensor, targets: Nest) -> Tensor:
         """Each sample's loss, (B,) in float64; on the CPU where the device has none."""
         if self.mean is None:  # otherwise it may know one type and one device only
-            outputs = _wide(outputs)
+            outputs = wide(outputs)
             targets = moved(targets, outputs.device)
         losses = self.per_sample(outputs, targets)
         if losses.shape != outputs.shape[:1]:
@@ -123,7 +123,7 @@ class Loss:
                 f"The loss '{self.name}' gives {len(outputs)} samples losses of shape {tuple(losses.shape)}.",
                 "Its per_sample must give one number for each sample.",
             )
-        return _wide(losses)
+        return wide(losses)
 
     # --- The Hessian in the outputs ---
 
@@ -217,7 +217,8 @@ def _drawn_columns(columns: Tensor, uniforms: Tensor, axes: tuple[int, ...]) -> 
         return columns.expand(uniforms.shape[1], *columns.shape[1:])
     coupled = [axis + 1 for axis in range(1, columns.ndim - 1) if axis not in axes]
     lengths = columns.square()
-    lengths = (lengths.sum(coupled) if coupled else lengths).movedim(0, -1).double()  # (B, positions, K)
+    lengths = (lengths.sum(coupled) if coupled else lengths).movedim(0, -1)  # (B, positions, K)
+    lengths = lengths if lengths.device.type == "mps" else lengths.double()
     chances = torch.where(lengths.sum(-1, keepdim=True) > 0, lengths, 1.0)
     chances = chances / chances.sum(-1, keepdim=True)
     which = draw_index(chances, uniforms.movedim(1, -1))  # (B, positions, M)
@@ -251,7 +252,7 @@ def _of_positions(uniforms: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
     By SplitMix64 (Steele et al. 2014), of which all M numbers of the sample are the key: a position's number depends on
     nothing else, whatever the micro-batches.
     """
-    words = (uniforms.double() * 2**24).long()  # float32 has 24 bits
+    words = (uniforms * 2**24).long()  # float32 has 24 bits
     key = torch.zeros_like(words[:, :1])
     for word in words.split(1, 1):
         key = _mixed(key + word)
@@ -282,5 +283,6 @@ def _times(function: Callable[..., Tensor], scale: float, *args: Any) -> Tensor:
     return function(*args) * scale
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
     return (t.cpu() if t.device.type == "mps" else t).double()

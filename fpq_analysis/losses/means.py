@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fpq_analysis.errors import UnfitError, UserError
-from fpq_analysis.losses.loss import Loss
+from fpq_analysis.losses.loss import Loss, wide
 from fpq_analysis.nests import Nest, described
 
 
@@ -93,7 +93,7 @@ class _Weighted:
         if not isinstance(targets, (tuple, list)) or len(targets) != 2 or not isinstance(targets[1], Tensor):
             raise self._unfit(targets)
         own, w = targets
-        return w.double() if self.loss.weights is None else w.double() * self.loss.weights(own).double()
+        return wide(w) if self.loss.weights is None else wide(w) * wide(self.loss.weights(own))
 
     def output_factor(self, outputs: Tensor, targets: Nest) -> Tensor:
         assert self.loss.output_factor is not None

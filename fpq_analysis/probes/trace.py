@@ -214,9 +214,10 @@ def hessian_trace(
             estimate = _from_samples(traces)
         except NotExactError as outside:
             if method != "auto":
+                known = operator == "hessian" and subject.loss.output_factor is not None
+                other = "; or operator='gauss-newton', whose trace needs no such condition" if known else ""
                 raise UserError(
-                    f"The method '{method}' does not hold here: {outside}. Use method='deflated', or 'auto'; or "
-                    "operator='gauss-newton', whose trace needs no such condition."
+                    f"The method '{method}' does not hold here: {outside}. Use method='deflated', or 'auto'{other}."
                 ) from outside
             method, reason = "deflated", f"not exact: {outside}"
     if estimate is None:
