@@ -652,6 +652,7 @@ def test_command(runs, tmp_path, monkeypatch):
 
     common = ["--model", "tests.nets:tiny", "--n-data", 24, "--device", "cpu", "--figures", tmp_path]
     here = ["--ckpt-dir", shutil.copytree(runs / "fpq-w4a4", tmp_path / "run"), "--points", 3, *common]
+    assert "dim is 0" in call(*here, "--dim", 0, code=1).stderr
     result = call(*here, "--weights", "requantized")
     assert "0 done, 9 to do" in words(result.stderr)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())

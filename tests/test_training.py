@@ -223,6 +223,15 @@ def test_overwrite_checks_before_it_destroys(tiny_runs, tmp_path):
     assert not (run / "records").exists()
 
 
+def test_to_resume_and_to_overwrite_is_not_to_overwrite(tiny_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_runs / "fp", run)
+    config = TrainConfig(model="tests.nets:tiny", epochs=2, batch_size=32, lr=0.1)
+    with pytest.raises(UserError, match="leave one of them out"):
+        train(config, run, device="cpu", resume=True, overwrite=True, log=quiet)
+    assert list(Run(run).checkpoints) == [0, 1, 2]
+
+
 def test_the_teacher_must_be_finished_and_the_same(tiny_runs, tmp_path):
     teacher = tmp_path / "fp"
     shutil.copytree(tiny_runs / "fp", teacher)

@@ -63,7 +63,7 @@ def landscape(
     probe = LandscapeSettings(
         "checkpoints" if ends else plane or "random",
         weights,
-        dim or (1 if len(ends) == 2 else 2),
+        dim if dim is not None else 1 if len(ends) == 2 else 2,
         points,
         span,
         batchnorm,

@@ -31,6 +31,8 @@ def last_finished_epoch(config: TrainConfig, run: Path, *, resume: bool, overwri
     """
     if run.exists() and not (run.is_dir() and ((run / "run.json").exists() or not any(run.iterdir()))):
         raise UserError(f"'{run}' exists and is not a run. Choose another --out.")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, and --overwrite deletes it; leave one of them out.")
     existing = Run(run).checkpoints
     if overwrite or not existing:
         return NOTHING
