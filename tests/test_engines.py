@@ -24,7 +24,10 @@ from fpq_analysis.pipeline.run import run
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes import Drift, HessianEigs, HessianTrace
 from fpq_analysis.probes.landscape import LandscapeSettings
+from fpq_analysis.training import read_sweep, run_sweep
+from fpq_analysis.training.sweep import DONE, FAILED
 from tests.test_execution import NET, WHERE, call, of, rows_in
+from tests.test_sweeps import STUDY
 
 SAMPLING = Sampling(16, device="cpu", model=NET)
 # The exact trace, an estimate with seeds, the teacher's network, and a measurement made of pieces.
@@ -236,3 +239,23 @@ def test_the_command_line_measures_on_several_processes(runs):
     assert "0 done, 6 to do" in text
     assert "6 done, 0 to do" in call("hessian", "--ckpt-dir", runs, *options)
     assert "did you mean" in call("hessian", "--ckpt-dir", runs, "--executor", "seriel", code=1)
+
+
+def test_a_sweep_is_trained_on_several_processes(tmp_path, engine):
+    """Teachers first."""
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY.format(out=tmp_path / "runs"))
+    lines = []
+    frame = run_sweep(study, device="cpu", executor=engine, log=lines.append)
+    assert list(frame["status"]) == 6 * [DONE]
+    order = [line.split()[0] for line in lines if "is handed out" in line]
+    assert len(order) == 6
+    assert all("-fp-" in name for name in order[:2])
+    study.write_text(study.read_text().replace("seed = [0, 1]", "seed = 0"))
+    alone = run_sweep(read_sweep(study, out=tmp_path / "alone"), device="cpu", log=lambda line: None)
+    accuracies = frame.set_index("run")["test_accuracy"]
+    assert list(accuracies[alone["run"]]) == list(alone["test_accuracy"])
+    study.write_text(study.read_text().replace("lr = 0.02", "lr = 1e30"))
+    frame = run_sweep(read_sweep(study, out=tmp_path / "bad"), device="cpu", executor=engine, log=lines.append)
+    assert list(frame["status"]) == [DONE, FAILED, FAILED]
+    assert "sweep.toml" in call("train", "--jobs", 2, code=1)

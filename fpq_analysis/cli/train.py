@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fpq_analysis.cli.app import Device, Json, app, fail, guarded, log, new_table, print_json, print_table
+from fpq_analysis.cli.app import (
+    Device,
+    Engine,
+    Jobs,
+    Json,
+    app,
+    echo,
+    fail,
+    guarded,
+    log,
+    new_table,
+    print_json,
+    print_table,
+)
 from fpq_analysis.cli.options import options_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import MethodSettings
@@ -16,6 +29,7 @@ from fpq_analysis.training.config import TrainConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fpq_analysis.pipeline.engines.engine import Engine as AnyEngine
     from fpq_analysis.training import Sweep
 
 
@@ -27,6 +41,8 @@ def train(
     config: Annotated[Path | None, typer.Option(help="TOML file of a sweep: many runs, see configs/.")] = None,
     shard: Annotated[str | None, typer.Option(help="With --config, i/N: the share of the i-th of N machines.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's or sweep's folder. Default: in checkpoints/.")] = None,
+    jobs: Jobs = "1",
+    executor: Engine = None,
     download: Annotated[bool, typer.Option(help="Fetch CIFAR into --data-root.")] = False,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
@@ -54,8 +70,15 @@ def train(
     if config is not None:
         _refuse_beside_config(ctx)
         sweep = read_sweep(config, out=out)
-        _train_sweep(sweep, config, shard, device=device, download=download, dry_run=dry_run, json=json)
+        from fpq_analysis.pipeline.engines.engine import open_engine
+
+        with open_engine(executor, jobs, device=device, folder=sweep.out, batch=1) as engine:
+            serial = executor is None and jobs == "1"
+            where: dict[str, Any] = {"device": device, "download": download, "engine": None if serial else engine}
+            _train_sweep(sweep, config, shard, **where, dry_run=dry_run, json=json)
         return
+    if executor is not None or jobs != "1":
+        raise UserError("--jobs and --executor are for the many runs of a sweep: --config sweep.toml")
     if shard is not None:
         raise UserError("--shard is a part of a sweep, and needs the sweep's file: --config sweep.toml")
     settings = TrainConfig(**options)
@@ -72,7 +95,7 @@ def train(
     log(f"Done: {run}, epoch {int(last['epoch'])}, test accuracy {100 * last['test_accuracy']:.2f} %")
 
 
-_OF_SWEEPS = ("config", "shard", "out", "device", "download", "resume", "dry_run", "json")
+_OF_SWEEPS = ("config", "shard", "out", "jobs", "executor", "device", "download", "resume", "dry_run", "json")
 
 
 def _refuse_beside_config(ctx: typer.Context) -> None:
@@ -87,7 +110,15 @@ def _refuse_beside_config(ctx: typer.Context) -> None:
 
 
 def _train_sweep(
-    sweep: Sweep, file: Path, shard: str | None, *, device: str, download: bool, dry_run: bool, json: bool
+    sweep: Sweep,
+    file: Path,
+    shard: str | None,
+    *,
+    device: str,
+    download: bool,
+    engine: AnyEngine | None,
+    dry_run: bool,
+    json: bool,
 ) -> None:
     from fpq_analysis.text import parse_shard
     from fpq_analysis.training import sweep as sweeps
@@ -96,13 +127,16 @@ def _train_sweep(
         names = sweep.shard(*parse_shard(shard)) if shard else None
         frame = sweeps.sweep_status(sweep, names)
     else:
-        frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, log=log)
+        frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, executor=engine, log=log)
     if json:
         print_json(frame)
     else:
         _print_sweep(frame)
     if dry_run:
         log(sweeps.summary(frame))
+        todo = frame[frame["status"] != sweeps.DONE]
+        if engine is not None and todo["seconds_left"].notna().any():
+            echo(engine.outlook(len(todo), float(todo["seconds_left"].sum())))
         return
     failed = frame[frame["status"] == sweeps.FAILED]
     waiting = frame[frame["status"] == sweeps.WAITS]

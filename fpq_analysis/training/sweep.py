@@ -26,8 +26,10 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -35,7 +37,7 @@ from typing import Any, get_args, get_type_hints
 import pandas as pd
 
 from fpq_analysis.data import DATASETS, Dataset, load_dataset
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import UserError, did_you_mean, explained
 from fpq_analysis.methods import METHODS
 from fpq_analysis.models import check_model_name
 from fpq_analysis.runs import Run
@@ -190,6 +192,7 @@ def run_sweep(
     shard: str | None = None,
     device: str = "auto",
     download: bool = False,
+    executor: Executor | None = None,
     log: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """Do what is not yet done of a sweep, or of the file of one: finished runs are skipped, started ones go on.
@@ -198,6 +201,7 @@ def run_sweep(
 
     Args:
         shard: `i/N`, the i-th of N parts, see `Sweep.shard`; None for all.
+        executor: where runs are trained, all at a time whose teacher is there; None: here, one by one.
         log: called with lines of text.
 
     Returns:
@@ -209,27 +213,46 @@ def run_sweep(
     sweep = sweep if isinstance(sweep, Sweep) else read_sweep(sweep)
     names = sweep.shard(*parse_shard(shard)) if shard else list(sweep.runs)
     failed: set[str] = set()
+    flying: dict[Future[None], str] = {}
     held: tuple[Any, Dataset] | None = None  # the data set of the last run
     while True:
         # Looked up anew before every run: another machine may have finished a teacher since.
         status = sweep_status(sweep, names)
         log(summary(status))
         left = [name for name in status.loc[status["status"] != DONE, "run"] if name not in failed]
-        ready = [name for name in left if _teacher_is_there(sweep, name)]
-        if not ready:
+        ready = [name for name in left if name not in flying.values() and _teacher_is_there(sweep, name)]
+        if not ready and not flying:
             trouble = dict.fromkeys(left, WAITS) | dict.fromkeys(failed, FAILED)
             status["status"] = [trouble.get(name, s) for name, s in zip(status["run"], status["status"], strict=True)]
             return status
-        name, config = ready[0], sweep.runs[ready[0]]
-        source = (config.data, config.data_root, config.image_size)
-        if held is None or held[0] != source:
-            held = source, load_dataset(*source[:2], download=download, image_size=source[2])
-        log(f"{name}:")
-        try:
-            train(config, sweep.out / name, dataset=held[1], device=device, resume=True, log=log)
-        except UserError as fault:
-            failed.add(name)
-            log(f"{name} failed: {fault}")
+        for name in ready if executor else ready[:1]:
+            config = sweep.runs[name]
+            source = (config.data, config.data_root, config.image_size)
+            if held is None or held[0] != source:  # with an executor, too: missing data are one error
+                held = source, load_dataset(*source[:2], download=download, image_size=source[2])
+            log(f"{name}:" if executor is None else f"{name} is handed out")
+            try:
+                if executor is None:
+                    train(config, sweep.out / name, dataset=held[1], device=device, resume=True, log=log)
+                else:
+                    flying[executor.submit(_train_elsewhere, config, sweep.out / name, device)] = name
+            except UserError as fault:
+                failed.add(name)
+                log(f"{name} failed: {fault}")
+        for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            name = flying.pop(future)
+            try:
+                future.result()
+                if _finished_epoch(sweep, name) != sweep.runs[name].epochs:
+                    raise UserError(f"it was trained, but not all of it is in '{sweep.out}'. Is that seen everywhere?")
+            except Exception as error:
+                failed.add(name)
+                log(f"{name} failed: {explained(error)}")
+
+
+def _train_elsewhere(config: TrainConfig, run: Path, device: str) -> None:
+    """A run of a sweep, in another process; its lines say which it is."""
+    train(config, run, device=device, resume=True, log=lambda line: print(f"{run.name}: {line}", file=sys.stderr))
 
 
 def summary(status: pd.DataFrame) -> str:
