@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -238,11 +239,19 @@ def main() -> None:
     else:  # the first of the ranks that torchrun started; the others measure their shares of the samples
         from fpq_analysis.ranks.leading import launched
 
+        code: Any = 0
         try:
             launched(app)
+        except SystemExit as end:
+            code = end.code or 0
         except UserError as error:
             if os.environ["RANK"] == "1":  # one of those that are left is enough
                 fail(error)
-            sys.exit(1)
+            code = 1
         except KeyboardInterrupt:
-            sys.exit(130)
+            code = 130
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        # Gloo's threads now and then abort a process that takes itself down in the usual way, when all is done.
+        os._exit(code if isinstance(code, int) else 1)
