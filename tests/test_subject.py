@@ -602,3 +602,20 @@ def test_a_teacher_in_another_precision_is_measured_in_the_finer_one():
     assert finer.tolist() == pytest.approx(
         feature_drift(model, teacher, data).frame()["value"].tolist(), rel=1e-3, abs=1e-5
     )
+
+
+class OfFixedSize(nn.Module):
+    """As a program that was exported for batches of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        assert len(x) == 20, "Guard failed"
+        return self.body(x)
+
+
+def test_a_network_for_batches_of_one_size_is_refused_in_words():
+    with pytest.raises(UserError, match=r"cannot be run on these inputs, of .*AssertionError: Guard failed"):
+        hessian_trace(OfFixedSize(), (X, Y))

@@ -22,7 +22,7 @@ from fpq_analysis.curvature import (
 from fpq_analysis.curvature.batches import Batch, full_precision, merged
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.forward import ForwardFunction, with_forward
+from fpq_analysis.forward import ForwardFunction, running, with_forward
 from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device, model_precision
 from fpq_analysis.nests import Nest, device_of, leaves, mapped, moved, size, take
@@ -147,7 +147,7 @@ def prepare(
 
 
 def _check_differentiable(view: nn.Module, few: Nest) -> None:
-    with torch.enable_grad():
+    with torch.enable_grad(), running(few):  # one that is made for batches of one size fails here
         if not view(few).requires_grad:
             raise UserError(
                 "The model's outputs have no gradient in any parameter: its forward runs under torch.no_grad(), or "
