@@ -103,6 +103,8 @@ def as_batch(batch: Any) -> Batch:
 
 def _tensors(nest: Any) -> Nest:
     """With tensors in place of arrays, and dicts of other mappings."""
+    if isinstance(nest, Tensor):
+        return nest.detach()  # what made it is none of the network's
     if isinstance(nest, np.ndarray):
         try:
             return torch.from_numpy(np.require(nest, requirements=["C", "W"]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import Nest, described
 from fpq_analysis.ranks.wrapped import unwrapped
+from fpq_analysis.references import find
 
 # (model, inputs) to the outputs.
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -104,11 +105,18 @@ class Forward(nn.Module):
         return self
 
 
-def with_forward(model: nn.Module, function: ForwardFunction | None = None) -> nn.Module:
+def with_forward(model: nn.Module, function: str | ForwardFunction | None = None) -> nn.Module:
     """The model, as everything here calls it; `function` (model, inputs) says how, if not as `call` does.
 
     A model that is one already stays as it is; wrappers are taken off (`ranks/wrapped.py`).
+
+    Raises:
+        UserError: if `function` is none, nor the name `package.module:function` of one.
     """
+    if isinstance(function, str):
+        function = find(function, "forward function")
+    if function is not None and not callable(function):
+        raise UserError(f"forward is a {type(function).__name__}; give a function (model, inputs) to the outputs.")
     if isinstance(model, (Forward, torch.jit.ScriptModule)):
         return model
     return Forward(unwrapped(model), function)
@@ -125,8 +133,8 @@ def running(inputs: Nest) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+    except Exception as error:  # the user's code: anything can happen
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             raise
         what = str(error).strip().split("\n")[0][:200].rstrip(".")
         raise UserError(

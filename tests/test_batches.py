@@ -358,6 +358,35 @@ def test_a_field_that_the_model_does_not_take_is_named():
         hessian_trace(net(), {"image": X, "index": Y, "labels": Y})
 
 
+def test_a_function_that_fails_or_is_none_is_told():
+    batch = {"image": X, "labels": Y}
+    with pytest.raises(UserError, match=r"cannot be run on these inputs.*KeyError: 'picture'"):
+        hessian_trace(net(), batch, forward=lambda model, inputs: model(inputs["picture"]))
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        hessian_trace(net(), batch, forward=lambda model, inputs: 1 / 0)
+    with pytest.raises(UserError, match="forward is a int; give a function"):
+        hessian_trace(net(), batch, forward=3)
+    with pytest.raises(UserError, match="names no forward function"):
+        hessian_trace(net(), batch, forward="image")
+    assert hessian_trace(net(), batch, forward="fpq_analysis.forward:call", method="exact").n_data == 12
+
+
+def test_inputs_that_want_gradients_are_data_all_the_same():
+    found = hessian_trace(net(), (X.clone().requires_grad_(), Y))
+    assert found.method == "exact"
+    assert found.value == hessian_trace(net(), (X, Y)).value
+
+
+def test_samples_of_several_shapes_have_no_common_statistics():
+    torch.manual_seed(0)
+    one, other = (
+        nn.Sequential(nn.BatchNorm1d(1), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(1, 3)) for _ in "ab"
+    )
+    batches = [(torch.randn(4, 1, n), torch.arange(4) % 3) for n in (5, 7)]
+    with pytest.raises(UserError, match="samples of several shapes make none"):
+        landscape(one, batches, plane="checkpoints", dim=1, points=3, auxiliary=[other], batchnorm="re-estimate")
+
+
 def test_noise_is_for_the_one_input_of_real_numbers():
     x = torch.rand(4, 3)
     for inputs, said in ((x.long(), "torch.int64"), ((x, x), r"several are \(\[0\], \[1\]\)")):

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.memory import map_batches
-from fpq_analysis.nests import joined
+from fpq_analysis.errors import UserError
+from fpq_analysis.nests import alike, joined
 from fpq_analysis.probes.landscape.directions import Move
 from fpq_analysis.probes.landscape.movable import MovableNetwork
 from fpq_analysis.probes.subject import Subject
@@ -55,6 +56,11 @@ class Surface:
         ]
         norms = [m for m in network.view.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self.norms = norms if re_estimate else []
+        if self.norms and not all(alike(batch[0], self.batches[0][0]) for batch in self.batches):
+            raise UserError(
+                "BatchNorm's statistics are estimated anew from all data as one batch, and samples of several shapes "
+                "make none. Use batchnorm='interpolate' (--batchnorm interpolate)."
+            )
 
     @torch.no_grad()
     def losses(self, coordinates: Sequence[float]) -> Tensor:
