@@ -130,7 +130,8 @@ def prepare(
     data = [(moved(x, where, dtype), moved(y, where)) for x, y in pairs]
     resolved = resolve_loss(loss).for_targets(y for _, y in data)
     fit = examine(view, data, resolved)
-    check_samples_apart(view, data)
+    with running(data[0][0]):  # one that is made for batches of one size fails here
+        check_samples_apart(view, data)
     few, foreign = take(data[0][0], slice(1)), False
     with full_precision():
         _check_differentiable(view, few)
@@ -147,7 +148,7 @@ def prepare(
 
 
 def _check_differentiable(view: nn.Module, few: Nest) -> None:
-    with torch.enable_grad(), running(few):  # one that is made for batches of one size fails here
+    with torch.enable_grad():
         if not view(few).requires_grad:
             raise UserError(
                 "The model's outputs have no gradient in any parameter: its forward runs under torch.no_grad(), or "
