@@ -6,6 +6,7 @@ from .integrations.monitor import CurvatureMonitor as CurvatureMonitor
 from .pipeline.figures import draw_figures as draw_figures
 from .pipeline.run import measure as measure
 from .pipeline.run import measure_landscapes as measure_landscapes
+from .pipeline.watch import watch as watch
 from .probes import DensityEstimate as DensityEstimate
 from .probes import Drift as Drift
 from .probes import EigenEstimate as EigenEstimate

@@ -14,6 +14,7 @@ from fpq_analysis.cli import landscape as landscape
 from fpq_analysis.cli import compare as compare
 from fpq_analysis.cli import figures as figures
 from fpq_analysis.cli import report as report
+from fpq_analysis.cli import watch as watch
 from fpq_analysis.cli import doctor as doctor
 from fpq_analysis.cli import inspect as inspect
 from fpq_analysis.cli import export as export

@@ -1,0 +1,109 @@
+"""`fpq-analyze watch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fpq_analysis.cli.app import (
+    DataRoot,
+    Device,
+    Engine,
+    Epochs,
+    Figures,
+    Jobs,
+    Loss,
+    Model,
+    NData,
+    Records,
+    Seed,
+    app,
+    echo,
+    fail,
+    fail_all,
+    guarded,
+    log,
+    reads_foreign,
+)
+from fpq_analysis.errors import UserError, going_on
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@app.command()
+@guarded
+@reads_foreign("ckpt_dir")
+def watch(
+    ckpt_dir: Annotated[Path, typer.Argument(help="The folder that checkpoints are written to.")],
+    probes: Annotated[
+        str, typer.Option(help="What to measure, with commas: hessian_trace,gradnorm.")
+    ] = "hessian_trace",
+    interval: Annotated[float, typer.Option(help="Seconds between two looks at the folder.")] = 10.0,
+    timeout: Annotated[
+        float | None, typer.Option(help="End after so many seconds without a change (0: one look). Default: never.")
+    ] = None,
+    n_data: NData = 1024,
+    epochs: Epochs = "all",
+    seed: Seed = 0,
+    data_root: DataRoot = None,
+    model: Model = None,
+    loss: Loss = "cross_entropy",
+    figures: Figures = Path("figures"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The report.")] = Path("report.html"),
+    records: Records = None,
+    device: Device = "auto",
+    jobs: Jobs = "1",
+    executor: Engine = None,
+) -> None:
+    """Measure checkpoints as they appear, and keep the figures and the report up to date.
+
+    A file is measured once it is whole: its run's manifest names it, or it did not change between two looks. Files may
+    come late or in any order; one that fails is tried again. Ctrl-C ends it, and what was measured is kept.
+
+    [bold]Examples[/bold]
+
+      fpq-analyze watch checkpoints/
+
+      fpq-analyze watch runs/own --model mynet:make --data cifar10 --timeout 3600
+    """
+    import fpq_analysis.pipeline.watch as pipeline
+    from fpq_analysis.cli.hessian import print_traces
+    from fpq_analysis.cli.measuring import draw, shorten_runs
+    from fpq_analysis.errors import did_you_mean
+    from fpq_analysis.probes import PROBES
+    from fpq_analysis.records.queries import totals
+    from fpq_analysis.report.page import write_report
+
+    names = list(dict.fromkeys(name.strip() for name in probes.split(",")))
+    for name in names:
+        if name not in PROBES:
+            raise UserError(f"Unknown measurement '{name}'{did_you_mean(name, PROBES)}. Known: {', '.join(PROBES)}.")
+    faults: dict[Path, UserError] = {}
+
+    def redraw(frame: pd.DataFrame) -> None:
+        log(f"{frame['checkpoint'].nunique()} checkpoints are measured.")
+        for name in names:
+            for fault in draw(name, frame[frame["probe"] == name], figures):
+                fail(fault)
+        with going_on(fail, "The report"):
+            log(f"Report: {write_report(Path(ckpt_dir), output, records=records).path}")
+
+    shared: dict[str, Any] = {"n_data": n_data, "epochs": epochs, "seed": seed, "data_root": data_root, "model": model}
+    shared |= {"loss": loss, "records": records, "device": device, "jobs": jobs, "executor": executor}
+    found = pipeline.watch(
+        ckpt_dir,
+        [PROBES[name]() for name in names],
+        interval=interval,
+        timeout=timeout,
+        on_round=redraw,
+        on_fault=faults.__setitem__,
+        **shared,
+    )
+    if len(totals(found)):
+        print_traces(shorten_runs(found[found["probe"] == "hessian_trace"]))
+    else:
+        echo(f"{found['checkpoint'].nunique()} checkpoints are measured.")
+    fail_all(faults)
