@@ -451,7 +451,7 @@ def test_chance_is_the_most_frequent_class(share, at_chance, capsys):
     for epoch in (0, 3):
         rows = HessianTrace()(Point(model, (x, y)))
         about = {"run": "a", "epoch": epoch, "key": str(epoch), "seed": 0, "method": "fp", "bits": "FP", "model": "m"}
-        about |= {"data": "d", "train_seed": 0}
+        about |= {"data": "d", "train_seed": 0, "loss": "cross_entropy"}
         frames.append(
             pd.DataFrame(
                 [{"status": "ok", "samples": None, "ci95": 0.0, "sem_data": 0.0, **row, **about} for row in rows]

@@ -119,7 +119,7 @@ class CSDLoss:
     """FPQ's channel-wise standardization distillation, for any training loop (arXiv:2503.11159, Eq. 15-17).
 
     A context manager, inside of which the convolutions of both networks keep their outputs.  Called with what the
-    student was called with, it runs the teacher and gives the term of the loss, a scalar:
+    student was called with, it runs the teacher and gives the term of the loss, a scalar::
 
         with CSDLoss(model, teacher) as csd:
             for x, y in batches:

@@ -28,7 +28,7 @@ class StochasticFeaturePerturbation(FeatureNoise):
 
     A context manager: inside, every forward pass in training mode adds noise from U[-s/2, s/2] to the inputs of the
     convolutions, s an input's step size, at each with probability `p`.  The noise has generators of its own, and the
-    global random state is left alone.
+    global random state is left alone::
 
         with StochasticFeaturePerturbation(model, p=0.1):
             train_one_epoch(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +42,7 @@ def register_adapter(*kinds: type[nn.Module]) -> Callable[[A], A]:
     - for a quantizer of activations, a `Quantizer`; `nn.Identity()` if it is switched off.
 
     Modules inside what it returns are turned afterwards.  Subclasses are turned alike, unless they have adapters of
-    their own.  Whether the result computes what the module computed is checked on the data, see `adopt`.
+    their own.  Whether the result computes what the module computed is checked on the data, see `adopt`::
 
         @register_adapter(MyQuantLinear)
         def _(layer):
@@ -136,11 +138,18 @@ def has_adapter(module: nn.Module) -> bool:
     return _find(module) is not None
 
 
+@cache
+def _load(front_end: str) -> None:
+    """Register the adapters of a package, unless it is another version of it, that lacks what they are for."""
+    with suppress(ImportError):
+        importlib.import_module(f"{__package__}.{front_end}")
+
+
 def _find(module: nn.Module) -> Adapter | None:
     for kind in type(module).__mro__:
         for place, front_end in FRONT_ENDS.items():
             if kind.__module__.startswith(place):
-                importlib.import_module(f"{__package__}.{front_end}")  # its package is there: this is a class of it
+                _load(front_end)
         if kind in _adapters:
             return _adapters[kind]
     return None
