@@ -17,7 +17,9 @@ except ImportError as error:
 
 
 class LightningMonitor(Callback):
-    """Calls a `CurvatureMonitor` before the first epoch and after each::
+    """Calls a `CurvatureMonitor` before the first epoch and after each.
+
+    ::
 
         Trainer(callbacks=[LightningMonitor(CurvatureMonitor(HessianTrace(), data, out="runs/mine"))])
 

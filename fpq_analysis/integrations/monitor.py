@@ -45,7 +45,9 @@ LIVE = ("quantizers", "teacher", "previous")  # what a probe may need, of a trai
 
 
 class CurvatureMonitor:
-    """Measures a network while it is trained: call it with the network and the number of finished epochs::
+    """Measures a network while it is trained: call it with the network and the number of finished epochs.
+
+    ::
 
         monitor = CurvatureMonitor([HessianTrace()], (images, labels), out="runs/mine")
         for epoch in range(epochs):

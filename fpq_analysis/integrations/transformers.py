@@ -16,7 +16,9 @@ except ImportError as error:
 
 
 class TransformersMonitor(TrainerCallback):
-    """Calls a `CurvatureMonitor` before the first epoch and after each::
+    """Calls a `CurvatureMonitor` before the first epoch and after each.
+
+    ::
 
         Trainer(..., callbacks=[TransformersMonitor(CurvatureMonitor(HessianTrace(), data, out="runs/mine"))])
 
