@@ -359,3 +359,87 @@ def brevitas() -> Pair:
         return F.linear(rounded("3", x), used("4.weight"), used("4.bias"))
 
     return Pair(model, tensors, {f"{name}.weight": Average() for name in ("2", "4")}, activations, run)
+
+
+# --- ModelOpt and pt2e ---
+
+
+def modelopt() -> Pair:
+    """4-bit weights by row, half of them beyond the maximum; 8-bit inputs of one scale."""
+    import modelopt.torch.quantization as mtq
+
+    config = {
+        "quant_cfg": {
+            "*weight_quantizer": {"num_bits": 4, "axis": 0, "pass_through_bwd": False},
+            "*input_quantizer": {"num_bits": 8, "axis": None},
+        },
+        "algorithm": "max",
+    }
+    model = mtq.quantize(_mlp(), config, lambda m: m(X)).eval()
+    weights, activations = {}, {}
+    for name in ("1", "3"):
+        layer = model.get_submodule(name)
+        amax = layer.weight.detach().abs().median(1, keepdim=True).values
+        layer.weight_quantizer.amax = amax
+        weights[f"{name}.weight"] = Bounded(amax.double(), 7)
+        activations[name] = Bounded(layer.input_quantizer.amax.detach().double(), 127)
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters() if "quantizer" not in n}
+    return Pair(model, tensors, weights, activations, _run_mlp)
+
+
+class Bounded(Grid):
+    """ModelOpt's: symmetric, its gradient that of values within the maximum."""
+
+    def __init__(self, maximum: Tensor, high: int) -> None:
+        super().__init__(maximum / high, 0.0, -high - 1, high)
+        self.__dict__["maximum"] = maximum
+
+    def inside(self, x: Tensor) -> Tensor:
+        return x.abs() <= self.__dict__["maximum"]
+
+
+def pt2e() -> Pair:
+    """A graph, 2-bit weights of which half are beyond the range, inputs of 4 bits; no modules but the quantizers."""
+    from torch.fx import Node
+    from torchao.quantization.pt2e import FakeQuantize, MinMaxObserver, MovingAverageMinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+
+    affine = torch.per_tensor_affine
+
+    class EveryLinear(Quantizer):
+        def annotate(self, model: Any) -> Any:
+            weight = QuantizationSpec(torch.int8, FakeQuantize.with_args(observer=MinMaxObserver), -2, 1, affine)
+            inputs = QuantizationSpec(
+                torch.uint8, FakeQuantize.with_args(observer=MovingAverageMinMaxObserver), 0, 15, affine
+            )
+            for node in model.graph.nodes:
+                if node.target is torch.ops.aten.linear.default:
+                    places: dict[Node, Any] = {node.args[0]: inputs, node.args[1]: weight}
+                    node.meta["quantization_annotation"] = QuantizationAnnotation(places, _annotated=True)
+            return model
+
+        def validate(self, model: Any) -> None:
+            pass
+
+    dynamic = {"input": {0: torch.export.Dim.DYNAMIC}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(_mlp(), (X,), dynamic_shapes=dynamic).module()
+        model = prepare_qat_pt2e(exported, EveryLinear())
+        model(X)
+    weights, activations = {}, {}
+    for node in model.graph.nodes:
+        if node.target is torch.ops.aten.linear.default:
+            name = node.args[1].args[0].target
+            of_input, of_weight = (model.get_submodule(node.args[i].target) for i in (0, 1))
+            limit = 0.7 * float(model.get_parameter(name).detach().abs().median())
+            of_weight.activation_post_process.min_val.fill_(-limit)
+            of_weight.activation_post_process.max_val.fill_(limit)
+            scale, zero = of_weight.activation_post_process.calculate_qparams()
+            of_weight.scale.copy_(scale), of_weight.zero_point.copy_(zero)
+            for fq in (of_input, of_weight):
+                fq.disable_observer()
+            weights[name], activations[name.removesuffix(".weight")] = _grid_of(of_weight), _grid_of(of_input)
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return Pair(model, tensors, weights, activations, _run_mlp)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fpq_analysis.errors import UserError
@@ -150,11 +151,19 @@ def _rounds(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[st
     for change, step in zip((_double, lambda t: t), STEPS, strict=True):
         try:
             copied = change(copy.deepcopy(module))
+            if isinstance(copied, GraphModule):  # it has no layers to be tried, and its activations are rounded
+                _leave_out_quantizers(copied)
             given, named = tree_map(change, (args, kwargs))
             return _compare(copied, given, named, parameters, step)
         except Exception:  # the user's code: anything can happen; what is known by its class is refused before
             continue
     return ""
+
+
+def _leave_out_quantizers(graph: GraphModule) -> None:
+    for name, module in list(graph.named_children()):
+        if isinstance(module, Quantizer):
+            graph.set_submodule(name, nn.Identity())
 
 
 def _compare(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[str], step: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
@@ -26,7 +27,14 @@ from fpq_analysis.ranks.wrapped import unwrapped
 Adapter = Callable[[Any], nn.Module]
 A = TypeVar("A", bound=Adapter)
 # The module of a class begins with the first; the file beside this one has the adapters of such classes.
-FRONT_ENDS = {"torch.ao.": "torch_ao", "torchao.": "torchao", "brevitas.": "brevitas"}
+FRONT_ENDS = {
+    "torch.ao.": "torch_ao",
+    "torchao.quantization.pt2e.": "pt2e",
+    "torch.fx.graph_module": "pt2e",
+    "torchao.": "torchao",
+    "brevitas.": "brevitas",
+    "modelopt.": "modelopt",
+}
 OUTPUT_QUANTIZER = "output_quantizer"
 OBSERVERS = ("observer_enabled", "static_enabled")  # switches of those that set a scale by what passes through
 
@@ -105,8 +113,8 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
         UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
     """
     model = unwrapped(model)
-    if not any(map(has_adapter, model.modules())):
-        return model
+    if not any(has_adapter(module) for module in model.modules() if not isinstance(module, GraphModule)):
+        return model  # (a graph is one of what is in it)
     theirs = eval_copy(model)
     kinds = {p.dtype for p in theirs.parameters()}
     if kinds & {torch.float16, torch.bfloat16}:

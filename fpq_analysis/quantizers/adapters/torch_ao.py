@@ -28,7 +28,7 @@ PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_
 @register_adapter(FakeQuantizeBase)
 def fake_quantizer(module: Any) -> nn.Module:
     """Of activations: at the output of a layer, in `QuantStub`, or in a graph."""
-    quantizer = _affine(module, None)
+    quantizer = affine(module, None)
     return nn.Identity() if quantizer is None else quantizer
 
 
@@ -77,13 +77,13 @@ def _batch_norm(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 def _plain(module: Any, kind: type[nn.Module], factor: Tensor | None = None) -> nn.Module:
     weight = module.weight.detach()
-    quantizer = _affine(module.weight_fake_quant, weight if factor is None else weight * factor, factor)
+    quantizer = affine(module.weight_fake_quant, weight if factor is None else weight * factor, factor)
     del module.weight_fake_quant
     return plain_layer(module, kind, quantizer)
 
 
 @torch.no_grad()
-def _affine(module: Any, weight: Tensor | None, factor: Tensor | None = None) -> Affine | None:
+def affine(module: Any, weight: Tensor | None, factor: Tensor | None = None) -> Affine | None:
     """With its scale as it stands; None if it is switched off.
 
     Args:
