@@ -12,8 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Of commands, files and pages: what these print and write is the same on every processor.
-NOT_OF_NUMBERS := cli extending factories figures files guard hostile inspection notebooks pipeline report rooms runs sweeps tables \
-	text training
+NOT_OF_NUMBERS := cli dask engines extending factories figures files guard hostile inspection monitor notebooks pages pipeline ranks report \
+	rooms runs slurm sweeps tables text training watch
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 
 .PHONY: demo test test-portable test-slurm coverage notebooks check docs dist clean

@@ -119,11 +119,13 @@ def test_a_task_that_kills_every_process_is_a_fault_and_the_others_go_on(runs, t
     assert path.suffix == ".pt"
 
 
+# What is started in a shell's background has interrupts switched off.
 SCRIPT = """
-import sys
+import signal, sys
 from fpq_analysis import measure
 from tests.test_engines import Deadly, WHERE
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     measure(sys.argv[1], Deadly(sys.argv[2], 0, 0.5), jobs=2, **WHERE)
 """
 

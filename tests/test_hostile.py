@@ -18,9 +18,9 @@ from torch import nn
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from fpq_analysis import UserError, data, files, measure, records
+from fpq_analysis import UserError, files, measure, records
 from fpq_analysis.cli import app
-from fpq_analysis.data import load_dataset
+from fpq_analysis.data import load_dataset, named
 from fpq_analysis.probes import HessianEigs, HessianTrace, hessian_trace
 from fpq_analysis.quantizers import calibrate, quantize
 from fpq_analysis.runs.checkpoint import read_checkpoint
@@ -246,7 +246,7 @@ def quick(monkeypatch):
     """What takes most of the time is left out: pixels, the disk's word, reading the data and the options again."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr("typer.testing._get_command", functools.cache(get_command))
-    monkeypatch.setattr(data, "_digits", functools.cache(data._digits))
+    monkeypatch.setattr(named, "_digits", functools.cache(named._digits))
     blank = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
     for place in ("plots.style", "report.pictures"):
         monkeypatch.setattr(import_module(f"fpq_analysis.{place}"), "rendered", lambda *arguments, **options: blank)
