@@ -29,7 +29,7 @@ from fpq_analysis.training import resume as folders
 
 MODEL = "tests.test_hostile:least"
 FAST = ["--n-data", "8", "--device", "cpu", "--model", MODEL]
-CASES = 520
+CASES = 250
 
 
 def least(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
