@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.nests import Nest, named_leaves
+from fpq_analysis.nests import Nest, by_field, named_leaves
 
 Batch = tuple[Nest, Nest]  # inputs and targets, of the same samples
 
@@ -63,7 +63,7 @@ def as_batch(batch: Any) -> Batch:
         UserError: with the field that is not understood.
     """
     if is_dataclass(batch):
-        batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        batch = by_field(batch)
     if isinstance(batch, Mapping):
         named = [name for name in TARGETS if name in batch]
         held = ", ".join(map(repr, batch)) or "none"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.nests import Nest, described
+from fpq_analysis.nests import Nest, by_field, described
 from fpq_analysis.ranks.wrapped import unwrapped
 from fpq_analysis.references import find
 
@@ -62,7 +62,7 @@ def _fields(outputs: Any) -> dict[str, Any]:
         names = getattr(outputs, "_fields", range(len(outputs)))
         return {str(name): value for name, value in zip(names, outputs, strict=True)}
     if is_dataclass(outputs) and not isinstance(outputs, type):
-        return {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+        return by_field(outputs)
     return {}
 
 

@@ -30,9 +30,9 @@ def mapped(function: Callable[..., Any], nest: Nest, *others: Nest) -> Nest:
         return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
     if is_dataclass(nest) and not isinstance(nest, type):
         found = copy.copy(nest)
-        for field in fields(nest):
-            values = [getattr(one, field.name) for one in (nest, *others)]
-            object.__setattr__(found, field.name, mapped(function, *values))  # frozen ones, too
+        for name, value in by_field(nest).items():
+            values = [value, *(getattr(one, name) for one in others)]
+            object.__setattr__(found, name, mapped(function, *values))  # frozen ones, too
         return found
     return nest
 
@@ -46,10 +46,21 @@ def named_leaves(nest: Nest, name: str = "") -> Iterator[tuple[str, Any]]:
         for place, value in enumerate(nest):
             yield from named_leaves(value, f"{name}[{place}]")
     elif is_dataclass(nest) and not isinstance(nest, type):
-        for field in fields(nest):
-            yield from named_leaves(getattr(nest, field.name), f"{name}.{field.name}")
+        for field, value in by_field(nest).items():
+            yield from named_leaves(value, f"{name}.{field}")
     else:
         yield name, nest
+
+
+def by_field(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass's instance, by name; what is in them is not copied, as `dataclasses.asdict` does."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}
+
+
+def raw(t: Tensor) -> memoryview:
+    """The bytes of a tensor on any device, to be hashed."""
+    array: Any = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # no Buffer before Python 3.12
+    return memoryview(array)
 
 
 def leaves(nest: Nest) -> list[Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -84,26 +85,27 @@ def compare(
     pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)
     faults: dict[Path, UserError] = {}
-
-    def traces_of(run: Path, epochs: str = "all") -> pd.DataFrame:
-        options: dict[str, Any] = {
-            "n_data": n_data,
-            "seed": seed,
-            "data_root": data_root,
-            "device": device,
-            "model": model,
-        }
-        options |= {"records": records, "jobs": jobs, "executor": executor, "on_fault": faults.__setitem__}
-        return totals(measure(run, HessianTrace(definition), epochs=epochs, **options))
-
-    traces = [traces_of(run) for run in (run_a, run_b)]
+    measured = partial(
+        measure,
+        probe=HessianTrace(definition),
+        n_data=n_data,
+        seed=seed,
+        data_root=data_root,
+        model=model,
+        records=records,
+        device=device,
+        jobs=jobs,
+        executor=executor,
+        on_fault=faults.__setitem__,
+    )
+    traces = [totals(measured(run)) for run in (run_a, run_b)]
     if any(frame.empty for frame in traces):
         fail_all(faults)
     for run, frame in zip(pair, traces, strict=True):
         if frame.empty:
             raise UserError(f"No checkpoint of '{run}' has a finite trace, so there is nothing to compare.")
     found = by_epoch(*(frame.assign(run=name) for frame, name in zip(traces, names, strict=True)))
-    several = _over_seeds(pair, found[-1], traces_of) if over_seeds else None
+    several = _over_seeds(pair, found[-1], measured) if over_seeds else None
     if json:
         rows = [difference.as_row() for difference in found]
         print_json(pd.DataFrame(rows + ([several.as_row()] if several is not None else [])))
@@ -127,9 +129,10 @@ def compare(
     fail_all(faults)
 
 
-def _over_seeds(pair: list[Path], last: Difference, traces_of: Callable[[Path, str], pd.DataFrame]) -> SeedsDifference:
+def _over_seeds(pair: list[Path], last: Difference, measured: Callable[..., pd.DataFrame]) -> SeedsDifference:
     """The differences at one epoch of all pairs of runs with equal seeds."""
     from fpq_analysis.records.comparison import SeedsDifference, by_epoch
+    from fpq_analysis.records.queries import totals
     from fpq_analysis.runs import seeds_of
 
     ours, theirs = map(seeds_of, pair)
@@ -141,7 +144,7 @@ def _over_seeds(pair: list[Path], last: Difference, traces_of: Callable[[Path, s
         )
     found = []
     for seed in both:
-        frames = [traces_of(runs[seed], str(last.epoch)) for runs in (ours, theirs)]
+        frames = [totals(measured(runs[seed], epochs=str(last.epoch))) for runs in (ours, theirs)]
         if not any(frame.empty for frame in frames):
             found += by_epoch(*frames)
     if len(found) < 2:

@@ -68,12 +68,16 @@ def evaluation_batches(data: Dataset, split: Split, batch_size: int = 500) -> It
         yield data.normalize(images), labels
 
 
+def sample_order(n: int, n_data: int | None, seed: int) -> Tensor:
+    """Places of `n_data` of n samples (None: of all), drawn without replacement by `seed`."""
+    return torch.randperm(n, generator=epoch_generator(seed, 0, "sample"))[:n_data]
+
+
 def training_sample(data: Dataset, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """`n` training images drawn without replacement by `seed`, normalised, without augmentation.
 
     Returns:
         (min(n, N), C, H, W) float32 and labels.  The draw depends on the seed and the number of images only.
     """
-    order = torch.randperm(len(data.train), generator=epoch_generator(seed, 0, "sample"))
-    index = order[:n].to(data.train.labels.device)
+    index = sample_order(len(data.train), n, seed).to(data.train.labels.device)
     return data.normalize(data.train.images[index]), data.train.labels[index]

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from fpq_analysis.batch import FORMS, TARGETS, Batch, as_batch, one_by_one
-from fpq_analysis.data.batches import epoch_generator
+from fpq_analysis.data.batches import sample_order
 from fpq_analysis.errors import UserError
-from fpq_analysis.nests import alike, joined, mapped, named_leaves, size, take
+from fpq_analysis.nests import alike, by_field, joined, mapped, named_leaves, raw, size, take
 
 HEAD = 16  # samples that are read once more, to see whether they are the same
 CHUNK = 256  # samples that are put together at a time
@@ -49,14 +49,14 @@ def draw(data: Any, n_data: int | None, seed: int, transform: Transform | None, 
     if type(data).__module__.startswith("datasets.") and isinstance(form, dict) and form["type"] is None:
         data = data.with_format("torch")  # not lists of numbers
     if of_loader or _has_places(data):
-        order = _order(len(data), n_data, seed)
+        order = sample_order(len(data), n_data, seed)
         items = (_item(data, place, transform, name) for place in order.tolist())
         parts = [_batch(collate, chunk_of, name) for chunk_of in _chunks(items, chunk)]
     else:
         batches = one_by_one(data)
         if batches is not data:  # a single batch
             whole = as_batch(data)
-            parts = [take(whole, _order(size(whole), n_data, seed))]
+            parts = [take(whole, sample_order(size(whole), n_data, seed))]
         else:
             parts = list(_first(batches, n_data, name))
         if transform is not None:
@@ -72,17 +72,13 @@ def _has_places(data: Any) -> bool:
     return not plain and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
-def _order(n: int, n_data: int | None, seed: int) -> Tensor:
-    return torch.randperm(n, generator=epoch_generator(seed, 0, "sample"))[:n_data]  # as of the sets with a name
-
-
 def _item(data: Any, place: int, transform: Transform | None, name: str) -> Any:
     try:
         item = data[place]
     except Exception as error:  # the user's code: anything can happen
         raise UserError(f"Sample {place} of '{name}' cannot be read: {type(error).__name__}: {error}.") from error
     if is_dataclass(item) and not isinstance(item, type):
-        item = {field.name: getattr(item, field.name) for field in fields(item)}
+        item = by_field(item)
     if not isinstance(item, (tuple, list, Mapping)):
         raise UserError(
             f"A sample of '{name}' is a {type(item).__name__}, without a label: it must be a pair (inputs, target), or "
@@ -162,7 +158,7 @@ def fingerprint(batches: list[Batch]) -> str:
     for place, leaf in named_leaves(batches):
         if isinstance(leaf, Tensor):
             digest.update(f"{place}{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(raw(leaf))
         else:
             digest.update(f"{place}{leaf}".encode())
     return digest.hexdigest()[:16]

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.nests import raw
 from fpq_analysis.quantizers.copies import eval_copy
+from fpq_analysis.ranks.wrapped import unwrapped
 
 ACCELERATED = "_original_forward"  # where accelerate keeps the forward that it puts autocast around
 
@@ -51,17 +52,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Raises:
         UserError: if parts of the weights are on other processes, or it cannot be copied.
     """
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(model, nn.Module) and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            break
     if not isinstance(model, nn.Module):
         raise UserError(f"A {type(model).__name__} was given, and a torch.nn.Module is measured.")
     _check_whole(model)
-    copied = eval_copy(model)
+    copied = eval_copy(unwrapped(model))
     for module in copied.modules():
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
@@ -88,7 +82,7 @@ def state_hash(model: nn.Module) -> str:
         digest.update(f"{name}:".encode())
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(raw(value))
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()

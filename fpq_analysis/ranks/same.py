@@ -7,10 +7,10 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.nests import raw
 from fpq_analysis.ranks.division import meetings
 
 T = TypeVar("T")
@@ -68,9 +68,7 @@ def _differences(own: Callable[[], dict[str, Any]]) -> Iterable[tuple[str, int, 
 
 
 def _fingerprint(t: Tensor) -> tuple[int, str, int]:
-    plain = t.detach().cpu().contiguous()
-    data: Any = plain.reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data), str(plain.dtype), plain.numel()
+    return zlib.crc32(raw(t)), str(t.dtype), t.numel()
 
 
 def _in_words(value: object) -> str:

@@ -39,7 +39,6 @@ class ProcessEngine(Engine):
 
     def __init__(self, jobs: int | None = None, device: str = "auto") -> None:
         # Brings torch, and the processes import this file before they have said how many threads it may have.
-        # Brings torch, and the processes import this file before they have said how many threads it may have.
         from fpq_analysis.devices import cores, count_gpus
 
         gpus = count_gpus() if device in ("auto", "cuda") else 0
