@@ -95,15 +95,20 @@ SHARED: dict[str, tuple[Any, Any]] = {
 }
 
 
-def measuring_command(fixed: Mapping[str, Any] | None = None, **defaults: Any) -> Callable[..., Any]:
+def measuring_command(
+    fixed: Mapping[str, Any] | None = None, *, folder: Any = None, **defaults: Any
+) -> Callable[..., Any]:
     """Register a command whose first argument is `settings: Settings`; the rest are its own options.
 
     Args:
         fixed: values of shared options that this command does not offer.
+        folder: annotation of the folder where it is no option; None: `--ckpt-dir`.
         defaults: of shared options, where they differ from `SHARED`.
     """
     fixed = fixed or {}
     offered = {name: shared for name, shared in SHARED.items() if name not in fixed}
+    if folder is not None:
+        offered["ckpt_dir"] = folder, inspect.Parameter.empty
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import (
-    DataRoot,
-    Device,
-    Engine,
-    Epochs,
-    Figures,
-    Jobs,
-    Loss,
-    Model,
-    NData,
-    Records,
-    Seed,
-    app,
-    echo,
-    fail,
-    fail_all,
-    guarded,
-    log,
-    reads_foreign,
-)
+from fpq_analysis.cli.app import echo, fail, fail_all, log
+from fpq_analysis.cli.measuring import Settings, draw, measuring_command, shorten_runs
 from fpq_analysis.errors import UserError, going_on
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command()
-@guarded
-@reads_foreign("ckpt_dir")
+@measuring_command(
+    {"shard": None, "overwrite": False, "dry_run": False, "json": False},
+    folder=Annotated[Path, typer.Argument(help="The folder that checkpoints are written to.")],
+)
 def watch(
-    ckpt_dir: Annotated[Path, typer.Argument(help="The folder that checkpoints are written to.")],
+    settings: Settings,
     probes: Annotated[
         str, typer.Option(help="What to measure, with commas: hessian_trace,gradnorm.")
     ] = "hessian_trace",
@@ -45,18 +28,7 @@ def watch(
     timeout: Annotated[
         float | None, typer.Option(help="End after so many seconds without a change (0: one look). Default: never.")
     ] = None,
-    n_data: NData = 1024,
-    epochs: Epochs = "all",
-    seed: Seed = 0,
-    data_root: DataRoot = None,
-    model: Model = None,
-    loss: Loss = "cross_entropy",
-    figures: Figures = Path("figures"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The report.")] = Path("report.html"),
-    records: Records = None,
-    device: Device = "auto",
-    jobs: Jobs = "1",
-    executor: Engine = None,
 ) -> None:
     """Measure checkpoints as they appear, and keep the figures and the report up to date.
 
@@ -71,7 +43,6 @@ def watch(
     """
     import fpq_analysis.pipeline.watch as pipeline
     from fpq_analysis.cli.hessian import print_traces
-    from fpq_analysis.cli.measuring import draw, shorten_runs
     from fpq_analysis.errors import did_you_mean
     from fpq_analysis.probes import PROBES
     from fpq_analysis.records.queries import totals
@@ -86,21 +57,28 @@ def watch(
     def redraw(frame: pd.DataFrame) -> None:
         log(f"{frame['checkpoint'].nunique()} checkpoints are measured.")
         for name in names:
-            for fault in draw(name, frame[frame["probe"] == name], figures):
+            for fault in draw(name, frame[frame["probe"] == name], settings.figures):
                 fail(fault)
         with going_on(fail, "The report"):
-            log(f"Report: {write_report(Path(ckpt_dir), output, records=records).path}")
+            log(f"Report: {write_report(Path(settings.ckpt_dir), output, records=settings.records).path}")
 
-    shared: dict[str, Any] = {"n_data": n_data, "epochs": epochs, "seed": seed, "data_root": data_root, "model": model}
-    shared |= {"loss": loss, "records": records, "device": device, "jobs": jobs, "executor": executor}
     found = pipeline.watch(
-        ckpt_dir,
+        settings.ckpt_dir,
         [PROBES[name]() for name in names],
         interval=interval,
         timeout=timeout,
+        n_data=settings.n_data,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        device=settings.device,
+        data_root=settings.data_root,
+        model=settings.model,
+        loss=settings.loss,
+        records=settings.records,
+        executor=settings.executor,
+        jobs=settings.jobs,
         on_round=redraw,
         on_fault=faults.__setitem__,
-        **shared,
     )
     if len(totals(found)):
         print_traces(shorten_runs(found[found["probe"] == "hessian_trace"]))
