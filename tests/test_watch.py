@@ -6,12 +6,15 @@ import os
 import shutil
 import threading
 import time
+from importlib import import_module
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from fpq_analysis import HessianTrace, UserError, measure, watch
+from fpq_analysis import ForeignRuns, HessianTrace, UserError, measure, watch
 from fpq_analysis.cli import app
 from tests.words import words
 
@@ -83,6 +86,35 @@ def test_a_file_is_whole_when_the_manifest_names_it_or_it_rests(tiny_runs, tmp_p
     found = watch(runs, HessianTrace(), on_fault=faults.__setitem__, **once)
     assert set(found["epoch"]) == {0, 1}
     assert "still being written" in str(faults[run / "epoch_0002.pt"])
+
+
+def test_a_fault_that_is_mended_elsewhere_is_none(tiny_runs, tmp_path, monkeypatch):
+    """The file itself does not change: it is tried again all the same."""
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "runs" / "fp")
+    about = (run / "run.json").read_text()
+    (run / "run.json").write_text("{")
+
+    def mend(seconds):
+        (run / "run.json").write_text(about)
+
+    clock = SimpleNamespace(sleep=mend, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr(import_module("fpq_analysis.pipeline.watch"), "time", clock)
+    found = watch(run.parent, HessianTrace(), **QUICK | {"timeout": 0.01})
+    assert set(found["epoch"]) == {0, 1, 2}
+
+
+def test_a_fault_of_a_whole_run_is_named_at_the_end(tiny_runs, tmp_path):
+    """It was tried again without end."""
+    state = torch.load(tiny_runs / "fp" / "epoch_0002.pt")["state_dict"]
+    for name in ("good/epoch_1.pt", "twice/epoch_1.pt", "twice/best_epoch_1.pt"):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, tmp_path / "runs" / name)
+    faults = {}
+    runs = ForeignRuns(tmp_path / "runs", "tests.nets:tiny", data="digits")
+    options = {name: value for name, value in QUICK.items() if name != "model"}
+    found = watch(runs, HessianTrace(), on_fault=faults.__setitem__, **options)
+    assert set(found["run"]) == {"good"}
+    assert list(faults) == [tmp_path / "runs" / "twice"]
 
 
 def test_nothing_to_watch(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 
 from fpq_analysis.errors import Fault, UserError, raise_fault
 from fpq_analysis.pipeline.engines.engine import open_engine
-from fpq_analysis.pipeline.plan import plan
+from fpq_analysis.pipeline.plan import Plan, plan
 from fpq_analysis.pipeline.run import run
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes.point import Probe
@@ -33,9 +33,9 @@ State = tuple[int, int]  # size, and time of the last change
 
 @dataclass
 class _Failure:
-    """What was wrong with a file as it was, and how often it was tried."""
+    """What was wrong with a file as it was (None: with a whole run), and how often it was tried."""
 
-    state: State
+    state: State | None
     fault: UserError
     tries: int = 1
 
@@ -86,35 +86,24 @@ def watch(
     seen: dict[Path, State] = {}
     changed = time.monotonic()
     with open_engine(executor, jobs, device=device, folder=Path(records or ckpt_dir)) as engine:
-
-        def measure(ready: set[Path], state: dict[Path, State]) -> tuple[pd.DataFrame, int]:
-            """All records of the files that are ready, and how many measurements were made."""
-
-            def note(path: Path, fault: UserError) -> None:
-                known = failures.get(path)
-                same = known is not None and known.state == state.get(path)
-                failures[path] = _Failure(state.get(path, (0, 0)), fault, known.tries + 1 if known and same else 1)
-
-            frames, n_new = [], 0
-            for probe in every:
-                todo = plan(ckpt_dir, probe, sampling, **options)
-                faults = [(path, fault) for path, fault in todo.faults if path in ready or path not in state]
-                todo = replace(todo, measurements=[m for m in todo.measurements if m.path in ready], faults=faults)
-                frames.append(run(todo, executor=engine, on_fault=note))
-                n_new += len(todo.measurements)
-            return pd.concat(frames, ignore_index=True), n_new
-
         while True:
             state = _files(source_of(ckpt_dir), Path(ckpt_dir))
             whole = {path for path in state if _is_whole(path, state[path], seen.get(path), interval)}
-            for path in [path for path, failure in failures.items() if state.get(path) != failure.state]:
-                del failures[path]  # gone, or another file by now
+            # The others are gone, or other files by now.
+            failures = {path: failure for path, failure in failures.items() if state.get(path) == failure.state}
             ready = {path for path in whole if path not in failures or failures[path].tries < TRIES}
             if state != seen:
                 changed = time.monotonic()
             seen = state
             if ready:
-                frame, n_new = measure(ready, state)
+                frames, n_new = [], 0
+                faults: dict[Path, UserError] = {}
+                for probe in every:
+                    todo = _limited(plan(ckpt_dir, probe, sampling, **options), ready, state.keys())
+                    frames.append(run(todo, executor=engine, on_fault=faults.__setitem__))
+                    n_new += len(todo.measurements)
+                frame = pd.concat(frames, ignore_index=True)
+                failures = _after(failures, faults, ready, state)
                 if n_new and len(frame) and on_round is not None:
                     on_round(frame)
             trying = any(failure.tries < TRIES for failure in failures.values())
@@ -127,13 +116,27 @@ def watch(
         report(path, UserError(f"'{path}' was still being written to. Run the command again when its writer is done."))
     for path, failure in failures.items():
         report(path, failure.fault)
-    good = whole - failures.keys()
-    if not good:
+    if not whole - failures.keys():
         raise UserError(f"No checkpoint in '{Path(ckpt_dir)}' could be measured while it was watched.")
-    kept = [
-        replace(todo, measurements=[], faults=[]) for todo in (plan(ckpt_dir, p, sampling, **options) for p in every)
-    ]
-    return pd.concat([run(todo) for todo in kept], ignore_index=True)
+    return frame
+
+
+def _limited(todo: Plan, ready: set[Path], there: Collection[Path]) -> Plan:
+    """The plan of the files that are ready alone, with what is wrong with these and with whole runs."""
+    measurements = [measurement for measurement in todo.measurements if measurement.path in ready]
+    faults = [(path, fault) for path, fault in todo.faults if path in ready or path not in there]
+    return replace(todo, measurements=measurements, faults=faults)
+
+
+def _after(
+    before: dict[Path, _Failure], faults: dict[Path, UserError], tried: set[Path], state: dict[Path, State]
+) -> dict[Path, _Failure]:
+    """The failures after a round: those that it has met, and of the files that it did not try those of before."""
+    found = {path: failure for path, failure in before.items() if path in state and path not in tried}
+    for path, fault in faults.items():
+        tries = before[path].tries + 1 if path in before else 1
+        found[path] = _Failure(state.get(path), fault, tries)
+    return found
 
 
 def _files(source: Source, folder: Path) -> dict[Path, State]:
