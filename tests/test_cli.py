@@ -104,6 +104,25 @@ def test_a_damaged_checkpoint_among_good_ones(runs, tmp_path):
     assert len(records.done(runs / "fp", "hessian_trace")) == 2
 
 
+def test_records_that_cannot_be_read_among_good_ones(runs, tmp_path):
+    """The run is not measured, as its rows could not be written; the others' numbers and figures are all there."""
+    fast = [*FAST, "--epochs", "2"]
+    call("hessian", "--ckpt-dir", runs, *fast, "--figures", tmp_path)
+    file = runs / "fp" / "records" / "hessian_trace.jsonl"
+    file.unlink()
+    file.mkdir()
+    for more in ([], ["--overwrite"]):
+        result = call("hessian", "--ckpt-dir", runs, *fast, *more, "--figures", tmp_path, "--json", code=1)
+        assert {json.loads(line)["run"] for line in result.stdout.splitlines()} == {"lsq-w4a4", "fpq-w4a4"}
+        assert "hessian_trace.jsonl' cannot be" in words(result.stderr)
+    call("figures", "5", "--ckpt-dir", runs, "--no-measure", "--out", tmp_path / "drawn", code=1)
+    assert (tmp_path / "drawn" / "figure5.png").exists()
+    call("report", "--ckpt-dir", runs, "--output", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "lsq-w4a4" in page
+    assert "hessian_trace.jsonl" in page
+
+
 def test_a_nan_checkpoint_among_good_ones(runs, tmp_path):
     path = runs / "fp" / "epoch_0001.pt"
     content = torch.load(path, weights_only=True)

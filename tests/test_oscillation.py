@@ -158,6 +158,28 @@ def test_every_checkpoint_but_the_first(tiny_runs, tmp_path):
     assert frame["value"].notna().all()  # where none flipped, there is no share of them
 
 
+def test_a_missing_checkpoint_leaves_no_number_beside_the_others(tiny_runs, tmp_path):
+    """Its flips are those of two epochs: the row says since when, and the line is broken."""
+    run = shutil.copytree(tiny_runs / "lsq-w4a4", tmp_path / "lsq-w4a4")
+    for epoch in (3, 4, 5, 6):
+        content = torch.load(run / "epoch_0002.pt", weights_only=True)
+        torch.save({**content, "epoch": epoch}, run / f"epoch_{epoch:04d}.pt")
+    (run / "manifest.json").unlink()
+    (run / "epoch_0004.pt").unlink()
+    frame = measure(run, Oscillation(), n_data=2, device="cpu", model="tests.nets:tiny")
+    since = frame[frame["quantity"] == "previous"].set_index("epoch")["value"]
+    assert since.to_dict() == {1: 0, 2: 1, 3: 2, 5: 3, 6: 5}
+    near, flipped = oscillation_figure(frame).axes
+    assert np.isfinite(near.lines[0].get_ydata()).all()
+    assert np.isfinite(flipped.lines[0].get_ydata()).tolist() == [True, True, True, False, True]
+    assert "Lines are broken where a checkpoint is missing" in oscillation_caption(frame)
+    # Of a run that keeps every other checkpoint nothing is missing.
+    every_other = frame.assign(epoch=2 * frame["epoch"])
+    every_other.loc[every_other["quantity"] == "previous", "value"] = every_other["epoch"] - 2
+    assert "before, 2 epochs earlier, whether" in oscillation_caption(every_other)
+    assert np.isfinite(oscillation_figure(every_other).axes[1].lines[0].get_ydata()).all()
+
+
 def test_a_layer_where_none_flipped_has_no_row_of_those_near():
     model = quantize(tiny(), QuantSpec.parse("W4A4")).eval()
     rows = Oscillation()(Point(model, (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)), previous=model))
@@ -205,5 +227,5 @@ def test_command(tiny_runs, tmp_path):
     rows = [json.loads(line) for line in CliRunner().invoke(app, [*call, "--json"]).stdout.splitlines()]
     found = {row["quantity"] for row in rows}
     some = any(row["value"] > 0 for row in rows if row["quantity"] == "flipped")
-    assert found == {"near", "flipped", "flipped_step", "eps"} | ({"flipped_near"} if some else set())
+    assert found == {"near", "flipped", "flipped_step", "eps", "previous"} | ({"flipped_near"} if some else set())
     assert CliRunner().invoke(app, [*call, "--eps", "0.7"]).exit_code == 1

@@ -145,6 +145,7 @@ def print_shares(frame: pd.DataFrame) -> None:
     heads = {
         "near": "Near",
         "flipped": "Flipped",
+        "previous": "since",
         "flipped_step": "by the step",
         "flipped_near": "of them near",
     }
@@ -152,7 +153,8 @@ def print_shares(frame: pd.DataFrame) -> None:
     for run, group in rows.groupby("run", sort=False):
         for epoch, one in group.groupby("epoch"):
             values = one.drop_duplicates("quantity", keep="last").set_index("quantity")["value"]
-            cells = [f"{100 * values[quantity]:.2f} %" if quantity in values else "" for quantity in heads]
+            form = {"previous": "epoch {:.0f}"}
+            cells = [form.get(head, "{:.2%}").format(values[head]) if head in values else "" for head in heads]
             table.add_row(str(run), str(epoch), *cells)
         table.add_section()
     print_table(table)

@@ -120,7 +120,7 @@ class CurvatureMonitor:
         self._began = False
         self._keys: dict[str, set[str]] = {probe.name: set() for probe in self.probes}
         self._last: int | None = None
-        self._previous: tuple[nn.Module, str] | None = None
+        self._previous: tuple[nn.Module, str, int] | None = None
         self._cost: dict[int, float] = {}
         self._said: set[str] = set()
 
@@ -150,7 +150,7 @@ class CurvatureMonitor:
                 with going_on(self._fault(epoch, "log"), "log"):
                     self.log(dict(numbers), epoch)
             if keeps:
-                self._previous = copied.to("cpu"), digest
+                self._previous = copied.to("cpu"), digest, epoch
         return numbers
 
     def frame(self) -> pd.DataFrame:
@@ -205,6 +205,7 @@ class CurvatureMonitor:
             seed=self._sampling.seed,
             teacher=needed("teacher", self.teacher),
             previous=needed("previous", self._previous and self._previous[0]),
+            previous_epoch=self._previous and self._previous[2],
         )
         at = begin(probe, point)
         rows = [row for piece in pieces for row in at.measure(piece)] + at.notes

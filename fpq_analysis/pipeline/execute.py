@@ -141,7 +141,9 @@ def point_of(task: Task, content: Checkpoint) -> Point:
     named = {need: build_network(_beside(task, need), sampling) for need in measurement.networks}
     auxiliary = Networks(task, content)
     batch = images(content, sampling)
-    return Point(net, batch, loss=sampling.loss, seed=sampling.seed, auxiliary=auxiliary, **named)
+    before = _beside(task, "previous").epoch if "previous" in named else None
+    about = {"loss": sampling.loss, "seed": sampling.seed, "previous_epoch": before}
+    return Point(net, batch, auxiliary=auxiliary, **about, **named)  # type: ignore[arg-type]
 
 
 def _beside(task: Task, need: str) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from fpq_analysis import records as rec
-from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, going_on
+from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, going_on, raise_fault
 from fpq_analysis.plots import FIGURES, Drawing
 
 PAPER = tuple(name for name in FIGURES if name.isdigit())
@@ -62,16 +62,17 @@ def draw_figures(
     root = Path(ckpt_dir)
     if not root.is_dir():
         raise UserError(f"No folder '{root}'. Give a run, or a folder of runs; 'fpq-analyze train' makes one.")
+    report = on_fault or raise_fault
     where = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
     drawn = []
     frames: dict[tuple[str, bool], pd.DataFrame] = {}  # several figures may be of one measurement
     for name, drawing in FIGURES.items():
-        if everything and name not in PAPER and rec.load(records or root, drawing.probe).empty:
+        if everything and name not in PAPER and rec.load(records or root, drawing.probe, report).empty:
             continue
         if everything or name in names:
             what = drawing.probe, drawing.picture.last
             if what not in frames:
-                frames[what] = _measured(drawing, ckpt_dir, records, where if measure else None, on_fault)
+                frames[what] = _measured(drawing, ckpt_dir, records, where if measure else None, report)
             row = _draw(drawing, frames[what], Path(out))
             log(f"{drawing.title}: {row['path'] or row['note']}")
             drawn.append({"figure": name, "title": drawing.title, **row})
@@ -94,7 +95,7 @@ def _measured(
     ckpt_dir: str | os.PathLike[str],
     records: str | os.PathLike[str] | None,
     where: dict[str, Any] | None,
-    on_fault: Fault | None,
+    on_fault: Fault,
 ) -> pd.DataFrame:
     if where is not None:
         from fpq_analysis.pipeline.run import measure
@@ -104,4 +105,4 @@ def _measured(
             epochs = "last" if drawing.picture.last else "all"
             probe = PROBES[drawing.probe]()
             return measure(ckpt_dir, probe, epochs=epochs, records=records, on_fault=on_fault, **where)
-    return rec.load(records or ckpt_dir, drawing.probe)
+    return rec.load(records or ckpt_dir, drawing.probe, on_fault)

@@ -127,28 +127,27 @@ def plan(
             with going_on(_into(faults, run), f"'{run}'"):
                 done |= _monitored(run, homes[run], probe.name, hashed, epochs)
             continue
-        there: dict[str, dict[str, float]] = {}
         with going_on(_into(faults, run), f"'{run}'"):
             there = {} if overwrite else store.recorded(homes[run], probe.name)
-        for path in paths:
-            with going_on(_into(faults, path), f"'{path}'"):
-                header = source.header(path)
-                needed = _needed(probe, run, header, found[run], ends[1:])
-                if needed is None:
-                    continue
-                networks, auxiliary = needed
-                beside = _hashes(probe, networks, auxiliary)
-                key = measurement_key(header, probe, settings, beside, sampling.model)
-                known = there.get(key, {})
-                mine = [piece for piece in _pieces(probe, auxiliary) if next(turns) % shard[1] == shard[0] - 1]
-                left = tuple(piece for piece in mine if key not in there or (piece and piece not in known))
-                n_done += len(mine) - len(left)
-                if left:
-                    signature = {name: known[name] for name in known if name.startswith(store.SIGNATURE)}
-                    about = (run, homes[run], path, header, key, networks, auxiliary)
-                    measurements.append(PlannedMeasurement(*about, left, signature))
-                elif mine:
-                    done.add(key)
+            for path in paths:
+                with going_on(_into(faults, path), f"'{path}'"):
+                    header = source.header(path)
+                    needed = _needed(probe, run, header, found[run], ends[1:])
+                    if needed is None:
+                        continue
+                    networks, auxiliary = needed
+                    beside = _hashes(probe, networks, auxiliary)
+                    key = measurement_key(header, probe, settings, beside, sampling.model)
+                    known = there.get(key, {})
+                    mine = [piece for piece in _pieces(probe, auxiliary) if next(turns) % shard[1] == shard[0] - 1]
+                    left = tuple(piece for piece in mine if key not in there or (piece and piece not in known))
+                    n_done += len(mine) - len(left)
+                    if left:
+                        signature = {name: known[name] for name in known if name.startswith(store.SIGNATURE)}
+                        about = (run, homes[run], path, header, key, networks, auxiliary)
+                        measurements.append(PlannedMeasurement(*about, left, signature))
+                    elif mine:
+                        done.add(key)
     settled = Path(records) if records else root, source, probe, sampling, hashed
     return Plan(*settled, shard, overwrite, list(homes.values()), measurements, done, n_done, faults)
 

@@ -118,13 +118,6 @@ def measure_landscapes(
 def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None = None) -> pd.DataFrame:
     """Do what `plan` listed; see `measure`."""
     report = on_fault or raise_fault
-    for path, fault in todo.faults:
-        report(path, fault)
-    name = todo.probe.name
-    for home in todo.homes if todo.shard == WHOLE else ():
-        with going_on(partial(report, home), f"'{home}'"):
-            store.gather(home, name, todo.overwrite)
-    writer = store.Writer(name, todo.shard, todo.measurements)
     failed: set[Path] = set()
 
     def fail(path: Path, fault: UserError) -> None:
@@ -132,6 +125,13 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
             failed.add(path)
             report(path, fault)
 
+    for path, fault in todo.faults:
+        fail(path, fault)
+    name = todo.probe.name
+    for home in todo.homes if todo.shard == WHOLE else ():
+        with going_on(partial(fail, home), f"'{home}'"):
+            store.gather(home, name, todo.overwrite)
+    writer = store.Writer(name, todo.shard, todo.measurements)
     try:
         with Progress(todo.n_left, name) as progress:
 
@@ -152,8 +152,8 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
     finally:  # stopped by the user, say
         with suppress(UserError):  # of a rank that was lost
             together(forget)
-        _flush(writer, todo.measurements, report)
-    return store.read(todo.root, todo.homes, name, todo.done | writer.written)
+        _flush(writer, todo.measurements, fail)
+    return store.read(todo.root, todo.homes, name, todo.done | writer.written, fail)
 
 
 def _results(executor: Executor, tasks: Iterable[Task]) -> Iterator[tuple[Task, Future[TaskResult], list[str]]]:

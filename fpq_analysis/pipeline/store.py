@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from fpq_analysis import records as rec
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import Fault, UserError
 from fpq_analysis.pipeline.task import WHOLE, PlannedMeasurement, Shard, TaskResult
 
 # Seconds of work that a kill may cost; writing every piece at once would cost a fast device more than the work itself.
@@ -37,11 +37,11 @@ def recorded(home: Path, probe: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def read(root: Path, homes: Iterable[Path], probe: str, keys: set[str]) -> pd.DataFrame:
+def read(root: Path, homes: Iterable[Path], probe: str, keys: set[str], on_fault: Fault) -> pd.DataFrame:
     """The rows of these measurements, shards included; see `records.read`."""
     homes = list(homes)
     names = dict.fromkeys([probe, *(name for home in homes for name in _shards(home, probe))])
-    frames = [rec.read(root, homes, name, keys) for name in names]
+    frames = [rec.read(root, homes, name, keys, on_fault) for name in names]
     frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
     frame = frame.drop_duplicates(["run", "key", "layer", "quantity"], keep="last")
     return frame.sort_values(["run", "epoch"], kind="stable", ignore_index=True)

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import line_style, run_label, style
 from fpq_analysis.records.queries import distinct
+from fpq_analysis.text import listed
 
 PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
 
@@ -21,16 +22,31 @@ def shares(records: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["value"].notna()]
 
 
+def comparable(records: pd.DataFrame) -> pd.DataFrame:
+    """As `shares`, with the epochs since the checkpoint before in a column `span` (NaN in older records).
+
+    The share of flips is NaN where that is another number than is usual in the run: flips across a missing checkpoint
+    are those of several epochs, and no number to be seen beside the others.
+    """
+    before = records.loc[records["quantity"] == "previous", ["run", "epoch", "value"]]
+    before = before.drop_duplicates(["run", "epoch"], keep="last").rename(columns={"value": "previous"})
+    rows = shares(records).merge(before, how="left", on=["run", "epoch"])
+    rows["span"] = rows["epoch"] - rows["previous"].astype(float)
+    usual = rows.groupby("run")["span"].transform(lambda span: span.mode().min())
+    across = (rows["quantity"] == "flipped") & rows["span"].notna() & (rows["span"] != usual)
+    return rows.assign(value=rows["value"].mask(across))
+
+
 @style()
 def oscillation_figure(records: pd.DataFrame) -> Figure:
     """Share of the weights near a threshold, and of those that flipped, against the epoch; a line a run.
 
     A row of two panels for each network and data set.  The grey line is the share near a threshold if weights lay
-    anywhere in their step with equal chance.
+    anywhere in their step with equal chance.  Where a checkpoint is missing, the line of flips is broken.
 
     From records of the probe `oscillation`; raises `NothingToDraw` if they hold none.
     """
-    rows = shares(records)
+    rows = comparable(records)
     if rows.empty:
         raise NothingToDraw("no oscillation among the records")
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
@@ -60,12 +76,17 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
 
 def oscillation_caption(records: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
-    rows = shares(records)
+    rows = comparable(records)
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
     several = partial(distinct, rows)
+    flips = rows[rows["quantity"] == "flipped"]
+    spans = sorted(set(flips.loc[flips["value"].notna(), "span"].dropna().astype(int)))
+    before = f", {listed(spans, 'or')} epochs earlier" if spans and spans != [1] else ""
+    broken = " Lines are broken where a checkpoint is missing." if flips["value"].isna().any() else ""
     return (
         f"Left: share of the quantized weights less than {eps:g} steps from a rounding threshold. Right: share whose "
-        "whole number differs from that at the checkpoint before, whether the weight moved or its step size. All "
+        f"whole number differs from that at the checkpoint before{before}, whether the weight moved or its step size."
+        f"{broken} All "
         "quantized weights are counted, so that there is no error; one training run a line. "
         f"Data: {several('dataset')}; network: {several('model')}; training seed {several('train_seed')}."
     )

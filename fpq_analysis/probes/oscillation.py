@@ -61,16 +61,21 @@ class Oscillation(OscillationSettings):
     """
 
     name = "oscillation"
-    version = 2  # part of a record's key: raise it when the numbers change
+    version = 3  # part of a record's key: raise it when the numbers change
     needs = ("quantizers", "previous")
 
     def __post_init__(self) -> None:
         _check(self.eps)
 
     def __call__(self, point: Point) -> Rows:
-        """Rows: the layers' shares; then the network's, and before its last, `eps`."""
+        """Rows: the layers' shares; then the network's, and before its last, `eps` and `previous`.
+
+        `previous` is the epoch that flips are counted from: across a missing checkpoint they are those of several.
+        """
         assert point.previous is not None
         rows = oscillation(point.model, point.previous, eps=self.eps).rows()
+        if point.previous_epoch is not None:
+            rows.insert(-1, {**rows[-2], "quantity": "previous", "value": point.previous_epoch})
         return [{column: value for column, value in row.items() if column != "n_weights"} for row in rows]
 
 

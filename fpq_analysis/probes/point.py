@@ -22,7 +22,7 @@ def stored(samples: Iterable[Any]) -> list[float]:
 NEEDS = {
     "quantizers": "the network is quantized",
     "teacher": "the float network the run started from",
-    "previous": "the same run's network an epoch before",
+    "previous": "there is a checkpoint before it in its run",
     "trajectory": "the same run's earlier networks",
     "through": "further checkpoints are named",
 }
@@ -36,6 +36,7 @@ class Point:
         batches: (inputs, targets), tensors or nests of tensors; a list of such where samples are of several shapes.
         seed: of everything random in the measurement.
         teacher, previous: networks in eval mode, there if the probe needs them; see `NEEDS`.
+        previous_epoch: that of `previous`, where it is known.
         auxiliary: those of the trajectory, in order, or the further ones that were named; on the CPU.
     """
 
@@ -45,6 +46,7 @@ class Point:
     seed: int = 0
     teacher: nn.Module | None = None
     previous: nn.Module | None = None
+    previous_epoch: int | None = None
     auxiliary: Sequence[nn.Module] = ()
 
 

@@ -11,12 +11,13 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import Fault, UserError, going_on, raise_fault
 from fpq_analysis.files import append_jsonl, read_lines, write_text
 from fpq_analysis.schema import RecordRow, fits
 from fpq_analysis.text import printable
@@ -146,20 +147,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return whole
 
 
-def read(root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = None) -> pd.DataFrame:
+def read(
+    root: Path, runs: Iterable[Path], probe: str, keys: set[str] | None = None, on_fault: Fault = raise_fault
+) -> pd.DataFrame:
     """All complete measurements of one probe on the given runs; of repeated ones the newest.
 
     Args:
         root: folder from which runs are named.
         keys: only these measurements; None for all.
+        on_fault: called with each run whose records cannot be read and why; the others' are.
 
     Returns:
         A table with the columns of `COLUMNS`, by run and epoch; empty if nothing was measured.
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        name = run_name(root, run)
-        rows += [{**row, "run": name} for row in read_rows(_file(run, probe)) if keys is None or row["key"] in keys]
+        with going_on(partial(on_fault, run), f"'{run}'"):
+            name, found = run_name(root, run), read_rows(_file(run, probe))
+            rows += [{**row, "run": name} for row in found if keys is None or row["key"] in keys]
     if any(row.get("train_seed") is None for row in rows):
         # Text then for all: captions sort and print seeds, and a column of numbers would turn 0 into 0.0.
         rows = [{**row, "train_seed": _text(row.get("train_seed"))} for row in rows]
@@ -175,19 +180,22 @@ def _text(seed: int | str | None) -> str:
     return "unknown" if seed is None else str(seed)
 
 
-def load(root: str | os.PathLike[str], probe: str) -> pd.DataFrame:
+def load(root: str | os.PathLike[str], probe: str, on_fault: Fault = raise_fault) -> pd.DataFrame:
     """What was measured by `probe` at or below `root`, from the records alone: no checkpoint is needed.
 
     A figure must not mix settings.  For each definition of the Hessian, those that most checkpoints were measured with
     are kept, and of several such ones the newest; of an epoch that was measured several times with these (of another
     factory of the network, or by an older version), the newest measurement.
 
+    Args:
+        on_fault: see `read`.
+
     Returns:
         As `read`; empty if there are no such records.
     """
     root = Path(root)
     runs = sorted(path.parent.parent for path in root.rglob(f"records/{probe}.jsonl"))
-    frame = read(root, runs, probe)
+    frame = read(root, runs, probe, on_fault=on_fault)
     measured = frame.drop_duplicates(["run", "key"], keep="last")
     newest = measured.drop_duplicates(["run", "settings", "epoch", "through"], keep="last")
     frame = frame.merge(newest[["run", "key"]], on=["run", "key"])

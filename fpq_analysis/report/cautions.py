@@ -33,7 +33,7 @@ def cautions(study: Study) -> list[str]:
                 f"{probe}: {gone} measurements are of checkpoints that are no longer there (by their SHA-256). Were "
                 "the runs trained anew? Then measure them again."
             )
-        every = records.read(study.kept, [study.kept / name for name in folders], probe)
+        every = records.read(study.kept, [study.kept / name for name in folders], probe, on_fault=study.left_out)
         hidden = every["settings"].nunique() - frame["settings"].nunique()
         if hidden > 0:
             notes.append(

@@ -43,8 +43,13 @@ class Study:
     def records(self, probe: str) -> pd.DataFrame:
         """The records of one probe, of settings that may stand in one figure; see `records.load`."""
         if probe not in self._frames:
-            self._frames[probe] = records.load(self.kept, probe)
+            self._frames[probe] = records.load(self.kept, probe, self.left_out)
         return self._frames[probe]
+
+    def left_out(self, folder: Path, fault: UserError) -> None:
+        """Note, once, that a run's records cannot be read."""
+        if str(fault) not in self.faults:
+            self.faults.append(str(fault))
 
     @cached_property
     def probes(self) -> list[str]:
