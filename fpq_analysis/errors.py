@@ -82,7 +82,7 @@ def explained(error: Exception, about: str = "") -> UserError:
         text = f"{where}{error.strerror}{f' ({error.filename!r})' if error.filename else ''}. "
         found = UserError(text + CURES.get(error.errno, "Is the disk in order?"))
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        found = UserError(f"{where}out of memory. Measure on fewer images (--n-data), or end what else is running.")
+        found = UserError(f"{where}out of memory. Measure on fewer samples (--n-data), or end what else is running.")
     elif "pickle" in str(error):
         found = UserError(
             f"{where}{error}. What other processes measure with must be importable there: put the function into a "

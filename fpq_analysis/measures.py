@@ -88,7 +88,7 @@ class VarianceSettings:
     """Of `output_variance`."""
 
     sds: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.5), "Of the noise, with commas; may be repeated.")
-    n_draws: int = setting(8, "Draws of the noise per image.")
+    n_draws: int = setting(8, "Draws of the noise per sample.")
 
 
 @documented
@@ -114,14 +114,14 @@ class FeatureSettings:
 class NoiseSettings:
     """Of `noise_response`.
 
-    Most of the increase is that of a few images.  From two draws of each (ResNet-20 on digits, 512 images) the error of
-    the whole came out between half of what it was and twice as much; from eight, within a factor of one and a half.
+    Most of the increase is that of a few samples.  From two draws of each (ResNet-20 on digits, 512 images) the error
+    of the whole came out between half of what it was and twice as much; from eight, within a factor of one and a half.
     """
 
     sizes: tuple[float, ...] = setting(
         (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), "Widths of the noise in steps, with commas; 1 is added."
     )
-    n_draws: int = setting(8, "Pairs of opposite noise for each image.")
+    n_draws: int = setting(8, "Pairs of opposite noise for each sample.")
 
 
 @documented
@@ -136,13 +136,13 @@ class OscillationSettings:
 MEASURES = {
     "output_variance": Measure(
         "Output variance",
-        "the variance of the outputs under Gaussian noise in the images",
+        "the variance of the outputs under Gaussian noise in the inputs",
         "variance",
         "variance",
         "variance:OutputVariance",
-        """Variance of every checkpoint's output under Gaussian noise in the image, and Figure 1.
+        """Variance of every checkpoint's output under Gaussian noise in the input, and Figure 1.
 
-        The noise's standard deviation is in units of the normalised image.
+        The noise's standard deviation is in units of the normalised input.
 
         What was measured before is not measured again.
 
@@ -164,7 +164,7 @@ MEASURES = {
         "gradnorm:GradNorm",
         """Gradient norm of every checkpoint: clean, with noise in features, with noise in weights; and Figure 2.
 
-        The noise is one quantization step wide, in every convolution's input or weight. With as many images as four
+        The noise is one quantization step wide, in every convolution's input or weight. With as many samples as four
         minibatches or more the figure's intervals are of use. What was measured before is not measured again.
 
         [bold]Examples[/bold]
@@ -183,7 +183,7 @@ MEASURES = {
         "features",
         "features",
         "features:Features",
-        """One layer in every checkpoint: ranges by channel (Figure 3) and densities of three images (Figure 4).
+        """One layer in every checkpoint: ranges by channel (Figure 3) and densities of three samples (Figure 4).
 
         A layer is named as in model.named_modules(); NAME:input is what goes into NAME before its quantizer.
 
@@ -250,7 +250,7 @@ MEASURES = {
         "drift:Drift",
         """How far each quantized run's features have drifted from those of the float run it started from.
 
-        At the output of every convolution, on the same images; as a table, against the epoch, and layer by layer.
+        At the output of every convolution, on the same samples; as a table, against the epoch, and layer by layer.
 
         What was measured before is not measured again.
 
@@ -261,7 +261,7 @@ MEASURES = {
         headings={"mean_shift": "Mean shift", "decorrelation": "1 - correlation", "wasserstein": "Wasserstein"},
         note=(
             "Shift and Wasserstein-1 distance in standard deviations of the float channels; means over channels and "
-            "convolutions. ±: 95 % over the images, not over runs."
+            "convolutions. ±: 95 % over the samples, not over runs."
         ),
         pictures=(
             Picture("drift", "Drift", "drift:drift_figure", "drift:drift_caption"),
@@ -297,14 +297,14 @@ MEASURES = {
         "oscillation:Oscillation",
         """Weights near a rounding threshold, and weights on another level than at the checkpoint before.
 
-        Every quantized weight is counted; no image is looked at.
+        Every quantized weight is counted; no sample is looked at.
 
         [bold]Example[/bold]
 
           fpq-analyze oscillation --ckpt-dir checkpoints/
         """,
         OscillationSettings,
-        fixed={"n_data": 2, "seed": 0},  # the images play no part; two are the fewest that a measurement takes
+        fixed={"n_data": 2, "seed": 0},  # the samples play no part; two are the fewest that a measurement takes
         show="print_shares",
         pictures=(
             Picture("oscillation", "Oscillation", "oscillation:oscillation_figure", "oscillation:oscillation_caption"),

@@ -77,8 +77,8 @@ def test_hessian_measures_once(runs, tmp_path):
 def test_sentence_about_fpq_and_lsq(runs, tmp_path):
     result = call("hessian", "--ckpt-dir", runs, *FAST, "--figures", tmp_path)
     text = " ".join(result.stdout.split())
-    assert "On the same images" in text
-    assert "lsq-w4a4" in text.split("On the same images")[1]
+    assert "On the same samples" in text
+    assert "lsq-w4a4" in text.split("On the same samples")[1]
     assert "at epoch 2" in text
 
 
@@ -292,7 +292,7 @@ def test_everything_at_once(runs, tmp_path):
 def test_compare(runs):
     result = call("compare", runs / "fpq-w4a4", runs / "lsq-w4a4", *FAST)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
-    assert "Paired, image by image" in words(result.stdout)
+    assert "Paired, sample by sample" in words(result.stdout)
     assert "fpq-w4a4" in result.stdout.splitlines()[0]
     assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["0", "1", "2"]
     rows = [

@@ -343,7 +343,7 @@ class TestFigure4:
         figure = figure4(frame)
         assert len(figure.axes) == 6
         images = number(frame, "fp", "density_images")
-        assert [axes.get_title() for axes in figure.axes[:3]] == [f"Image {i:.0f}" for i in images]
+        assert [axes.get_title() for axes in figure.axes[:3]] == [f"Sample {i:.0f}" for i in images]
         assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["W4A4: density", "W2A4: density"]
         for axes in figure.axes:
             texts = [text.get_text() for text in axes.get_legend().get_texts()]

@@ -571,7 +571,7 @@ def test_planes_through_runs(runs):
         plan("", LandscapeSettings("checkpoints", dim=1), through=["nothing", ends[1]])
     with pytest.raises(UserError, match="two or three of them"):
         plan(runs, LandscapeSettings("checkpoints", dim=1))
-    with pytest.raises(UserError, match="at least 2 images"):
+    with pytest.raises(UserError, match="at least 2 samples"):
         Sampling(1)
 
 

@@ -160,7 +160,7 @@ def test_what_it_writes_is_a_run_for_tables_figures_comparisons_and_reports(digi
     assert {json.loads(line)["epoch"] for line in done.stdout.splitlines()} == {2}
     done = CliRunner().invoke(app, ["compare", "runs/a", "runs/b", "--n-data", "32"])
     assert done.exit_code == 0, done.output
-    assert "Paired, image by image: 32" in done.stdout
+    assert "Paired, sample by sample: 32" in done.stdout
     drawn = draw_figures(tmp_path / "runs", ["5"], measure=False, log=lambda line: None)
     assert drawn["path"].notna().all()
     page = tmp_path / "page.html"

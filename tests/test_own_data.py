@@ -301,7 +301,7 @@ def test_compare_says_how_many_samples_there_were(here):
     shutil.copytree("Net", "Other")
     result = CliRunner().invoke(app, ["compare", "Net", "Other", *options])
     assert result.exit_code == 0, result.output
-    assert "40 training images" in " ".join(result.output.split())
+    assert "40 samples" in " ".join(result.output.split())
 
 
 def test_a_regression_with_a_loss_of_ones_own(here):

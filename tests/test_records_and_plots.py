@@ -14,16 +14,17 @@ from matplotlib.text import Text
 
 from fpq_analysis import UserError, records
 from fpq_analysis.cli.measuring import draw
+from fpq_analysis.data import DATASETS
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.intervals import over_seeds
-from fpq_analysis.loss_titles import LOSS_TITLES
-from fpq_analysis.losses import LOSSES
+from fpq_analysis.loss_titles import LOSS_TITLES, loss_title
+from fpq_analysis.losses import LOSSES, combined, cross_entropy, weighted
 from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
 from fpq_analysis.plots.style import powers_of_ten
 from fpq_analysis.records.comparison import SeedsDifference, against_baseline, by_epoch, difference
-from fpq_analysis.records.queries import AT_CHANCE, marked, mean_loss, totals
+from fpq_analysis.records.queries import AT_CHANCE, PICTURES, marked, mean_loss, totals
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
@@ -272,7 +273,7 @@ class TestOverSeeds:
         assert found.crossed.ci95 > 3 * found.crossed.ci95_images
         said = found.sentence("FPQ", "LSQ")
         assert said.startswith("FPQ against LSQ, over 4 training seeds: the trace is lower by")
-        assert "over these images alone ±" in said
+        assert "over these samples alone ±" in said
 
     def test_two_seeds_give_no_interval_over_seeds(self):
         found = SeedsDifference.of(self.differences(2))
@@ -391,6 +392,18 @@ def test_losses_in_words():
     names = {"squared_error", "cross_entropy(label_smoothing=0.1)", "mine:huber"}
     words = mean_loss(pd.DataFrame({"loss": sorted(names)}))
     assert words == "mean cross-entropy (label_smoothing=0.1), loss mine:huber or squared error"
+    terms = (0.5, cross_entropy(ignore_index=255)), (1e-6, weighted(LOSSES["causal_lm"]))
+    words = loss_title(combined(*terms).name)
+    second = "1e-06 × cross-entropy of the next token, weighted by sample"
+    assert words == f"0.5 × cross-entropy (ignore_index=255) + {second}"
+    assert combined((0.5, combined(*terms)), terms[0]).name.startswith("0.5 (0.5 cross_entropy(ignore_index=255) + 1")
+
+
+def test_samples_are_images_where_they_are_known_to_be():
+    assert set(DATASETS) == PICTURES
+    rows = [row(epoch=epoch, n_data=64) for epoch in (0, 1)]
+    assert "on 64 training images without augmentation" in caption5(pd.DataFrame(rows))
+    assert "on 64 samples without augmentation" in caption5(pd.DataFrame(rows).assign(dataset="mine:patients"))
 
 
 def test_a_network_at_chance_before_training_is_no_caution():

@@ -96,9 +96,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 CkptDir = Annotated[Path, typer.Option(help="A run, or a folder of runs.")]
-NData = Annotated[int, typer.Option(help="Training images to measure on.")]
+NData = Annotated[int, typer.Option(help="Samples to measure on.")]
 Epochs = Annotated[str, typer.Option(help="Epochs of each run: all, last, or 1,5,10.")]
-Seed = Annotated[int, typer.Option(help="Seed of the image sample and of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sample and of everything random.")]
 Model = Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")]
 Loss = Annotated[str, typer.Option(help="cross_entropy, squared_error, ..., or package.module:name (docs/losses.md).")]
 Figures = Annotated[Path, typer.Option(help="Where the figures go.")]

@@ -61,11 +61,11 @@ def compare(
     executor: Engine = None,
     json: Json = False,
 ) -> None:
-    """Difference of two runs' Hessian traces, epoch by epoch, on the same images.
+    """Difference of two runs' Hessian traces, epoch by epoch, on the same samples.
 
-    Image by image, so that the interval is that of the difference: two runs share most of their error over the data.
+    Sample by sample, so that the interval is that of the difference: two runs share most of their error over the data.
     What is not measured yet is measured first. With --over-seeds the last epoch of all pairs of runs with equal seeds
-    is compared, too, and the interval is over seeds and images.
+    is compared, too, and the interval is over seeds and samples.
 
     [bold]Examples[/bold]
 
@@ -120,9 +120,9 @@ def compare(
     print_table(table)
     log("")
     echo(textwrap.fill(found[-1].sentence(), width=80))
-    how = "Paired, image by image" if found[-1].paired else "Not paired (the measurement does not see single images)"
+    how = "Paired, sample by sample" if found[-1].paired else "Not paired (the measurement does not see single samples)"
     n_used = int(traces[0]["n_data"].max())  # there may be fewer than were asked for
-    echo(f"{how}: {n_used} training images; one training run each.")
+    echo(f"{how}: {n_used} samples; one training run each.")
     if several is not None:
         log("")
         echo(textwrap.fill(several.sentence(*names), width=80))

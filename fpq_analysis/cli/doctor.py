@@ -34,8 +34,8 @@ def doctor(
     data_root: DataRoot = None,
     model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
     device: Device = "auto",
-    n_data: Annotated[int, typer.Option(help="Training images to check on, and to forecast for.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the images and of the directions.")] = 0,
+    n_data: Annotated[int, typer.Option(help="Samples to check on, and to forecast for.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the samples and of the directions.")] = 0,
     json: Json = False,
 ) -> None:
     """Can curvature be measured on this checkpoint? Checks, cures, and what each measurement will cost.
@@ -79,7 +79,7 @@ def _print_findings(findings: pd.DataFrame) -> None:
 
 
 def _print_forecast(costs: pd.DataFrame, n_data: int) -> None:
-    table = new_table({f"Forecast for {n_data} images": "left", "Seconds": "right", "Peak MB": "right"})
+    table = new_table({f"Forecast for {n_data} samples": "left", "Seconds": "right", "Peak MB": "right"})
     for name, seconds, peak in costs.itertuples(index=False):
         figures = [f"{value:.3g}" if value == value else "-" for value in (seconds, peak)]
         table.add_row(str(name), *figures)

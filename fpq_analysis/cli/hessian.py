@@ -25,14 +25,14 @@ def hessian(
     sharpness: Annotated[bool, typer.Option("--sharpness", help="Sharpness invariant to rescaling.")] = False,
     method: Annotated[str, typer.Option(help="Of the trace: auto, exact, sampled, deflated, ...")] = "auto",
     engine: Annotated[str, typer.Option(help="builtin, or pyhessian as a cross-check.")] = "builtin",
-    n_data: Annotated[int | None, typer.Option(help="Training images. Default: 1024; with --tol, all.")] = None,
+    n_data: Annotated[int | None, typer.Option(help="Samples. Default: 1024; with --tol, all.")] = None,
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
     n_products: Annotated[int, typer.Option(help="Products of an estimator, without --tol.")] = 100,
-    n_labels: Annotated[int, typer.Option(help="Labels drawn per image, without --tol.")] = 4,
+    n_labels: Annotated[int, typer.Option(help="Labels drawn per sample, without --tol.")] = 4,
 ) -> None:
     """Hessian of every checkpoint of every run: its trace, as a table and as Figure 5, and what else is asked for.
 
-    What was measured before is not measured again. With --tol, the trace is that over all training images,
+    What was measured before is not measured again. With --tol, the trace is that over all samples,
     estimated from as few of them as this error allows.
 
     [bold]Examples[/bold]
@@ -101,14 +101,14 @@ def print_traces(frame: pd.DataFrame) -> None:
         table.add_section()
     print_table(table)
     if rows["sem_data"].notna().any():
-        echo("± 95 %: over the images measured on, not over training runs.")
+        echo("± 95 %: over the samples measured on, not over training runs.")
     if rows["sem_data"].isna().any():
-        echo("± 95 % of hutchinson and pyhessian: over the probes, for these images.")
-    echo("Loss, Acc.: on these images. Clip: weights outside their quantizer's grid.")
+        echo("± 95 % of hutchinson and pyhessian: over the probes, for these samples.")
+    echo("Loss, Acc.: on these samples. Clip: weights outside their quantizer's grid.")
     _warn_of_chance(frame)
     differences = against_baseline(rows)
     if differences:
-        echo("\nOn the same images, image by image (± 95 %; one training run each):")
+        echo("\nOn the same samples, sample by sample (± 95 %; one training run each):")
         for difference in differences:
             echo(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
 
@@ -124,7 +124,7 @@ def _warn_of_chance(frame: pd.DataFrame) -> None:
     places = list(dict.fromkeys(f"{row['run']} (epoch {row['epoch']})" for _, row in rows.iterrows()))
     named = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
     text = (
-        f"At chance: {named}. The accuracy on these images is no better than that of always naming the most frequent "
+        f"At chance: {named}. The accuracy on these samples is no better than that of always naming the most frequent "
         "class, though the network was trained. If it did better in training, these are other data, or data prepared "
         "in another way: check --data, --normalize and --image-size. Its curvature here says little."
     )
@@ -150,7 +150,7 @@ def _print_eigenvalues(frame: pd.DataFrame) -> None:
         table.add_section()
     echo("")
     print_table(table)
-    echo("Each within its residual, stored beside it, of an eigenvalue for these images.")
+    echo("Each within its residual, stored beside it, of an eigenvalue for these samples.")
 
 
 def _print_moments(frame: pd.DataFrame) -> None:

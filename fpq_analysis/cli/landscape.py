@@ -116,7 +116,7 @@ def _print(found: list[Terrain]) -> None:
             "-" if terrain.moves != terrain.moves else number(terrain.moves, 2) + (" !" if terrain.aliased else ""),
         )
     print_table(table)
-    echo("Dip: the lowest loss on the grid minus the network's own, image by image.")
+    echo("Dip: the lowest loss on the grid minus the network's own, sample by sample.")
     if any(terrain.moves == terrain.moves for terrain in found):
         echo("Steps: move of the weights in a grid step (RMS), in quantization steps.")
     if any(terrain.aliased for terrain in found):

@@ -26,8 +26,8 @@ def print_variances(frame: pd.DataFrame) -> None:
     heads = {"logit_variance": "Logits", "probability_variance": "Probabilities", "flipped": "Flipped"}
     print_quantities(frame, {f"{quantity}@{at:g}": head for quantity, head in heads.items()})
     text = (
-        f"Variance under noise of sd {at:g} in the normalised image, mean over classes and images; flipped: share of "
-        "predictions that change. ± 95 %: over the images, draws of the noise included."
+        f"Variance under noise of sd {at:g} in the normalised input, mean over classes and samples; flipped: share of "
+        "predictions that change. ± 95 %: over the samples, draws of the noise included."
     )
     echo(textwrap.fill(text, width=80))
 
@@ -44,7 +44,7 @@ def print_norms(frame: pd.DataFrame) -> None:
         )
     else:
         text = "The data do not fill a minibatch; a smaller --batch-size gives minibatch norms. "
-    text += "All data: norm of their mean gradient, clean. ± 95 %: over minibatches or images, and draws of the noise."
+    text += "All data: norm of their mean gradient, clean. ± 95 %: over minibatches or samples, and draws of the noise."
     echo(textwrap.fill(text, width=80))
 
 
@@ -68,7 +68,7 @@ def print_features(frame: pd.DataFrame) -> None:
     layers = ", ".join(rows["layer"].unique())
     echo(f"Output of {layers}, means over its channels:")
     print_table(table)
-    echo("± 95 %: of the mean, over the images.")
+    echo("± 95 %: of the mean, over the samples.")
     echo("Rounded: the mean behind the quantizer of the layer that comes next.")
 
 
@@ -106,7 +106,7 @@ def print_responses(frame: pd.DataFrame) -> None:
     print_table(table)
     say_what = (
         "Predicted: increase of the loss by noise of so many steps at the input of every convolution. Behind it, what "
-        "the measured increase is relative to that, ± 95 % over the images: with logits linear in the noise; with "
+        "the measured increase is relative to that, ± 95 % over the samples: with logits linear in the noise; with "
         "rounding residues fixed (straight-through); in the real network."
     )
     echo(textwrap.fill(say_what, width=80))

@@ -43,7 +43,7 @@ def forecast_measurements(
     seed: int = 0,
     forward: ForwardFunction | None = None,
 ) -> pd.DataFrame:
-    """Time and memory of the usual measurements, from timings on few of the images and linear in their number.
+    """Time and memory of the usual measurements, from timings on few of the samples and linear in their number.
 
     Args:
         batches: as for `diagnose`; at most `FORECAST_IMAGES` of them are used.

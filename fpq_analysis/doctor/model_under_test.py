@@ -24,7 +24,7 @@ from fpq_analysis.quantizers import view as take_view
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 COLUMNS = ["check", "status", "finding", "cure"]
-FEW = 8  # images for everything that one image would show as well
+FEW = 8  # samples for everything that one would show as well
 
 
 class Finding(NamedTuple):
@@ -70,7 +70,7 @@ class ModelUnderTest:
 
     @cached_property
     def precise(self) -> ModelUnderTest:
-        """The same in float64 on few images; as it is, where the model or the device does not know float64."""
+        """The same in float64 on few samples; as it is, where the model or the device does not know float64."""
         with suppress(RuntimeError, TypeError):
             few = moved(self.few, self.device, torch.float64)
             found = replace(self, model=copy.deepcopy(self.model).double(), data=[few])

@@ -103,7 +103,7 @@ def combined(*terms: tuple[float, Loss]) -> Loss:
 def _loss(own: Combined, bound: bool) -> Loss:
     losses = [loss for _, loss in own.terms]
     return Loss(
-        " + ".join(f"{a:g} {loss.name}" for a, loss in own.terms),
+        " + ".join(f"{a:g} ({loss.name})" if loss.bind else f"{a:g} {loss.name}" for a, loss in own.terms),
         own.per_sample,
         own.factor if all(loss.output_factor for loss in losses) else None,
         own.coupled,

@@ -47,7 +47,7 @@ def measure(
 ) -> pd.DataFrame:
     """Measure every checkpoint of every run at or below `ckpt_dir` that was not measured before.
 
-    All checkpoints see the same `n_data` training images (None: all), drawn by `seed`, without augmentation.
+    All checkpoints see the same `n_data` training samples (None: all), drawn by `seed`, without augmentation.
 
     Args:
         ckpt_dir: a run, or a folder of runs; for another program's checkpoints a `ForeignRuns`.
@@ -99,7 +99,7 @@ def measure_landscapes(
 ) -> pd.DataFrame:
     """The landscape about the last checkpoint of every run at or below `ckpt_dir`; points on disk are not done again.
 
-    All runs see the same training images; of one architecture they also get the same random directions, before
+    All runs see the same samples; of one architecture they also get the same random directions, before
     normalisation.
 
     Args:

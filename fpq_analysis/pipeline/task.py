@@ -25,7 +25,7 @@ class Sampling:
     Which data set it is stands in the checkpoint, or in the `ForeignRuns`.
 
     Attributes:
-        n_data: training images, drawn without augmentation; None for all.
+        n_data: samples, drawn without augmentation; None for all.
         seed: of the draw, and of everything random in a measurement.
         device: `auto`, or any name torch knows; chosen in the process that measures.
         data_root: where the data set lies, if not where it was when the run was trained.
@@ -33,7 +33,7 @@ class Sampling:
         loss: a name of `losses.LOSSES`, or `package.module:name`.
 
     Raises:
-        UserError: if so few images give no error over the data, or for a seed that torch does not take.
+        UserError: if so few samples give no error over the data, or for a seed that torch does not take.
     """
 
     n_data: int | None = 1024
@@ -45,7 +45,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.n_data is not None and self.n_data < 2:
-            raise UserError(f"n_data is {self.n_data}; an error over the data needs at least 2 images.")
+            raise UserError(f"n_data is {self.n_data}; an error over the data needs at least 2 samples.")
         accepts, otherwise = RANGES["seed"]
         if not accepts(self.seed):
             raise UserError(f"seed is {self.seed}, and {otherwise}.")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import at_epoch, colour, panels, powers_of_ten, style
-from fpq_analysis.records.queries import distinct, mean_loss
+from fpq_analysis.records.queries import distinct, mean_loss, samples_of
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
@@ -115,5 +115,5 @@ def density_caption(records: pd.DataFrame) -> str:
         f"Spectral density of the Hessian of the {mean_loss(records)} (definition: "
         f"{several('definition')}) by stochastic Lanczos quadrature ({runs} random vectors), smoothed by a Gaussian of "
         "1 % of the range; bands: one standard error over the vectors; triangles: outliers. BatchNorm in eval mode, "
-        f"{several('n_data')} training images without augmentation (seed {several('seed')})."
+        f"{several('n_data')} {samples_of(records)} without augmentation (seed {several('seed')})."
     )

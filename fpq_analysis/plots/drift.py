@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import band, epoch_axis, line_style, log_if_wide, run_label, style
-from fpq_analysis.records.queries import distinct, last_epochs
+from fpq_analysis.records.queries import distinct, last_epochs, samples_of
 
 # Quantity to the label of its axis.
 QUANTITIES = {
@@ -29,7 +29,7 @@ def drift_rows(records: pd.DataFrame) -> pd.DataFrame:
 def drift_figure(records: pd.DataFrame) -> Figure:
     """The network's drift against the epoch, a panel a quantity, a line a run, a row for each network and data set.
 
-    Bands are 95 % intervals over the images.  Axes are logarithmic where the values span more than a factor of ten.
+    Bands are 95 % intervals over the samples.  Axes are logarithmic where the values span more than a factor of ten.
 
     From records of the probe `drift`; raises `NothingToDraw` if they hold none.
     """
@@ -106,7 +106,8 @@ def drift_caption(records: pd.DataFrame) -> str:
         "the shift of a channel's mean, 1 - correlation, and Wasserstein-1 distance of the distributions"
         f"{how}; shift and distance in standard deviations of the float network's channel; means over the channels "
         "of a layer, and of the network over its convolutions. BatchNorm in eval mode, "
-        f"{several('n_data')} training images without augmentation (seed {several('seed')}; the same for every run). "
+        f"{several('n_data')} {samples_of(records)} without augmentation (seed {several('seed')}; the "
+        "same for every run). "
         f"Data: {several('dataset')}; network: {several('model')}; training seed {several('train_seed')}. Bands: 95 % "
-        "interval over the images (jackknife over blocks of them), not over training runs."
+        "interval over the samples (jackknife over blocks of them), not over training runs."
     )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import epoch_axis, line_style, panels, style
-from fpq_analysis.records.queries import distinct, eigenvalues, mean_loss
+from fpq_analysis.records.queries import distinct, eigenvalues, mean_loss, samples_of
 
 
 @style()
@@ -50,7 +50,7 @@ def eigenvalue_caption(records: pd.DataFrame) -> str:
     several = partial(distinct, rows)
     return (
         f"Extreme eigenvalues of the Hessian of the {mean_loss(rows)} against the epoch (definition: "
-        f"{several('definition')}; {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training "
-        f"images without augmentation (seed {several('seed')}). Relative residuals are stored with the values; there "
-        "is no error over the data."
+        f"{several('definition')}; {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} "
+        f"{samples_of(rows)} without augmentation (seed {several('seed')}). Relative residuals are stored with the "
+        "values; there is no error over the data."
     )

@@ -1,4 +1,4 @@
-"""Figure 1 of the paper: how much the prediction varies under noise in the image."""
+"""Figure 1 of the paper: how much the prediction varies under noise in the input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFo
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import method_label, method_rank
 from fpq_analysis.plots.style import colour, legend_by_ends, line_style, style
-from fpq_analysis.records.queries import distinct, nearest, variances
+from fpq_analysis.records.queries import distinct, nearest, samples_of, variances
 
 SD = 0.1  # of the bars, where it was measured
 HATCHES = {"W2A4": "////", "W2A2": "xxxx"}
@@ -28,9 +28,9 @@ WHAT = {"logit_variance": "logits", "probability_variance": "class probabilities
 def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: float = SD) -> Figure:
     """Variance of the output at each run's last epoch: bars at one size of noise, beside all sizes on logarithmic axes.
 
-    A row of two panels for each network and data set.  One run: its value with the 95 % interval over the images.
+    A row of two panels for each network and data set.  One run: its value with the 95 % interval over the samples.
     Several training seeds of a method and bits: their mean, plus and minus one standard deviation over the seeds, with
-    the runs as points.  All see the same images with the same noise, so that a difference is surer than the intervals
+    the runs as points.  All see the same samples with the same noise, so that a difference is surer than the intervals
     suggest.
 
     Args:
@@ -123,7 +123,7 @@ def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> None:
     axes.yaxis.set_major_locator(LogLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set_xlabel("Sd of the noise in the image")
+    axes.set_xlabel("Sd of the noise in the input")
     legend_by_ends(axes, ends)
 
 
@@ -132,18 +132,18 @@ def caption1(records: pd.DataFrame) -> str:
     rows = variances(records)
     several = partial(distinct, rows)
     seeds = rows.groupby(["model", "dataset", "method", "bits"])["run"].nunique()
-    bars = "95 % interval over the images, draws of the noise included, of one training run each"
+    bars = "95 % interval over the samples, draws of the noise included, of one training run each"
     if (seeds > 1).any():
         several_runs = ", ".join(map(str, sorted(seeds[seeds > 1].unique())))
         bars = (
             f"mean and ± one standard deviation over training runs ({several_runs} each; points: the runs); where "
-            "there is one run, the 95 % interval over the images"
+            "there is one run, the 95 % interval over the samples"
         )
     return (
-        "Variance of the logits under Gaussian noise in the image, unbiased over the draws, mean over classes and "
-        "images, at each run's last epoch. The noise's standard deviation is in units of the normalised image; "
-        f"{several('n_data')} training images without augmentation (seed {several('seed')}; the same images and noise "
-        f"for every run), quantized activations really rounded. Data: {several('dataset')}; network: "
+        "Variance of the logits under Gaussian noise in the input, unbiased over the draws, mean over classes and "
+        "samples, at each run's last epoch. The noise's standard deviation is in units of the normalised input; "
+        f"{several('n_data')} {samples_of(rows)} without augmentation (seed {several('seed')}; the same samples and "
+        f"noise for every run), quantized activations really rounded. Data: {several('dataset')}; network: "
         f"{several('model')}; training seed {several('train_seed')}; epoch {several('epoch')}. Error bars: {bars}. "
         "Dotted: a linear response, whose variance is proportional to sd²."
     )

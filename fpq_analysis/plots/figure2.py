@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import BASELINE
 from fpq_analysis.plots.style import band, epoch_axis, log_if_wide, run_label, style
-from fpq_analysis.records.queries import distinct, mean_loss, norms
+from fpq_analysis.records.queries import distinct, mean_loss, norms, samples_of
 
 TRAINED = {"noise-features": "features", "noise-weights": "weights"}
 # By the kind of noise, not by the method: these colours are this figure's own.
@@ -116,8 +116,8 @@ def caption2(records: pd.DataFrame) -> str:
         f"Euclidean norm of the gradient of the {mean_loss(drawn)} with respect to the weights (definition: "
         f"{several('definition')}), mean over {several('estimator')} and {draws} draws of the noise, against the "
         f"epoch: {runs}. Noise: uniform, one quantization step wide, in the input (features) or the quantized weight "
-        f"(weights) of every convolution. BatchNorm in eval mode, {several('n_data')} training images without "
-        f"augmentation (seed {several('seed')}; the same images and noise for every line). Data: {several('dataset')}; "
-        f"network: {several('model')}; {several('bits')}; training seed {several('train_seed')}. Bands: 95 % interval "
-        "over minibatches and draws, not over training runs."
+        f"(weights) of every convolution. BatchNorm in eval mode, {several('n_data')} {samples_of(drawn)} without "
+        f"augmentation (seed {several('seed')}; the same samples and noise for every line). Data: "
+        f"{several('dataset')}; network: {several('model')}; {several('bits')}; training seed "
+        f"{several('train_seed')}. Bands: 95 % interval over minibatches and draws, not over training runs."
     )

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import method_label
 from fpq_analysis.plots.style import at_epoch, colour, style
-from fpq_analysis.records.queries import last_epochs
+from fpq_analysis.records.queries import last_epochs, samples_of
 
 MOST = 32  # channels, as in the paper
 MEAN = "#E69F00"  # the paper's orange line
@@ -25,7 +25,7 @@ PREFERRED = ("fpq", "lsq")  # of the quantized runs, the first there is
 
 
 def layer_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one layer that hold numbers by channel, bin or image, at each run's last measured epoch."""
+    """The rows of one layer that hold numbers by channel, bin or sample, at each run's last measured epoch."""
     rows = records[(records["layer"] != "all") & records["samples"].notna()]
     return last_epochs(rows).reset_index(drop=True)
 
@@ -142,8 +142,8 @@ def caption3(records: pd.DataFrame, run: str | None = None) -> str:
     kept = rows.loc[rows["quantity"] == "median", "n_data"].min()
     return (
         f"Range of the output of {first['layer']} by channel ({shown}; {first['model']}, {first['dataset']}): {runs}. "
-        "Boxes: middle half of the values over images and places; whiskers: middle 98 %; dots: largest value; orange "
-        f"line: mean, not the median. Raw output, before the next layer's quantizer; {rows['n_data'].max()} training "
-        f"images without augmentation (seed {first['seed']}; the same for both), quantiles from {kept} of them. "
-        "±: 95 % interval over the images."
+        "Boxes: middle half of the values over samples and places; whiskers: middle 98 %; dots: largest value; orange "
+        f"line: mean, not the median. Raw output, before the next layer's quantizer; {rows['n_data'].max()} "
+        f"{samples_of(rows)} without augmentation (seed {first['seed']}; the same for both), quantiles from {kept} of "
+        "them. ±: 95 % interval over the samples."
     )

@@ -1,4 +1,4 @@
-"""Figure 4 of the paper: the density of one layer's features for single images: float, LSQ, FPQ."""
+"""Figure 4 of the paper: the density of one layer's features for single samples: float, LSQ, FPQ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import method_label, method_rank
 from fpq_analysis.plots.figure3 import bits_of, layer_rows
 from fpq_analysis.plots.style import colour, style
-from fpq_analysis.records.queries import distinct
+from fpq_analysis.records.queries import distinct, samples_of
 
 IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
 LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
@@ -36,7 +36,7 @@ def densities(records: pd.DataFrame) -> pd.DataFrame:
 
 @style()
 def figure4(records: pd.DataFrame) -> Figure:
-    """Densities of the layer's values for three images; a row for each network, data set and bit width.
+    """Densities of the layer's values for three samples; a row for each network, data set and bit width.
 
     Values that are exactly zero, which a ReLU makes, have no density: their share stands in the legend, and each curve
     integrates to what is left.  The curves of a panel are histograms on one grid.
@@ -132,19 +132,19 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods:
 
 def _image_title(band: pd.DataFrame, image: int) -> str:
     images = _samples(band[band["run"] == band["run"].iloc[0]], "density_images")
-    return f"Image {images[image]:.0f}" if image < len(images) else ""
+    return f"Sample {images[image]:.0f}" if image < len(images) else ""
 
 
 def caption4(records: pd.DataFrame) -> str:
-    """What a reader must know beside the figure: layer, images, runs, what the curves leave out."""
+    """What a reader must know beside the figure: layer, samples, runs, what the curves leave out."""
     rows = densities(records)
     several = partial(distinct, rows)
     n_data = rows.loc[rows["quantity"] == "density_images", "n_data"].max()
     runs = ", ".join(f"{one.run} at epoch {one.epoch}" for one in rows.drop_duplicates("run").itertuples(index=False))
     return (
-        f"Density of the output of {several('layer')} ({several('model')}, {several('dataset')}) for single training "
-        f"images, drawn by seed {several('seed')} from the {n_data} measured on, the same for every run; numbers are "
-        "places in that sample. Histograms over channels and places on a common grid; values that are exactly zero "
-        f"are left out, their share is in the legend. Raw output, before the next layer's quantizer. Runs: {runs}; "
-        f"training seed {several('train_seed')}. No error is shown: these are single images."
+        f"Density of the output of {several('layer')} ({several('model')}, {several('dataset')}) for single "
+        f"{samples_of(rows)}, drawn by seed {several('seed')} from the {n_data} measured on, the same for every run; "
+        "numbers are places in that sample. Histograms over channels and places on a common grid; values that are "
+        "exactly zero are left out, their share is in the legend. Raw output, before the next layer's quantizer. "
+        f"Runs: {runs}; training seed {several('train_seed')}. No error is shown: these are single samples."
     )

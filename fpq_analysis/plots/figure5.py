@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import band, colour, epoch_axis, legend_by_ends, line_style, log_if_wide, run_label, style
-from fpq_analysis.records.queries import distinct, mean_loss, totals
+from fpq_analysis.records.queries import distinct, mean_loss, samples_of, totals
 
 # What the rows of one line have in common.
 LINE = ["run", "method", "bits", "definition", "estimator"]
@@ -22,7 +22,7 @@ def figure5(records: pd.DataFrame) -> Figure:
 
     Where a panel has quantized runs, the float run they may have started from is a horizontal line at its last epoch's
     trace.  The band is the 95 % interval over the data (over the probes where the error over the data is unknown).
-    All lines of a panel see the same images, so that the difference of two lines is surer than their bands suggest.
+    All lines of a panel see the same samples, so that the difference of two lines is surer than their bands suggest.
     The axis is logarithmic where the traces span more than a factor of ten.
 
     From records of the probe `hessian_trace`; raises `NothingToDraw` if they hold none.
@@ -90,8 +90,8 @@ def caption5(records: pd.DataFrame) -> str:
     several = partial(distinct, rows)
     return (
         f"Trace of the Hessian of the {mean_loss(rows)} against the epoch (definition: {several('definition')}; "
-        f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} training images without "
-        f"augmentation (sample seed {several('seed')}; the same images for every line). Data: {several('dataset')}; "
-        f"network: {several('model')}; training seed {several('train_seed')}. Bands or bars: 95 % interval over the "
-        "images, not over training runs."
+        f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} {samples_of(rows)} "
+        f"without augmentation (sample seed {several('seed')}; the same samples for every line). Data: "
+        f"{several('dataset')}; network: {several('model')}; training seed "
+        f"{several('train_seed')}. Bands or bars: 95 % interval over the samples, not over training runs."
     )

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import LINES, colour, style
+from fpq_analysis.records.queries import samples_of
 from fpq_analysis.records.terrain import Terrain, terrains
 
 COLOURS = "cividis"  # even in lightness, and much the same for all common forms of colour vision
@@ -229,7 +230,7 @@ def landscape_caption(records: pd.DataFrame) -> str:
         return ", ".join(sorted({str(t.first[column]) for t in found if t.first[column] == t.first[column]} - {"None"}))
 
     seed = f"; seed {several('seed')}" if several("seed") else ""
-    about = f"BatchNorm in eval mode; {several('n_data')} training images without augmentation{seed}."
+    about = f"BatchNorm in eval mode; {several('n_data')} {samples_of(records)} without augmentation{seed}."
     if several("dataset"):
         about += f" Data: {several('dataset')}; network: {several('model')}."
     return " ".join([*map(_how, groups.values()), about, *_warnings(found)])
@@ -242,10 +243,10 @@ def _how(group: list[Terrain]) -> str:
     text += f" ({WEIGHTS[first['definition']]})."
     errors = ", ".join(_number(terrain.half[terrain.centre]) for terrain in group)
     if len(group[0].grid) == 2:
-        text += f" Star: the network itself, where the loss is known to ± {errors} (95 %, over the images)."
+        text += f" Star: the network itself, where the loss is known to ± {errors} (95 %, over the samples)."
     else:
-        text += " Zero: the network itself, with the 95 % interval of its loss over the images; band: the 95 % "
-        text += "interval of the difference from it, image by image."
+        text += " Zero: the network itself, with the 95 % interval of its loss over the samples; band: the 95 % "
+        text += "interval of the difference from it, sample by sample."
     for terrain in group:
         if len(terrain.networks):
             worst = terrain.networks["gap"].abs().max()

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.style import colour, panels, powers_of_ten, style
-from fpq_analysis.records.queries import distinct, mean_loss, responses
+from fpq_analysis.records.queries import distinct, mean_loss, responses, samples_of
 from fpq_analysis.text import fraction
 
 # Kind of number: its name in the legend, its marker, filled or not, and where beside its size it stands.
@@ -25,7 +25,7 @@ def noise_figure(records: pd.DataFrame) -> Figure:
     """Increase of the loss against the size of the noise on logarithmic axes, a panel a run, at its last epoch.
 
     The line is the prediction to second order, of slope two, dotted the loss at linearised logits; points are measured,
-    with the 95 % interval over the images.  A point at or below zero, which the axis does not hold, is a triangle at
+    with the 95 % interval over the samples.  A point at or below zero, which the axis does not hold, is a triangle at
     the upper end of its interval.
 
     From records of the probe `noise`; raises `NothingToDraw` if they hold none.
@@ -94,9 +94,9 @@ def noise_caption(records: pd.DataFrame) -> str:
         f"Increase of the {mean_loss(rows)} when uniform noise, of the width given in quantization steps, is added at "
         "the input of every convolution, behind its quantizer. Line: prediction to second order from the trace of the "
         f"Hessian in feature space ({how}); dotted: loss at logits linear in the noise; squares: quantizers "
-        "straight-through, rounding residues fixed; circles: the network itself. Bars: 95 % interval over the images, "
+        "straight-through, rounding residues fixed; circles: the network itself. Bars: 95 % interval over the samples, "
         "not over training runs; triangle: upper end of an interval about a value that is not above zero. BatchNorm in "
-        f"eval mode, {several('n_data')} training images without augmentation (seed {several('seed')}: the same images "
-        f"and noise in every panel), epoch {several('epoch')}; data: {several('dataset')}; network: "
+        f"eval mode, {several('n_data')} {samples_of(rows)} without augmentation (seed {several('seed')}: the same "
+        f"samples and noise in every panel), epoch {several('epoch')}; data: {several('dataset')}; network: "
         f"{several('model')}; training seed {several('train_seed')}."
     )

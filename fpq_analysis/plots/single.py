@@ -24,7 +24,7 @@ def single_figure(records: pd.DataFrame) -> Figure:
         NothingToDraw: if there is nothing to draw.
     """
     name = records["run"].iloc[0] or NETWORK
-    data = f"{records['n_data'].iloc[-1]} images"
+    data = f"{records['n_data'].iloc[-1]} samples"
     about = {"method": name, "bits": "FP", "model": name, "dataset": data, "data": "", "train_seed": "", "epoch": ""}
     for drawing in FIGURES.values():
         if drawing.picture.single and drawing.probe == records["probe"].iloc[0]:

@@ -1,7 +1,7 @@
-"""Differences between two runs, on the same images.
+"""Differences between two runs, on the same samples.
 
-Two traces measured on the same images share most of their error over the data: images that are sharp for one network
-are sharp for the other.  The difference is therefore taken image by image, and its interval is that of the mean of
+Two traces measured on the same samples share most of their error over the data: samples that are sharp for one network
+are sharp for the other.  The difference is therefore taken sample by sample, and its interval is that of the mean of
 these differences.  It speaks of these two trained networks; how the *methods* differ needs several training seeds.
 """
 
@@ -29,9 +29,9 @@ class Difference:
 
     Attributes:
         value: difference of the traces.
-        sem: its standard error over the images.
+        sem: its standard error over the samples.
         baseline_value: the baseline's trace.
-        gaps: image by image, where single images were seen: the difference is paired then.
+        gaps: sample by sample, where single samples were seen: the difference is paired then.
     """
 
     run: str
@@ -44,7 +44,7 @@ class Difference:
 
     @property
     def paired(self) -> bool:
-        """Whether the difference was taken image by image."""
+        """Whether the difference was taken sample by sample."""
         return self.gaps is not None
 
     @property
@@ -53,7 +53,7 @@ class Difference:
         return Z95 * self.sem
 
     def as_row(self) -> dict[str, Any]:
-        """Of a table: everything but the single images."""
+        """Of a table: everything but the single samples."""
         row = asdict(self) | {"ci95": self.ci95, "paired": self.paired}
         del row["gaps"]
         return row
@@ -82,11 +82,11 @@ NOTEWORTHY = 10  # per cent: the difference of which it is said how many seeds i
 
 @dataclass(frozen=True)
 class SeedsDifference:
-    """The same difference for several training seeds, on the same images.
+    """The same difference for several training seeds, on the same samples.
 
     Attributes:
         each: one difference for every seed.
-        crossed: their mean, with its errors; None where single images were not seen, or other images for each seed.
+        crossed: their mean, with its errors; None where single samples were not seen, or other samples for each seed.
     """
 
     each: Sequence[Difference]
@@ -105,7 +105,7 @@ class SeedsDifference:
         return float(np.mean([d.baseline_value for d in self.each]))
 
     def as_row(self) -> dict[str, Any]:
-        """Of a table: the mean difference, with its interval over seeds and images, and that over the images alone."""
+        """Of a table: the mean difference, with its interval over seeds and samples, and over the samples alone."""
         first, mean = self.each[0], self.crossed
         row: dict[str, Any] = {"run": first.run, "baseline": first.baseline, "epoch": first.epoch}
         row |= {"n_seeds": len(self.each), "baseline_value": self.baseline_value}
@@ -115,7 +115,7 @@ class SeedsDifference:
         return row | {"value": mean.value, "ci95": mean.ci95, "ci95_images": mean.ci95_images, "paired": True}
 
     def sentence(self, ours: str, theirs: str) -> str:
-        """The mean difference in plain words, with its interval over seeds and that over these images alone.
+        """The mean difference in plain words, with its interval over seeds and that over these samples alone.
 
         Args:
             ours, theirs: what the two kinds of runs are called.
@@ -125,10 +125,10 @@ class SeedsDifference:
             errors = "95 % Student interval over the seeds"
         else:
             value, half = self.crossed.value, self.crossed.ci95
-            errors = f"over these images alone ± {number(self.crossed.ci95_images, 2)}"
+            errors = f"over these samples alone ± {number(self.crossed.ci95_images, 2)}"
             if len(self.each) < MIN_SEEDS:
                 half = self.crossed.ci95_images
-                errors = f"over these images alone, as an interval over seeds takes {MIN_SEEDS} or more"
+                errors = f"over these samples alone, as an interval over seeds takes {MIN_SEEDS} or more"
         base = self.baseline_value
         percent = f"{100 * abs(value / base):.0f} % of {number(base, 3)}"
         what = f"is lower by {number(-value, 3)}" if value < 0 else f"is higher by {number(value, 3)}"
@@ -144,7 +144,7 @@ class SeedsDifference:
             return ""
         needed = self.crossed.seeds_needed(NOTEWORTHY / 100 * abs(self.baseline_value))
         if needed is None:
-            return f" To see a difference of {NOTEWORTHY} %, more images are needed, whatever the number of seeds."
+            return f" To see a difference of {NOTEWORTHY} %, more samples are needed, whatever the number of seeds."
         return f" A difference of {NOTEWORTHY} % would show with {needed} seeds." if needed > len(self.each) else ""
 
 
@@ -162,7 +162,7 @@ def told_apart(ours: Path, theirs: Path) -> tuple[str, str]:
 
 
 def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
-    """Between two rows of records with equal settings: paired by image where both have `samples`.
+    """Between two rows of records with equal settings: paired by sample where both have `samples`.
 
     Without these, the errors of the two are taken as independent, which is the wider interval.
     """
@@ -187,7 +187,7 @@ def by_epoch(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
     if set(ours["data"]) != set(theirs["data"]):
         raise UserError(
             f"{ours['run'].iloc[0]} and {theirs['run'].iloc[0]} were trained on different data, so there are no common "
-            "images to compare them on."
+            "samples to compare them on."
         )
     a, b = (rows.drop_duplicates("epoch", keep="last").set_index("epoch", drop=False) for rows in (ours, theirs))
     both = [epoch for epoch in a.index if epoch in b.index]
@@ -199,7 +199,7 @@ def by_epoch(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
 def against_baseline(totals: pd.DataFrame, baseline: str = BASELINE) -> list[Difference]:
     """Every quantized run against the baseline method's run beside it, of equal model, data, bits and training seed.
 
-    The last epoch that both were measured at, under equal definition, estimator, images and seed.
+    The last epoch that both were measured at, under equal definition, estimator, samples and seed.
 
     Args:
         totals: whole-network traces with their `samples`, see `queries.totals`.

@@ -10,6 +10,7 @@ from fpq_analysis.intervals import Z95
 from fpq_analysis.loss_titles import loss_title
 from fpq_analysis.text import listed
 
+PICTURES = {"digits", "cifar10", "cifar100", "imagefolder"}  # `data.DATASETS`, which would bring torch
 AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
 
 
@@ -68,6 +69,11 @@ def last_epochs(rows: pd.DataFrame) -> pd.DataFrame:
 def mean_loss(rows: pd.DataFrame) -> str:
     """What the rows' loss is called, `mean cross-entropy`; of several losses all, with `or` before the last."""
     return f"mean {listed((loss_title(name) for name in sorted(rows['loss'].unique())), 'or')}"
+
+
+def samples_of(rows: pd.DataFrame) -> str:
+    """What the rows were measured on: `training images` of a known data set, `samples` of what a user handed over."""
+    return "training images" if set(rows["dataset"]) <= PICTURES else "samples"
 
 
 def distinct(rows: pd.DataFrame, column: str) -> str:

@@ -29,7 +29,7 @@ COLUMNS = {
     "model": "network",
     "factory": "hash of the code that makes it, see `factories.source_hash`; None for a network of this package",
     "dataset": "data it was trained and measured on",
-    "data": "fingerprint of these data: equal only if every image is",
+    "data": "fingerprint of these data: equal only if every sample is",
     "bits": "WxAy, or FP",
     "train_seed": "seed of the training run; with checkpoints of other programs text, as theirs is `unknown`",
     "epoch": "finished epochs; 0 is before training",

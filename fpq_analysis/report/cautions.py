@@ -37,7 +37,7 @@ def cautions(study: Study) -> list[str]:
         hidden = every["settings"].nunique() - frame["settings"].nunique()
         if hidden > 0:
             notes.append(
-                f"{probe}: the records also hold measurements with other settings (images, seed or method), which are "
+                f"{probe}: the records also hold measurements with other settings (samples, seed or method), which are "
                 "not shown here."
             )
     return notes

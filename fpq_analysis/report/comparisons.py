@@ -1,4 +1,4 @@
-"""Which runs stand against each other, and the differences of their traces on the same images."""
+"""Which runs stand against each other, and the differences of their traces on the same samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fpq_analysis.runs import PLACES, Run
 
 @dataclass(frozen=True)
 class Comparison:
-    """The traces of two runs on the same images.
+    """The traces of two runs on the same samples.
 
     Attributes:
         ours, theirs: the runs; the difference is ours minus theirs.
@@ -72,7 +72,7 @@ def against_method(study: Study) -> list[Comparison]:
 
 
 def against_float(study: Study) -> list[Comparison]:
-    """Every quantized run's last trace against that of the float checkpoint it started from, on the same images."""
+    """Every quantized run's last trace against that of the float checkpoint it started from, on the same samples."""
     found = []
     for definition, rows in study.traces.groupby("definition", sort=False):
         rows = rows[rows["samples"].notna()]

@@ -71,7 +71,7 @@ def _definitions(study: Study) -> list[str]:
         for name, signs in counts
         if signs
     ]
-    return [f"Run against run on the same images: {'; '.join(parts)}."] if len(parts) > 1 else []
+    return [f"Run against run on the same samples: {'; '.join(parts)}."] if len(parts) > 1 else []
 
 
 def _float(study: Study) -> list[str]:

@@ -14,6 +14,7 @@ from fpq_analysis import __version__
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import write_text
 from fpq_analysis.methods import method_label
+from fpq_analysis.records.queries import samples_of
 from fpq_analysis.report import provenance, tables
 from fpq_analysis.report.cautions import cautions
 from fpq_analysis.report.citations import bibtex
@@ -136,7 +137,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         measured = "no trace yet"
     else:
         n = ", ".join(f"{int(x):,}" for x in sorted(traces["n_data"].unique()))
-        measured = f"{traces['checkpoint'].nunique():,} checkpoints on {n} training images"
+        measured = f"{traces['checkpoint'].nunique():,} checkpoints on {n} {samples_of(traces)}"
     return [
         ("Runs", f"{count}; {bits}" if bits else count),
         ("Data", listed(map(_data, {run.dataset: run for run in study.runs}.values()))),

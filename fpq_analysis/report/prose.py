@@ -9,7 +9,7 @@ import pandas as pd
 
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import METHODS, method_label
-from fpq_analysis.records.queries import eigenvalues, mean_loss, totals
+from fpq_analysis.records.queries import eigenvalues, mean_loss, samples_of, totals
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
@@ -34,10 +34,10 @@ VARIABLES = {
 ESTIMATORS = {
     "exact": (
         "computed exactly, without random probes: these networks are piecewise linear in every single parameter, so "
-        "that the trace is a sum over images and classes of squared gradient norms"
+        "that the trace is a sum over samples and classes of squared gradient norms"
     ),
     "sampled": (
-        "estimated without bias from squared gradient norms of single images at labels drawn from the network's own "
+        "estimated without bias from squared gradient norms of single samples at labels drawn from the network's own "
         "prediction"
     ),
     "deflated": "estimated by Hutchinson's method with a Krylov subspace taken out exactly",
@@ -129,7 +129,7 @@ def _optimizer(runs: list[Run]) -> str:
 def _sample(rows: pd.DataFrame) -> str:
     n = listed((f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique())), "or")
     seeds = listed(sorted(rows["seed"].unique()))
-    return f"{n} training images (drawn once by seed {seeds}, the same for every checkpoint; no augmentation)"
+    return f"{n} {samples_of(rows)} (drawn once by seed {seeds}, the same for every checkpoint; no augmentation)"
 
 
 def _variables(rows: pd.DataFrame) -> str:
@@ -153,11 +153,11 @@ def _trace(frame: pd.DataFrame) -> str:
     ]
     if rows["sem_data"].notna().any():
         sentences.append(
-            "Intervals are 95 % intervals over the images, not over training runs; two networks were compared image by "
-            "image, so that what the images have in common cancels."
+            "Intervals are 95 % intervals over the samples, not over training runs; two networks were compared sample "
+            "by sample, so that what the samples have in common cancels."
         )
     if rows["sem_data"].isna().any():
-        sentences.append("Where single images are not seen, intervals are over the random probes.")
+        sentences.append("Where single samples are not seen, intervals are over the random probes.")
     return " ".join(sentences)
 
 
@@ -201,12 +201,12 @@ def _sharpness(frame: pd.DataFrame) -> str:
 def _other(frame: pd.DataFrame) -> str:
     probe, n = str(frame["probe"].iloc[0]), frame["checkpoint"].nunique()
     what = MEASURES[probe].subject if probe in MEASURES else f"what the probe '{probe}' is about"
-    whole = frame[frame["n_data"] == frame["n_data"].max()]  # parts may be of fewer images
+    whole = frame[frame["n_data"] == frame["n_data"].max()]  # parts may be of fewer samples
     where = f", on {_sample(whole)}" if whole["n_data"].any() else ""
     return f"We measured {what} at {n} checkpoint{'s' if n > 1 else ''}{where}."
 
 
-# By probe, in the order of the text; of others it is said what they measure, with images and seed.
+# By probe, in the order of the text; of others it is said what they measure, with samples and seed.
 SENTENCES: dict[str, Callable[[pd.DataFrame], str]] = {
     "hessian_trace": _trace,
     "hessian_eigs": _eigenvalues,

@@ -12,7 +12,7 @@ import pandas as pd
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.plots import Drawing
-from fpq_analysis.records.queries import half_widths
+from fpq_analysis.records.queries import half_widths, samples_of
 from fpq_analysis.report.cells import (
     NONE,
     SHORT_HASH,
@@ -74,10 +74,10 @@ def runs_table(study: Study) -> Table:
 def interval_of(rows: pd.DataFrame) -> str:
     """What ± stands for in these records."""
     if rows["sem_data"].isna().all():
-        return "the interval is over the random probes, for these images"
+        return "the interval is over the random probes, for these samples"
     if rows["sem_data"].isna().any():
-        return "the interval is over the images, or, where single images are not seen, over the random probes"
-    return "the interval is over the images measured on, not over training runs"
+        return "the interval is over the samples, or, where single samples are not seen, over the random probes"
+    return "the interval is over the samples measured on, not over training runs"
 
 
 def accuracy_table(study: Study) -> Table | None:
@@ -120,7 +120,7 @@ def _accuracy(runs: list[Run]) -> Cell:
 
 
 def comparison_tables(study: Study) -> list[Table]:
-    """Differences of traces on the same images: against LSQ, and against the float network each started from."""
+    """Differences of traces on the same samples: against LSQ, and against the float network each started from."""
     against = {
         f"Against {method_label(BASELINE)}": (against_method(study), "at the last epoch that both have"),
         "Against the float network": (
@@ -139,10 +139,10 @@ def _comparisons(study: Study, name: str, found: list[Comparison], when: str) ->
     rows = [_compared(study, c, several, reach) for c in found]
     what = "" if several else f" (definition: {found[0].definition})"
     notes = [
-        f"The run's trace minus the other's{what}, image by image on the same images; {when}.",
+        f"The run's trace minus the other's{what}, sample by sample on the same samples; {when}.",
         f"In % and the bars: relative to the other's trace; bars from −{100 * reach:.0f} to +{100 * reach:.0f} %, no "
         "difference in the middle.",
-        "Intervals are over the images. They hold for these trained networks, not for the methods.",
+        "Intervals are over the samples. They hold for these trained networks, not for the methods.",
     ]
     return Table(name, heads, rows, notes)
 
@@ -208,7 +208,7 @@ def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]
                 row.append(num(value, text=text))
             cells.append(row)
     n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()) if x)
-    notes = ["At each run's last measured epoch" + (f", on {n} training images." if n else ".")]
+    notes = ["At each run's last measured epoch" + (f", on {n} {samples_of(rows)}." if n else ".")]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
     return Table(

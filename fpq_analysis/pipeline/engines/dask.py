@@ -120,7 +120,7 @@ def _killed(error: KilledWorker) -> UserError:
     return UserError(
         f"the Dask worker that did this was lost, and so were {error.allowed_failures} more, last "
         f"{error.last_worker.address}. Its log says why; lack of memory is likely: give workers more, or measure on "
-        "fewer images (--n-data)."
+        "fewer samples (--n-data)."
     )
 
 

@@ -112,7 +112,7 @@ class _Worker:
                 how = self.process.exitcode
         raise UserError(
             f"the process that did this ended without a word, and so did a second one ({_ending(how)}). Take fewer at "
-            "a time (--jobs), or fewer images (--n-data)."
+            "a time (--jobs), or fewer samples (--n-data)."
         )
 
     def _start(self) -> None:
