@@ -13,6 +13,7 @@ from .probes import EigenEstimate as EigenEstimate
 from .probes import FeatureDrift as FeatureDrift
 from .probes import Features as Features
 from .probes import FeatureStatistics as FeatureStatistics
+from .probes import GaussNewtonTrace as GaussNewtonTrace
 from .probes import GradNorm as GradNorm
 from .probes import HessianDensity as HessianDensity
 from .probes import HessianEigs as HessianEigs

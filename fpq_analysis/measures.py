@@ -210,6 +210,13 @@ MEASURES = {
         "trace:HessianTrace",
         pictures=(Picture("5", "Figure 5", "figure5:figure5", "figure5:caption5"),),
     ),
+    "gauss_newton_trace": Measure(
+        "Trace of the Gauss-Newton matrix",
+        "the trace of the Gauss-Newton matrix",
+        "losses",
+        "hessian --operator gauss-newton",
+        "trace:GaussNewtonTrace",
+    ),
     "hessian_eigs": Measure(
         "Eigenvalues",
         "extreme eigenvalues of the Hessian",

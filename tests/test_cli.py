@@ -289,6 +289,22 @@ def test_everything_at_once(runs, tmp_path):
     assert values["dequantized", 2] != values["float", 2]
 
 
+def test_the_gauss_newton_trace_has_records_of_its_own(runs, tmp_path):
+    arguments = ["hessian", "--ckpt-dir", runs / "lsq-w4a4", *FAST, "--epochs", "2", "--figures", tmp_path / "figures"]
+    result = call(*arguments, "--operator", "gauss-newton")
+    assert "exact, gauss-newton" in words(result.stdout)
+    assert not (tmp_path / "figures").exists()  # of the Hessian's there are none yet
+    call(*arguments)
+    names = "gauss_newton_trace", "hessian_trace"
+    found = [records.read(runs, [runs / "lsq-w4a4"], name) for name in names]
+    values = [frame[(frame["layer"] == "all") & (frame["quantity"] == "trace")]["value"].item() for frame in found]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)  # of piecewise linear networks they are one
+    assert "measures the trace alone" in words(
+        call(*arguments, "--operator", "gauss-newton", "--top-k", 2, code=1).stderr
+    )
+    assert "Unknown operator" in call(*arguments, "--operator", "fishy", code=1).stderr
+
+
 def test_compare(runs):
     result = call("compare", runs / "fpq-w4a4", runs / "lsq-w4a4", *FAST)
     assert all(len(line) <= 80 for line in result.stdout.splitlines())

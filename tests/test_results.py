@@ -30,6 +30,7 @@ with torch.no_grad():
 SEED = 3
 MEASURED = {
     "hessian_trace": lambda: fpq.hessian_trace(MODEL, IMAGES, seed=SEED),
+    "gauss_newton_trace": lambda: fpq.hessian_trace(MODEL, IMAGES, seed=SEED, operator="gauss-newton"),
     "hessian_eigs": lambda: fpq.hessian_eigs(MODEL, IMAGES, seed=SEED),
     "hessian_density": lambda: fpq.spectral_density(MODEL, IMAGES, seed=SEED),
     "sharpness": lambda: fpq.sharpness(MODEL, IMAGES, seed=SEED),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,7 @@ def hessian(
     density: Annotated[bool, typer.Option("--density", help="Spectral density, with its figure.")] = False,
     sharpness: Annotated[bool, typer.Option("--sharpness", help="Sharpness invariant to rescaling.")] = False,
     method: Annotated[str, typer.Option(help="Of the trace: auto, exact, sampled, deflated, ...")] = "auto",
+    operator: Annotated[str, typer.Option(help="hessian; or gauss-newton, whose trace any network has.")] = "hessian",
     engine: Annotated[str, typer.Option(help="builtin, or pyhessian as a cross-check.")] = "builtin",
     n_data: Annotated[int | None, typer.Option(help="Samples. Default: 1024; with --tol, all.")] = None,
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
@@ -45,16 +47,25 @@ def hessian(
 
       fpq-analyze hessian --ckpt-dir runs/own --model mynet:make --data cifar10
     """
-    from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
+    from fpq_analysis.probes import GaussNewtonTrace, HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
     from fpq_analysis.quantizers import DEFINITIONS
 
     if engine not in ("builtin", "pyhessian"):
         raise UserError(f"Unknown engine '{engine}'. Known: builtin, pyhessian.")
     if engine == "pyhessian" and method != "auto":
         raise UserError("PyHessian knows one method, Hutchinson's; leave --method out with --engine pyhessian.")
+    traces: dict[str, type[HessianTrace]] = {"hessian": HessianTrace, "gauss-newton": GaussNewtonTrace}
+    if operator not in traces:
+        raise UserError(f"Unknown operator '{operator}'. Known: {', '.join(traces)}.")
+    if operator != "hessian" and (top_k or density or sharpness):
+        raise UserError(
+            f"--operator {operator} measures the trace alone; --top-k, --density and --sharpness are of the Hessian. "
+            "From Python, hessian_eigs and spectral_density take operator=."
+        )
+    trace = partial(traces[operator], tol=tol, n_products=n_products, n_labels=n_labels)
     probes: list[Probe] = []
     for kind in DEFINITIONS if definition == "all" else [definition]:
-        probes.append(HessianTrace(kind, "pyhessian" if engine == "pyhessian" else method, tol, n_products, n_labels))
+        probes.append(trace(kind, "pyhessian" if engine == "pyhessian" else method))
         if top_k:
             probes.append(HessianEigs(kind, top_k))
         if density:
@@ -64,6 +75,7 @@ def hessian(
 
     show = {
         "hessian_trace": print_traces,
+        "gauss_newton_trace": print_traces,
         "hessian_eigs": _print_eigenvalues,
         "hessian_density": _print_moments,
         "sharpness": _print_sharpness,

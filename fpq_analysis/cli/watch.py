@@ -80,8 +80,9 @@ def watch(
         on_round=redraw,
         on_fault=faults.__setitem__,
     )
-    if len(totals(found)):
-        print_traces(shorten_runs(found[found["probe"] == "hessian_trace"]))
+    traces = found[found["probe"] == "hessian_trace"]
+    if len(totals(traces)):
+        print_traces(shorten_runs(traces))
     else:
         echo(f"{found['checkpoint'].nunique()} checkpoints are measured.")
     fail_all(faults)

@@ -12,7 +12,7 @@ from fpq_analysis.probes.oscillation import Oscillation, oscillation
 from fpq_analysis.probes.point import Point, Probe
 from fpq_analysis.probes.result import Measurement, Result
 from fpq_analysis.probes.sharpness import Sharpness, sharpness
-from fpq_analysis.probes.trace import HessianTrace, TraceEstimate, hessian_trace
+from fpq_analysis.probes.trace import GaussNewtonTrace, HessianTrace, TraceEstimate, hessian_trace
 from fpq_analysis.probes.variance import OutputVariance, output_variance
 
 PROBES = {name: load_class(f"fpq_analysis.probes.{row.probe}") for name, row in MEASURES.items() if row.probe}
@@ -25,6 +25,7 @@ __all__ = [
     "FeatureDrift",
     "FeatureStatistics",
     "Features",
+    "GaussNewtonTrace",
     "GradNorm",
     "HessianDensity",
     "HessianEigs",

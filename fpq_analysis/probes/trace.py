@@ -347,10 +347,24 @@ class HessianTrace:
     name = "hessian_trace"
     version = 4  # part of a record's key: raise it when the numbers change
     needs = ()
+    operator = "hessian"
 
     def __post_init__(self) -> None:
-        _check_settings(self.method, self.definition, "hessian", self.tol, self.n_products, self.n_labels)
+        _check_settings(self.method, self.definition, self.operator, self.tol, self.n_products, self.n_labels)
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `TraceEstimate.rows`."""
-        return hessian_trace(point.model, point.batches, loss=point.loss, seed=point.seed, **asdict(self)).rows()
+        about: dict[str, Any] = {"loss": point.loss, "seed": point.seed, "operator": self.operator}
+        return hessian_trace(point.model, point.batches, **about, **asdict(self)).rows()
+
+
+@dataclass(frozen=True)
+class GaussNewtonTrace(HessianTrace):
+    """The same of the Gauss-Newton matrix, for networks that cannot be differentiated twice.
+
+    Its records are its own, so that no figure shows them as the Hessian's.
+    """
+
+    name = "gauss_newton_trace"
+    version = 1
+    operator = "gauss-newton"
