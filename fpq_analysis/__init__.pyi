@@ -37,6 +37,7 @@ from .probes import spectral_density as spectral_density
 from .probes.landscape import Landscape as Landscape
 from .probes.landscape import LandscapeSettings as LandscapeSettings
 from .probes.landscape import landscape as landscape
+from .progress import show_progress as show_progress
 from .quantizers import Affine as Affine
 from .quantizers import QuantSpec as QuantSpec
 from .quantizers import adopt as adopt

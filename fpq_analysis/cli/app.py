@@ -17,6 +17,7 @@ import typer
 
 from fpq_analysis.cli.options import option, with_options
 from fpq_analysis.errors import UserError, explained
+from fpq_analysis.progress import show_progress
 from fpq_analysis.text import printable
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with show_progress():  # in a log, too
+                command(*args, **kwargs)
         except (typer.Exit, typer.BadParameter):
             raise
         except KeyboardInterrupt:

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import size, split
-from fpq_analysis.ranks import neighbours
+from fpq_analysis.progress import tick
+from fpq_analysis.ranks import n_ranks, neighbours
 
 T = TypeVar("T")
 SHARE = 0.5  # of the free memory, for graphs that are kept: bases and the work itself need the rest
 
 
-def map_batches(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor, ...]], T]) -> Iterator[T]:
-    """Yield `work(batch)` for every batch.
+def map_batches(
+    batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor, ...]], T], rounds: int = 1
+) -> Iterator[T]:
+    """Yield `work(batch)` for every batch, which goes over its samples `rounds` times.
 
     Where memory runs out, that batch and those after it are halved, in the list itself, and the work goes on: later
     rounds start with what fitted.  `work` must leave nothing behind when it fails, and add up over parts of a batch.
@@ -44,6 +47,7 @@ def map_batches(batches: list[tuple[Tensor, ...]], work: Callable[[tuple[Tensor,
                     "fewer probes at a time."
                 ) from None
         else:
+            tick(rounds * size(batches[done]) * n_ranks())  # others go over theirs meanwhile
             yield result
             done += 1
             continue

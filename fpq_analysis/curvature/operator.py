@@ -123,7 +123,7 @@ class CurvatureOperator(ABC):
             begun = True
 
         def work() -> Iterator[None]:
-            yield from map_batches(self.batches, add)
+            yield from map_batches(self.batches, add, len(v))
             if not begun:  # a rank without samples
                 result.zero_()
 

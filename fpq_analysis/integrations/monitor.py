@@ -33,6 +33,7 @@ from fpq_analysis.pipeline.execute import begin, columns
 from fpq_analysis.pipeline.plan import measurement_key, settings_of
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes.point import NEEDS, Point, Probe, Rows
+from fpq_analysis.progress import show_progress
 from fpq_analysis.quantizers import quantizers
 from fpq_analysis.quantizers.spec import FLOAT_BITS
 from fpq_analysis.runs import versions
@@ -141,7 +142,8 @@ class CurvatureMonitor:
             return {}
         self._last = epoch
         numbers: dict[str, float] = {}
-        with undisturbed(), going_on(self._fault(epoch, "the network"), f"epoch {epoch}"):
+        quietly = show_progress(False)  # a training has a bar of its own
+        with quietly, undisturbed(), going_on(self._fault(epoch, "the network"), f"epoch {epoch}"):
             copied = plain_copy(model)
             digest = state_hash(copied)
             if epoch % self.every == 0:

@@ -148,7 +148,7 @@ def run(todo: Plan, *, executor: Executor | None = None, on_fault: Fault | None 
                     result = future.result()
                     if measurement.path not in failed:
                         writer.add(measurement, result)
-                progress.advance(busy)
+                progress.advance(busy=busy)
     finally:  # stopped by the user, say
         with suppress(UserError):  # of a rank that was lost
             together(forget)

@@ -22,6 +22,7 @@ from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.subject import check_operator, prepare
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import check_definition
 from fpq_analysis.ranks import same_on_all_ranks
 
@@ -119,7 +120,9 @@ def spectral_density(
     )
     matrix = subject.operator(operator, seed)
     generator = torch.Generator().manual_seed(seed)
-    with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
+    total = n_draws * min(n_steps, matrix.size)
+    progress = Progress(total, HessianDensity.name, "products", subject.n_data)
+    with progress, full_precision(), freed_memory_kept():  # the arithmetic between the products, too
         found = spectral_measure(matrix, generator=generator, n_draws=n_draws, n_steps=n_steps)
     return DensityEstimate(**vars(found), definition=definition, operator=operator, n_data=subject.n_data, seed=seed)
 

@@ -40,6 +40,7 @@ from fpq_analysis.nests import Nest, moved, size, take
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.sites import by_channel, wide
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.quantizers.apply import CONVOLUTIONS
 
@@ -151,7 +152,7 @@ def feature_drift(
     n_blocks = min(BLOCKS, n)
     block = torch.empty(n, dtype=torch.long).index_copy_(0, order, torch.arange(n) % n_blocks)
 
-    with torch.no_grad(), full_precision():
+    with Progress(n, Drift.name, "samples", 1), torch.no_grad(), full_precision():
         first = pair(take(data[0], slice(1)))
         width = sum(s.shape[1] for s, _ in first.values())
         n_kept = min(n, max(1, KEPT_VALUES // width))

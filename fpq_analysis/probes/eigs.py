@@ -26,6 +26,7 @@ from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import MOST, Result
 from fpq_analysis.probes.subject import check_operator, prepare
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import check_definition, clipped_fraction
 from fpq_analysis.ranks import same_on_all_ranks
 
@@ -143,7 +144,8 @@ def hessian_eigs(
     if start is not None and len(start) != matrix.size:
         raise UserError(f"The warm start has {len(start):,} rows and the model {matrix.size:,} variables.")
     generator = torch.Generator().manual_seed(seed)
-    with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
+    progress = Progress(None, HessianEigs.name, "products", subject.n_data)
+    with progress, full_precision(), freed_memory_kept():  # the arithmetic between the products, too
         found = eigenpairs(matrix, k, which=which, tol=tol, generator=generator, start=start, n_products=n_products)
     vectors = None
     if eigenvectors:

@@ -34,6 +34,7 @@ from fpq_analysis.nests import moved, size, take
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result, with_error
 from fpq_analysis.probes.sites import find_site, wide
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import view as take_view
 
 QUANTILES = {"q01": 0.01, "q25": 0.25, "median": 0.5, "q75": 0.75, "q99": 0.99}
@@ -154,7 +155,7 @@ def feature_statistics(
         return site.values(view, batch[0]), batch[1]
 
     numbered: list[tuple[Tensor, ...]] = list(zip(data, torch.arange(n).split(list(map(size, data))), strict=True))
-    with torch.no_grad(), full_precision():
+    with Progress(n, Features.name, "samples", 1), torch.no_grad(), full_precision():
         n_kept = min(n, max(1, KEPT_VALUES // site.values(view, one).numel()))
         kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:n_kept], True)
         for values, numbers in map_batches(numbered, work):

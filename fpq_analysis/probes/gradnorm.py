@@ -40,6 +40,7 @@ from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import check_definition
 from fpq_analysis.ranks import added, gathered, same_on_all_ranks, share
 
@@ -133,8 +134,10 @@ def _measure(subject: Subject, settings: GradNorm, seed: int) -> Rows:
     arms: list[tuple[str, ArmNoise]] = [("clean", NoNoise())]
     if settings.definition != "float":
         arms += noise_arms(subject.model, subject, settings.n_draws, seed)
-    for arm, noise in arms:
-        rows = [*_of_arm(arm, noise, subject, minibatches, settings), *rows]  # the clean ones end up last
+    passes = sum(noise.n_draws + 1 for _, noise in arms)
+    with Progress(passes, settings.name, "passes", subject.n_data):
+        for arm, noise in arms:
+            rows = [*_of_arm(arm, noise, subject, minibatches, settings), *rows]  # the clean ones end up last
     common = {"definition": settings.definition, "n_data": subject.n_data}
     return [{**row, **common} for row in sorted(rows, key=lambda row: row["layer"] == "all")]
 

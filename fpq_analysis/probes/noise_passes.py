@@ -25,6 +25,7 @@ from fpq_analysis.losses import draw_uniforms
 from fpq_analysis.nests import Nest, leaves, moved, size
 from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers
 from fpq_analysis.quantizers.noise import uniform_rows
 from fpq_analysis.ranks import gathered, share
@@ -198,7 +199,7 @@ class _Measurement:
         """Fields of `Responses`, samples last."""
         places = torch.arange(self.subject.n_data).split(list(map(size, self.subject.data)))
         batches = [(x, y, place) for (x, y), place in zip(self.subject.data, places, strict=True)]
-        with full_precision():
+        with Progress(self.subject.n_data, "noise", "samples", 1), full_precision():
             parts = list(gathered(map_batches(share(batches), self._batch)))
         return {key: torch.cat([part[key] for part in parts], -1) for key in parts[0]}
 

@@ -11,6 +11,7 @@ from fpq_analysis.curvature import NotExactError, SampleTraces, certify, exact_t
 from fpq_analysis.curvature.exact import exact_passes
 from fpq_analysis.nests import device_of
 from fpq_analysis.probes.subject import Subject
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import latent_derivatives, weight_quantizers
 
 BY_SAMPLE = ("exact", "sampled")
@@ -107,7 +108,8 @@ def _traces(
     seed: int,
 ) -> SampleTraces:
     of = (subject.view, subject.loss, subject.data, subject.parameters, derivatives, gradients)
-    if method == "exact":
-        return exact_traces(*of)
-    generator = torch.Generator().manual_seed(seed)
-    return sampled_traces(*of, generator=generator, n_labels=n_labels, tol=tol)
+    with Progress(None if tol else subject.n_data, "hessian_trace", "samples", 1):
+        if method == "exact":
+            return exact_traces(*of)
+        generator = torch.Generator().manual_seed(seed)
+        return sampled_traces(*of, generator=generator, n_labels=n_labels, tol=tol)

@@ -52,6 +52,7 @@ from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import N_PRODUCTS, ROOT
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
 from fpq_analysis.ranks import added, gathered, same_on_all_ranks, share
 
@@ -157,18 +158,19 @@ class Sharpness:
 
 
 def _measure(subject: Subject, settings: Sharpness, seed: int) -> Rows:
-    losses = _Losses(subject)
-    gradient = losses.gradient()
-    layers, total = _scaled_traces(subject, seed)
-    rows = [*_one_step(losses, gradient, settings), _average_case(losses, settings, seed)]
-    grids = {
-        name: Grid.of(losses.weights[name], quantizer)
-        for name, quantizer in _weight_quantizers(subject.model).items()
-        if name in losses.weights and settings.definition == "dequantized"
-    }
-    if grids:
-        rows = [*_half_steps(losses, gradient, grids, settings, seed), *rows]
-        rows += _bit_flips(losses, gradient, grids, settings, seed)
+    with Progress(None, settings.name, "passes", subject.n_data):
+        losses = _Losses(subject)
+        gradient = losses.gradient()
+        layers, total = _scaled_traces(subject, seed)
+        rows = [*_one_step(losses, gradient, settings), _average_case(losses, settings, seed)]
+        grids = {
+            name: Grid.of(losses.weights[name], quantizer)
+            for name, quantizer in _weight_quantizers(subject.model).items()
+            if name in losses.weights and settings.definition == "dequantized"
+        }
+        if grids:
+            rows = [*_half_steps(losses, gradient, grids, settings, seed), *rows]
+            rows += _bit_flips(losses, gradient, grids, settings, seed)
     common = {"definition": settings.definition, "n_data": subject.n_data}
     return [{**row, **common} for row in (*layers, *rows, total)]
 
@@ -374,10 +376,7 @@ def _half_steps(losses: _Losses, gradient: Weights, grids: dict[str, Grid], sett
 
     how = "gradient sign"
     return [
-        *(
-            _single(layer_of(name) or ROOT, "half_step_worst", how, losses.moved({name: m}))
-            for name, m in worst.items()
-        ),
+        *(_single(layer_of(k) or ROOT, "half_step_worst", how, losses.moved({k: m})) for k, m in worst.items()),
         _mean("half_step_mean", "antithetic pairs", _pairs(losses, draw, settings.n_draws)),
         _single("all", "half_step_worst", how, losses.moved(worst)),
     ]

@@ -20,6 +20,7 @@ from fpq_analysis.curvature.sampling import ALL, layer_blocks
 from fpq_analysis.linalg import hutchinson
 from fpq_analysis.probes.sample_traces import by_sample
 from fpq_analysis.probes.subject import Subject
+from fpq_analysis.progress import Progress
 
 
 def split_trace(
@@ -44,8 +45,10 @@ def split_trace(
         matrix = subject.operator("residual", parameters=parameters)
         blocks = layer_blocks(matrix.slices)
         generator = torch.Generator(matrix.device).manual_seed(seed)
-        with full_precision(), freed_memory_kept():
-            rest = hutchinson(matrix, list(blocks.values()), n_products=max(2, n_products - spent), generator=generator)
+        probes = max(2, n_products - spent)
+        progress = Progress(probes, "hessian_trace", "products", subject.n_data)
+        with progress, full_precision(), freed_memory_kept():
+            rest = hutchinson(matrix, list(blocks.values()), n_products=probes, generator=generator)
         parts = zip(
             [*blocks, ALL], [*rest.blocks.tolist(), rest.value], [*rest.block_sems.tolist(), rest.sem], strict=True
         )

@@ -32,6 +32,7 @@ from fpq_analysis.probes.result import Result
 from fpq_analysis.probes.sample_traces import BY_SAMPLE, N_LABELS, by_sample
 from fpq_analysis.probes.split_trace import split_trace
 from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import check_definition, clipped_fraction
 from fpq_analysis.ranks import same_on_all_ranks
 from fpq_analysis.records.queries import AT_CHANCE
@@ -286,7 +287,8 @@ def _from_products(
     else:
         matrix = subject.operator(operator, seed)
         blocks = layer_blocks(matrix.slices)
-        with full_precision(), freed_memory_kept():  # the arithmetic between the products, too
+        progress = Progress(None if tol else n_products, HessianTrace.name, "products", subject.n_data)
+        with progress, full_precision(), freed_memory_kept():  # the arithmetic between the products, too
             found = _estimate(matrix, method, list(blocks.values()), n_products, tol, seed)
     return {
         "value": found.value,

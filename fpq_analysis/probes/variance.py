@@ -34,6 +34,7 @@ from fpq_analysis.nests import Nest, described, mapped, moved, named_leaves, siz
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import check_finite
+from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import view
 from fpq_analysis.ranks import gathered, same_on_all_ranks, share
 
@@ -120,7 +121,8 @@ def _measure(
     # A seed an image, so that its noise depends on nothing but that.
     seeds = torch.randint(2**31, (sum(map(size, images)),), generator=torch.Generator().manual_seed(seed))
     work: list[tuple[Tensor, ...]] = list(zip(images, seeds.split(list(map(size, images))), strict=True))
-    with torch.no_grad(), full_precision():
+    progress = Progress(len(seeds), settings.name, "samples", 1)
+    with progress, torch.no_grad(), full_precision():
         work = share(work)
         parts = list(gathered(map_batches(work, lambda batch: _of_images(net, batch[0], batch[1], settings, name))))
     found = torch.cat(parts, 2)  # (sds and quantities, value and error, images)
