@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpq_analysis.errors import UserError, did_you_mean
-from fpq_analysis.references import find
+from fpq_analysis.references import find, where
 
 
 def _convolution(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -280,8 +280,8 @@ def call_factory(factory: Callable[..., Any], name: str, num_classes: int | None
                 del given[refused[0]]
                 continue
             raise UserError(
-                f"'{name}' called with {given or 'no arguments'} failed: {type(error).__name__}: {error}. It must give "
-                "the network when called with those of num_classes and in_channels that it takes."
+                f"'{name}' called with {given or 'no arguments'} failed: {type(error).__name__}: {error}{where(error)}."
+                " It must give the network when called with those of num_classes and in_channels that it takes."
             ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"'{name}' gave a {type(model).__name__}, not a torch.nn.Module.")

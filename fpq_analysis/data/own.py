@@ -17,7 +17,7 @@ from fpq_analysis.data.draw import HEAD, as_read, draw, fingerprint
 from fpq_analysis.data.named import DATASETS
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import size
-from fpq_analysis.references import find
+from fpq_analysis.references import find, where
 
 NPZ = ".npz"
 INPUTS = ("x", "images", "inputs", "data")  # arrays of a file that are handed over alone, not by their name
@@ -137,8 +137,8 @@ class OwnData:
             data = given()
         except Exception as error:  # the user's code: anything can happen
             raise UserError(
-                f"'{self.name}' failed: {type(error).__name__}: {error}. It is called without arguments, and must give "
-                "the training data."
+                f"'{self.name}' failed: {type(error).__name__}: {error}{where(error)}. It is called without arguments, "
+                "and must give the training data."
             ) from error
         if data is None:
             raise UserError(f"'{self.name}' gave nothing; does its return statement miss? {FORMS}")
