@@ -246,7 +246,9 @@ def test_differences_are_taken_within_a_folder():
 def test_differences_that_are_noise_are_called_so():
     noise = np.random.default_rng(0).normal(0, 1, 100)
     rows = [row("lsq", "lsq", samples=[10.0] * 100), row("fpq", "fpq", samples=list(10 + noise - noise.mean() + 0.01))]
-    assert "do not differ measurably" in against_baseline(pd.DataFrame(rows))[0].sentence()
+    sentence = against_baseline(pd.DataFrame(rows))[0].sentence()
+    assert "do not differ measurably" in sentence
+    assert " % of " in sentence
     assert against_baseline(pd.DataFrame([row("lsq", "lsq"), row("fpq", "fpq", n_data=5)])) == []  # other images
     assert against_baseline(pd.DataFrame([row("fp", "fp", "FP")])) == []
 

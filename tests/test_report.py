@@ -19,11 +19,12 @@ import fpq_analysis
 from fpq_analysis import UserError, measure, records, write_report
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.files import append_jsonl, read_jsonl, write_json
-from fpq_analysis.plots import FIGURES, training_caption, training_figure
+from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
 from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, pictures
-from fpq_analysis.report.cells import digits_beside, shown
+from fpq_analysis.report.cells import Cell, Table, digits_beside, shown
+from fpq_analysis.report.headings import NOT_RESULTS, heading
 from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study
 from tests.nets import DIGITS
@@ -32,6 +33,7 @@ from tests.words import words
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 N = 32
+NOISY = ("logit_variance", "flipped")
 
 
 class Page(HTMLParser):
@@ -41,6 +43,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open, self.ids, self.attributes, self.links = [], [], [], []
         self.tables, self.region, self.text = {}, None, {}
+        self.around, self.scrolls = [], []  # classes of what is open; of tables and figures, whether they can scroll
         self.feed(text)
         self.close()
         assert not self.open, self.open
@@ -60,8 +63,11 @@ class Page(HTMLParser):
             self.tables[self.region][-1].append(["", None])
         if tag == "data":
             self.tables[self.region][-1][-1][1] = float(attributes["value"])
+        if tag in ("table", "svg") and attributes.get("class") != "interval":
+            self.scrolls.append(any(classes & {"scroll", "card"} for classes in self.around))
         if tag not in VOID:
             self.open.append(tag)
+            self.around.append(set((attributes.get("class") or "").split()))
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
@@ -69,6 +75,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.around.pop()
 
     def handle_data(self, data):
         if any(tag in ("th", "td") for tag in self.open):
@@ -118,7 +125,7 @@ def test_well_formed_self_contained_and_accessible(written):
     assert [link for link in found.links if not link.startswith("#")] == ["https://arxiv.org/abs/2503.11159"]
     tags = [tag for tag, _ in found.attributes]
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(tags)
-    assert not re.search(r"url\((?!#)|@import", text)
+    assert not re.search(r'url\((?!#|"data:)|@import', text)
     for tag, attributes in found.attributes:
         for name in ("src", "href", "xlink:href", "srcset", "data"):
             if tag != "a" and name in attributes:
@@ -142,7 +149,7 @@ def test_every_figure_is_there_once(measured, written):
         frame = records.load(measured, drawing.probe)
         frame = frame[frame["definition"] == "dequantized"]
         assert typeset(drawing.caption(frame)) in found.text["figcaption"]
-    assert sum(tag == "figure" for tag, _ in found.attributes) == len(drawn) + 1  # and training
+    assert sum(tag == "figure" for tag, _ in found.attributes) == len(drawn) + 2  # and training's: accuracy, losses
     assert {name for name, _ in report.missing} >= {d.title for d in FIGURES.values() if d not in drawn} | {"Sharpness"}
 
 
@@ -156,7 +163,6 @@ def test_numbers_are_those_of_the_files(measured, written):
         assert found.column("Runs", "± 95 %")[run] == traces.loc[run, "ci95"]
         assert found.column("Runs", "Accuracy")[run] == rows[-1]["test_accuracy"]
         assert found.column("Runs", "Best")[run] == max(row["test_accuracy"] for row in rows)
-        assert found.column("Runs", "Epochs")[run] == 2
         digest = json.loads((measured / run / "manifest.json").read_text())["epoch_0002.pt"]["sha256"]
         assert found.column("Runs", "Checkpoint")[run] == digest[:12]
         assert found.column("Checkpoints", "SHA-256 of the last checkpoint")[run] == digest
@@ -164,14 +170,114 @@ def test_numbers_are_those_of_the_files(measured, written):
     accuracies = found.column("Test accuracy", "W4A4")
     assert accuracies["LSQ"] == found.column("Runs", "Accuracy")["lsq-w4a4"]
     gap = np.subtract(traces.loc["fpq-w4a4", "samples"], traces.loc["lsq-w4a4", "samples"])
-    row = next(r for r in found.tables["Against LSQ"] if r[2][0] == "dequantized")
-    assert row[4][1] == pytest.approx(gap.mean())
-    assert row[5][1] == pytest.approx(1.96 * gap.std(ddof=1) / N**0.5)
+    head, *rows = found.tables["Against LSQ"]
+    columns = [text for text, _ in head]
+    row = next(r for r in rows if r[columns.index("Definition")][0] == "dequantized")
+    assert row[columns.index("Difference")][1] == pytest.approx(gap.mean())
+    assert row[columns.index("± 95 %")][1] == pytest.approx(1.96 * gap.std(ddof=1) / N**0.5)
     gap = np.subtract(traces.loc["fpq-w4a4", "samples"], traces.loc["fp", "samples"])
     assert found.column("Against the float network", "Difference")["fpq-w4a4"] == pytest.approx(gap.mean())
     eigs = records.load(measured, "hessian_eigs")
     eigs = eigs[(eigs["epoch"] == 2) & (eigs["quantity"] == "eigenvalue_1")].set_index("run")["value"]
-    assert found.column("Eigenvalues", "eigenvalue 1") == pytest.approx(eigs.to_dict())
+    assert found.column("Eigenvalues", "Eigenvalue 1") == pytest.approx(eigs.to_dict())
+
+
+def test_order(written):
+    """Figure 5 and what was found first; runs float first, then by the catalogue of methods."""
+    found = Page(written[1])
+    ids = [name for name in found.ids if not name.startswith(("figure1", "figure5-", "training-", "losses-"))]
+    places = ["figure-figure5", "findings", "runs", "comparisons", "training", "figure-training", "figure-losses"]
+    places += ["figures", "numbers", "missing", "definitions", "methods", "settings", "provenance", "citing"]
+    assert [name for name in ids if name in places] == places
+    links = [link[1:] for link in found.links if link[1:] in places and link != "#main"]
+    assert links == [name for name in places if name in links]
+    assert list(found.column("Runs", "Trace")) == ["fp", "lsq-w4a4", "fpq-w4a4"]
+    assert [row[0][0] for row in found.tables["Test accuracy"][1:]] == ["FP", "LSQ", "FPQ"]
+
+
+def test_tables_say_equal_numbers_once_and_have_headings_in_words(written):
+    found = Page(written[1])
+    for name, (head, *rows) in found.tables.items():
+        for column, (text, _) in enumerate(head):
+            assert text, name
+            assert "@" not in text, name
+            assert "_" not in text or name == "Settings that differ", name
+            if column and len(rows) > 1 and text != "Drawn":  # a picture has no text
+                assert len({str(row[column]) for row in rows}) > 1, (name, text)
+    assert "The same in all rows: Network: tests.nets:tiny; Seed: 0; Epochs: 2." in found.text["p"]
+
+
+def test_equal_columns_are_told():
+    def row(*texts):
+        return [Cell(text) for text in texts]
+
+    table = Table("t", ["Run", "A", "B"], [row("a", "x", "1"), row("b", "x", "2")], ["More."])
+    assert table.told.heads == ["Run", "B"]
+    assert table.told.notes == ["The same in all rows: A: x.", "More."]
+    assert [[cell.text for cell in cells] for cells in table.told.rows] == [["a", "1"], ["b", "2"]]
+    one = Table("t", ["Run", "A"], [row("a", "x")])
+    assert one.told is one  # of one row nothing can be told
+
+
+def test_quantities_are_in_words_and_settings_no_results():
+    assert heading("drift", "mean_shift") == "Mean shift"
+    assert heading("dead_channels", "some_thing") == "Some thing"
+    assert heading("gradnorm", "grad_norm_minibatch") == "Of minibatches, mean"
+    for name in ("nodes_1", "eps", "channels", "odd_1", "real_0.125", "ratio_linear_2", "predicted_1e-05"):
+        assert re.fullmatch(NOT_RESULTS, name), name
+    for name in (
+        "real_1",
+        "ratio_linear_1",
+        "holds_real",
+        "within_10_real",
+        "eigenvalue_1",
+        "trace",
+        "interaction_real",
+    ):
+        assert not re.fullmatch(NOT_RESULTS, name), name
+
+
+def test_what_was_measured_at_several_places_is_a_row_each(runs, tmp_path):
+    about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
+    about |= {"probe": "output_variance", "definition": None, "samples": None, "ci95": 0.01, "n_data": 8}
+    for run, value in (("fp", 0.25), ("lsq-w4a4", 0.5)):
+        rows = [{**about, "quantity": f"{q}@{sd}", "value": value * sd} for sd in (0.5, 0.05, 0.1) for q in NOISY]
+        records.append(runs / run, "output_variance", rows)
+    head, *rows = Page(page(runs, tmp_path)).tables["Output variance"]
+    assert [text for text, _ in head] == ["Run", "Noise sd", "Of the logits", "Flipped (%)"]
+    assert [(row[0][0], row[1][0]) for row in rows[:3]] == [("fp", "0.05"), ("fp", "0.1"), ("fp", "0.5")]
+    assert rows[2][2] == ["0.125\u00a0±\u00a00.01", 0.125]
+    assert rows[2][3] == ["12.5\u00a0±\u00a01", 0.125]  # the share in per cent, the number as it is
+
+
+def test_what_scrolls_says_so_and_no_two_captions_are_equal(measured, written):
+    report, text = written
+    found = Page(text)
+    assert found.scrolls
+    assert all(found.scrolls)
+    (rule,) = re.findall(r"\.scroll, \.card \{(.*?)\}", text, re.DOTALL)[:1]
+    assert "overflow-x: auto" in rule
+    assert "no-repeat local" in rule  # the cover that hides the cue at the end
+    assert "var(--cue)" in rule
+    assert "%E2%86%92 scroll" in text or "→ scroll" in text
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
+    assert len(captions) == len(set(captions)) == len(report.figures) + 2
+
+
+def test_a_caption_that_was_there_is_not_repeated(measured, monkeypatch):
+    monkeypatch.setattr(Drawing, "caption", lambda self, frame: "Equal.")
+    drawn, _ = pictures.pictures(read_study(measured))
+    assert [one.caption for one in drawn[:2]] == ["Equal.", f"The same as '{drawn[0].title}', drawn otherwise."]
+
+
+def test_narrow_figures_stand_in_pairs():
+    def of_width(*widths):
+        drawn = [pictures.Picture("a", "t", "t", "c", "alt", width, "") for width in widths]
+        return [one.beside for one in pictures.side_by_side(drawn)]
+
+    assert of_width(300, 300, 300) == [True, True, False]
+    assert of_width(300, 600, 300, 400, 500) == [False, False, True, True, False]
+    assert of_width() == []
 
 
 def test_methods_say_what_was_done(written):
@@ -237,6 +343,10 @@ def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
     assert "figure-training" in found.ids
     assert "comparisons" not in found.ids
     assert "fpq-analyze hessian --top-k 5 --ckpt-dir 'my runs'" in found.text["code"]
+    *commands, last = found.text["pre"].partition("@")[0].split("; \\\n")
+    assert commands[3] == "fpq-analyze hessian --top-k 5 --density --sharpness --ckpt-dir 'my runs'"  # one, of four
+    assert len({command.split()[1] for command in commands}) == len(commands)
+    assert last == "fpq-analyze report --ckpt-dir 'my runs'"
 
 
 def test_help_has_an_example():
@@ -333,7 +443,7 @@ def test_probes_the_report_does_not_know(runs, tmp_path):
     report = write_report(runs, tmp_path / "page.html")
     found = Page((tmp_path / "page.html").read_text())
     assert found.tables["Own measure"][1] == [["fp", None], ["2", 2.0], ["12,345.6\u00a0±\u00a00.98", 12345.6]]
-    assert "own_measure" in found.column("Records", "Seed")
+    assert "own_measure" in found.column("Records", "Settings")
     assert {"Eigenvalues", "Density"} <= {name for name, _ in report.missing}
     assert "We measured what the probe 'own_measure' is about at 1 checkpoint, on 32" in found.text["p"]
 
@@ -420,6 +530,31 @@ def test_training_figure_is_the_mean_over_seeds():
     assert "each line is one" in training_caption(rows[rows["run"].str.endswith("0")])
     with pytest.raises(NothingToDraw, match="no test accuracy"):
         training_figure(rows[:0])
+
+
+def test_loss_figure_draws_the_terms_apart():
+    rows = pd.DataFrame(
+        [
+            (f"{method}-{seed}", method.upper(), method, "net", "data", "W4A4", epoch, term, (seed + 1) / epoch)
+            for method, terms in (("lsq", ("loss", "loss_ce")), ("fpq", ("loss", "loss_ce", "loss_csd", "loss_own")))
+            for seed in range(2)
+            for epoch in (1, 2)
+            for term in terms
+        ],
+        columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "term", "value"],
+    )
+    ce, csd, own = loss_figure(rows).axes
+    assert [axes.get_title() for axes in (ce, csd, own)] == ["Cross-entropy", "Distillation of features (CSD)", "Own"]
+    assert [line.get_label() for line in ce.lines] == ["LSQ W4A4", "FPQ W4A4"]
+    (line,) = csd.lines
+    np.testing.assert_allclose(line.get_ydata(), [1.5, 0.75])
+    assert "drawn apart" in loss_caption(rows)
+    whole = rows[rows["term"] == "loss"]
+    (axes,) = loss_figure(whole).axes
+    assert axes.get_title() == "Loss"
+    assert "apart" not in loss_caption(whole)
+    with pytest.raises(NothingToDraw, match="no training loss"):
+        loss_figure(rows[:0])
 
 
 def test_citation_is_that_of_the_project():

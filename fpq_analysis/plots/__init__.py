@@ -22,6 +22,8 @@ from fpq_analysis.plots.figures import Drawing as Drawing
 from fpq_analysis.plots.landscape import landscape_caption as landscape_caption
 from fpq_analysis.plots.landscape import landscape_figure as landscape_figure
 from fpq_analysis.plots.landscape import surface_figure as surface_figure
+from fpq_analysis.plots.losses import loss_caption as loss_caption
+from fpq_analysis.plots.losses import loss_figure as loss_figure
 from fpq_analysis.plots.noise import noise_caption as noise_caption
 from fpq_analysis.plots.noise import noise_figure as noise_figure
 from fpq_analysis.plots.oscillation import oscillation_caption as oscillation_caption

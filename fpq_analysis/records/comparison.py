@@ -62,17 +62,17 @@ class Difference:
         """The difference in plain words, with its 95 % interval."""
         half = self.ci95
         where = f"at epoch {self.epoch}"
+        percent = f"{100 * abs(self.value / self.baseline_value):.0f} % of {number(self.baseline_value, 3)}"
         if abs(self.value) <= half:
             sign = "+" if self.value > 0 else ""
             return (
                 f"{self.run} and {self.baseline} do not differ measurably {where}: "
-                f"{sign}{number(self.value, 3)} ± {number(half, 2)} of {number(self.baseline_value, 3)}."
+                f"{sign}{number(self.value, 3)} ± {number(half, 2)} ({percent})."
             )
         word = "lower" if self.value < 0 else "higher"
-        percent = 100 * abs(self.value / self.baseline_value)
         return (
             f"{self.run}'s trace is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than {self.baseline}'s "
-            f"{where} ({percent:.0f} % of {number(self.baseline_value, 3)})."
+            f"{where} ({percent})."
         )
 
 

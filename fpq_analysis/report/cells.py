@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fpq_analysis.plots.style import colour
 from fpq_analysis.report.study import Study
@@ -59,6 +60,24 @@ class Table:
     heads: list[str]
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def told(self) -> Table:
+        """The table as it is shown: of columns whose cells are all equal a note says the value, once."""
+        columns = list(zip(*self.rows, strict=True))
+        alike = [
+            i for i, cells in enumerate(columns) if i > 0 and len(cells) > 1 and cells.count(cells[0]) == len(cells)
+        ]
+        if not alike:
+            return self
+        kept = [i for i in range(len(self.heads)) if i not in alike]
+        values = "; ".join(f"{self.heads[i]}: {columns[i][0].text}" for i in alike)
+        return Table(
+            self.name,
+            [self.heads[i] for i in kept],
+            [[row[i] for i in kept] for row in self.rows],
+            [f"The same in all rows: {values}.", *self.notes],
+        )
 
     @property
     def numeric(self) -> list[bool]:

@@ -14,12 +14,14 @@ from fpq_analysis import __version__
 from fpq_analysis.errors import UserError
 from fpq_analysis.files import write_text
 from fpq_analysis.methods import method_label
+from fpq_analysis.plots import FIGURES
 from fpq_analysis.records.queries import samples_of
 from fpq_analysis.report import provenance, tables
 from fpq_analysis.report.cautions import cautions
 from fpq_analysis.report.citations import bibtex
 from fpq_analysis.report.findings import findings
-from fpq_analysis.report.pictures import pictures, training_picture
+from fpq_analysis.report.missing import not_measured
+from fpq_analysis.report.pictures import Picture, pictures, side_by_side, training_pictures
 from fpq_analysis.report.prose import DEFINITIONS, methods
 from fpq_analysis.report.study import Study, read_study
 from fpq_analysis.runs import Run
@@ -70,8 +72,9 @@ def write_report(
         raise UserError(f"'{path}' is a folder. Name the page in it: -o {path / 'report.html'}.")
     study = read_study(ckpt_dir, records)
     drawn, undrawn = pictures(study)
-    training = training_picture(study)
-    missing = tables.not_measured(study, undrawn)
+    training = training_pictures(study)
+    lead, others = _lead(drawn, training)
+    missing = not_measured(study, undrawn)
     notes = cautions(study)
     differing, shared = provenance.settings_table(study)
     page = (
@@ -86,7 +89,9 @@ def write_report(
             runs=tables.runs_table(study),
             accuracy=tables.accuracy_table(study),
             comparisons=tables.comparison_tables(study),
-            pictures=[*([training] if training else []), *drawn],
+            lead=lead,
+            training=side_by_side([one for one in training if one is not lead]),
+            pictures=side_by_side(others),
             numbers=tables.number_tables(study),
             missing=missing,
             loss=study.loss,
@@ -101,7 +106,13 @@ def write_report(
         )
     )
     write_text(path, page)
-    return Report(path, len(study.runs), [picture.title for picture in drawn], missing, notes)
+    return Report(path, len(study.runs), [picture.title for picture in drawn], missing.names, notes)
+
+
+def _lead(drawn: list[Picture], training: list[Picture]) -> tuple[Picture | None, list[Picture]]:
+    """The figure that the page begins with, and the other figures of measurements: the paper's main one, if drawn."""
+    lead = next((one for one in drawn if one.title == FIGURES["5"].title), next(iter([*training, *drawn]), None))
+    return lead, [one for one in drawn if one is not lead]
 
 
 def _environment() -> jinja2.Environment:

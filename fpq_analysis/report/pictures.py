@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw, going_on
-from fpq_analysis.plots import FIGURES, Drawing, training_caption, training_figure
+from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
 from fpq_analysis.plots.style import rendered
 from fpq_analysis.report.comparisons import variant
+from fpq_analysis.report.headings import title
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import number_of
 
@@ -26,6 +27,7 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 ZOOM = 1.55  # CSS pixels a point on a wide screen: text of 9 points as large as the page's
 LEAST = 0.85  # and on a narrow one: rather than draw text smaller still, the card scrolls sideways
+PAIRED = 430  # points: two figures up to this width stand side by side on a wide screen
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,21 @@ class Picture:
 
     Attributes:
         anchor: its id in the page.
+        title, heading: what its list is of, and what stands above it.
         caption, alt: beside it, and in its place for those who cannot see it.
         width: in points.
         markup: an `<svg>` or `<img>` that holds `alt`.
+        beside: whether another figure stands beside it on a wide screen; otherwise its caption does.
     """
 
     anchor: str
     title: str
+    heading: str
     caption: str
     alt: str
     width: float
     markup: Markup
+    beside: bool = False
 
     @property
     def sizes(self) -> str:
@@ -57,7 +63,8 @@ def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
 
     Of several definitions of the Hessian the figures show `study.definition` alone; the tables have the others.
     """
-    drawn, missing = [], []
+    drawn: list[Picture] = []
+    missing: list[Drawing] = []
     for drawing in FIGURES.values():
         frame = study.records(drawing.probe)
         if (frame["definition"] == study.definition).any():
@@ -71,37 +78,67 @@ def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
             except NothingToDraw:
                 missing.append(drawing)
                 continue
-            drawn.append(picture(drawing.title, drawing.picture.file, figure, drawing.caption(frame)))
+            caption = drawing.caption(frame)
+            first = next((earlier.title for earlier in drawn if earlier.caption == caption), None)
+            caption = caption if first is None else f"The same as '{first}', drawn otherwise."
+            of = title(drawing.probe)
+            own = drawing.picture.key.isdigit()  # of a figure by its number, what it is of as well
+            heading = f"{drawing.title}: {of[0].lower()}{of[1:]}" if own else drawing.title
+            drawn.append(picture(drawing.title, drawing.picture.file, figure, caption, heading))
     return drawn, missing
 
 
-def training_picture(study: Study) -> Picture | None:
-    """Test accuracies, from `train.jsonl`; None if there are none."""
-    rows = pd.DataFrame(
+def training_pictures(study: Study) -> list[Picture]:
+    """Test accuracies and training losses, from `train.jsonl`, as far as there are any."""
+    drawn = []
+    accuracies = _training_rows(study, "test_accuracy").rename(columns={"value": "test_accuracy"})
+    if len(accuracies):
+        drawn.append(picture("Learning curves", "training", training_figure(accuracies), training_caption(accuracies)))
+    losses = _training_rows(study, "loss")
+    if len(losses):
+        drawn.append(picture("Training loss", "losses", loss_figure(losses), loss_caption(losses)))
+    return drawn
+
+
+def _training_rows(study: Study, name: str) -> pd.DataFrame:
+    """A row for each run, epoch and column of `train.jsonl` that is called so, or so and `_` and more."""
+    return pd.DataFrame(
         [
-            (run.name, variant(study, run), run.method, run.model, run.dataset, run.bits, row["epoch"], accuracy)
+            (run.name, variant(study, run), run.method, run.model, run.dataset, run.bits, row["epoch"], term, value)
             for run in study.runs
             for row in run.rows
-            if (accuracy := number_of(row, "test_accuracy")) is not None
+            for term in row
+            if term == name or term.startswith(f"{name}_")
+            if (value := number_of(row, term)) is not None
         ],
-        columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "test_accuracy"],
+        columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "term", "value"],
     )
-    if rows.empty:
-        return None
-    return picture("Training", "training", training_figure(rows), training_caption(rows))
 
 
-def picture(title: str, name: str, figure: Figure, caption: str) -> Picture:
-    """`figure` as markup; `name` is its own in the page."""
-    alt = describe(title, figure)
+def side_by_side(pictures: list[Picture]) -> list[Picture]:
+    """The same, with those that follow each other and are narrow enough marked as pairs."""
+    found: list[Picture] = []
+    for one in pictures:
+        before = found[-1] if found else None
+        if before and not before.beside and max(one.width, before.width) <= PAIRED:
+            found[-1] = replace(before, beside=True)
+            found.append(replace(one, beside=True))
+        else:
+            found.append(one)
+    return found
+
+
+def picture(name: str, file: str, figure: Figure, caption: str, heading: str = "") -> Picture:
+    """`figure` as markup; `file` is its own in the page."""
+    alt = describe(heading or name, figure)
     # Ids that matplotlib makes come from the salt: fixed, so that equal records give equal pages.
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": file}):
         svg = rendered(figure, "svg")
-    markup, width = inline(svg, name, alt)
+    markup, width = inline(svg, file, alt)
     if len(svg) > MAX_SVG:
         data = base64.b64encode(rendered(figure, "png", dpi=200)).decode()
         markup = Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alt)
-    return Picture(f"figure-{name}", title, caption, alt, width, markup)
+    return Picture(f"figure-{file}", name, heading or name, caption, alt, width, markup)
 
 
 def inline(svg: bytes, prefix: str, alt: str) -> tuple[Markup, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import BASELINE, method_label
-from fpq_analysis.plots import Drawing
 from fpq_analysis.records.queries import half_widths, samples_of
 from fpq_analysis.report.cells import (
     NONE,
@@ -26,14 +24,21 @@ from fpq_analysis.report.cells import (
     shown,
 )
 from fpq_analysis.report.comparisons import Comparison, against_float, against_method, variant
+from fpq_analysis.report.headings import (
+    NOT_RESULTS,
+    heading,
+    is_share,
+    order,
+    place,
+    place_heading,
+    place_order,
+    title,
+)
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
 from fpq_analysis.text import duration
 
 MOST_QUANTITIES = 16  # of a probe with more, a table would be no help
-# Quantities that are not results of their own.
-NOT_RESULTS = r"(nodes|weights|residual)_\d+|clipped_fraction"
-HEADS = {"squares": "sum of squares"}
 
 
 def runs_table(study: Study) -> Table:
@@ -135,7 +140,17 @@ def _comparisons(study: Study, name: str, found: list[Comparison], when: str) ->
     several = len({c.definition for c in found}) > 1
     relative = [(abs(c.difference.value) + c.difference.ci95) / abs(c.difference.baseline_value) for c in found]
     reach = min(max(relative), 2.0)  # one difference of a thousand per cent must not flatten all others
-    heads = ["Run", "Minus", *(["Definition"] if several else []), "Its trace", "Difference", "± 95 %", "in %", "", ""]
+    heads = [
+        "Run",
+        "Minus",
+        *(["Definition"] if several else []),
+        "Its trace",
+        "Difference",
+        "± 95 %",
+        "In %",
+        "Drawn",
+        "Verdict",
+    ]
     rows = [_compared(study, c, several, reach) for c in found]
     what = "" if several else f" (definition: {found[0].definition})"
     notes = [
@@ -176,50 +191,44 @@ def number_tables(study: Study) -> list[Table]:
             continue
         rows = frame[(frame["layer"] == "all") & frame["value"].notna()]
         rows = rows[~rows["quantity"].str.fullmatch(NOT_RESULTS)]
-        quantities = list(dict.fromkeys(rows["quantity"]))
+        if rows.empty:
+            continue
+        parts = rows["quantity"].str.partition("@")  # of the name: quantity, @, what it was measured at
+        rows = rows.assign(quantity=parts[0], at=parts[2])
+        quantities = sorted(rows["quantity"].unique(), key=order)
         if 0 < len(quantities) <= MOST_QUANTITIES:
             found.append(_numbers(study, probe, rows, quantities))
     return found
 
 
 def _numbers(study: Study, probe: str, rows: pd.DataFrame, quantities: list[str]) -> Table:
-    several = rows["definition"].nunique() > 1
-    heads = [
-        "Run",
-        *(["Definition"] if several else []),
-        "Epoch",
-        *(HEADS.get(q, q.replace("_", " ")) for q in quantities),
-    ]
+    several, places = rows["definition"].nunique() > 1, (rows["at"] != "").any()
+    heads = ["Run", *(["Definition"] if several else []), "Epoch", *([place_heading(probe)] if places else [])]
     cells, errors = [], False
     for run in study.runs:
         for definition, own in rows[rows["run"] == run.name].groupby("definition", dropna=False, sort=False):
-            last = own[own["epoch"] == own["epoch"].max()].drop_duplicates("quantity", keep="last")
-            by_name = last.set_index("quantity")
-            halves = half_widths(by_name)
+            last = own[own["epoch"] == own["epoch"].max()]
             epoch = int(last["epoch"].iloc[0])
-            row = [run_cell(study, run), *([Cell(str(definition))] if several else []), num(epoch, text=str(epoch))]
-            for quantity in quantities:
-                if quantity not in by_name.index:
-                    row.append(num(None))
-                    continue
-                value, half = float(by_name.loc[quantity, "value"]), float(halves[quantity])
-                errors = errors or half > 0
-                text = shown(value, digits_beside(value, half)) + (f" ± {shown(half, 2)}" if half > 0 else "")
-                row.append(num(value, text=text))
-            cells.append(row)
+            about = [run_cell(study, run), *([Cell(str(definition))] if several else []), num(epoch, text=str(epoch))]
+            for at in sorted(last["at"].unique(), key=partial(place_order, probe)):
+                by_name = last[last["at"] == at].drop_duplicates("quantity", keep="last").set_index("quantity")
+                halves = half_widths(by_name)
+                errors = errors or bool((halves > 0).any())
+                numbers = [
+                    _with_error(float(by_name.loc[name, "value"]), float(halves[name]), is_share(probe, name))
+                    if name in by_name.index
+                    else num(None)
+                    for name in quantities
+                ]
+                cells.append([*about, *([Cell(place(probe, at))] if places else []), *numbers])
     n = ", ".join(f"{int(x):,}" for x in sorted(rows["n_data"].dropna().unique()) if x)
     notes = ["At each run's last measured epoch" + (f", on {n} {samples_of(rows)}." if n else ".")]
     if errors:
         notes.append("±: half of the 95 % interval that the record states, or 1.96 times its standard error.")
-    return Table(
-        MEASURES[probe].title if probe in MEASURES else probe.replace("_", " ").capitalize(), heads, cells, notes
-    )
+    return Table(title(probe), [*heads, *(heading(probe, name) for name in quantities)], cells, notes)
 
 
-def not_measured(study: Study, missing: Iterable[Drawing]) -> list[tuple[str, str]]:
-    """What has no records: its figure, or its name, and the command that measures it."""
-    folder = shlex.quote(str(study.root))
-    found = {drawing.title: drawing.command for drawing in missing}
-    if "sharpness" not in study.probes:
-        found["Sharpness"] = "hessian --sharpness"  # has no figure
-    return [(title, f"fpq-analyze {command} --ckpt-dir {folder}") for title, command in found.items()]
+def _with_error(value: float, half: float, share: bool) -> Cell:
+    scale = 100 if share else 1
+    text = shown(scale * value, digits_beside(value, half)) + (f" ± {shown(scale * half, 2)}" if half > 0 else "")
+    return num(value, text=text)

@@ -1,0 +1,52 @@
+"""What was not measured, and the commands that measure it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fpq_analysis.plots import Drawing
+from fpq_analysis.report.study import Study
+from fpq_analysis.runs.run import FOREIGN_OPTIONS
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What has no records.
+
+    Attributes:
+        names: figures, or what a measurement without one is called; each with the command that measures it.
+        together: one command for the shell that measures all of it and makes the page again; empty if nothing is.
+    """
+
+    names: list[tuple[str, str]]
+    together: str
+
+    @property
+    def by_command(self) -> list[tuple[str, str]]:
+        """What each command measures, with commas, and the command."""
+        found: dict[str, list[str]] = {}
+        for name, command in self.names:
+            found.setdefault(command, []).append(name)
+        return [(", ".join(names), command) for command, names in found.items()]
+
+
+def not_measured(study: Study, undrawn: Iterable[Drawing]) -> Missing:
+    """What there is no record of: the figures that were not drawn, and sharpness, which has none."""
+    found = {drawing.title: drawing.command for drawing in undrawn}
+    if "sharpness" not in study.probes:
+        found["Sharpness"] = "hessian --sharpness"
+    folder = f"--ckpt-dir {shlex.quote(str(study.root))}"
+    if study.kept != study.root:
+        folder += f" --records {shlex.quote(str(study.kept))}"
+    foreign = f" {FOREIGN_OPTIONS}" if any(run.described for run in study.runs) else ""
+    options: dict[str, str] = {}  # commands of one name are one, with the options of all
+    for name, _, own in (command.partition(" ") for command in found.values()):
+        if own not in options.setdefault(name, ""):
+            options[name] += f" {own}"
+    together = [f"fpq-analyze {name}{own} {folder}{foreign}" for name, own in options.items()]
+    return Missing(
+        [(name, f"fpq-analyze {command} {folder}{foreign}") for name, command in found.items()],
+        "; \\\n".join([*together, f"fpq-analyze report {folder}"]) if together else "",
+    )
