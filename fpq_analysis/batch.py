@@ -17,6 +17,7 @@ Batch = tuple[Nest, Nest]  # inputs and targets, of the same samples
 
 # Fields of a batch that is a mapping or a dataclass which are its targets.
 TARGETS = ("labels", "label", "targets", "target")
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which torch can hold, and little else
 FORMS = (
     "Data are a pair (inputs, targets), or an iterable of such pairs: inputs and targets are tensors, or tuples, dicts "
     "or dataclasses of them, with the samples along the first axis. A batch may be a dict or dataclass, too, with its "
@@ -40,8 +41,9 @@ def one_by_one(batches: Any) -> Iterable[Any]:
                 "both parts look alike. Put one or two batches into a list: [(inputs, targets)]."
             )
         return [batches]
-    if isinstance(batches, (Tensor, np.ndarray, str)) or not isinstance(batches, Iterable):
-        if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, Tensor):
+    no_batches = isinstance(batches, (Tensor, np.ndarray, str, type))
+    if no_batches or not isinstance(batches, Iterable):
+        if hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not no_batches:
             raise UserError(
                 f"The data are a {type(batches).__name__}, which gives single samples. Make batches of them: "
                 "torch.utils.data.DataLoader(data, batch_size=64)."
@@ -84,12 +86,16 @@ def as_batch(batch: Any) -> Batch:
     for name, nest in zip(("inputs", "targets"), pair, strict=True):
         before = len(sizes)
         for place, leaf in named_leaves(nest, name):
+            if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+                layout = str(leaf.layout).removeprefix("torch.")
+                raise UserError(f"{place} of a batch is a tensor of layout {layout}, and must be dense: .to_dense().")
             if isinstance(leaf, Tensor) and leaf.ndim:
                 sizes[place] = len(leaf)
             elif isinstance(leaf, Tensor):
                 raise UserError(f"{place} of a batch is a single number; its first axis must be that of the samples.")
             elif leaf is not None and not isinstance(leaf, bool):
-                raise UserError(f"{place} of a batch is a {type(leaf).__name__}, which is not understood. {FORMS}")
+                of = f" of type {leaf.dtype}" if isinstance(leaf, np.ndarray) else ""
+                raise UserError(f"{place} of a batch is a {type(leaf).__name__}{of}, which is not understood. {FORMS}")
         if len(sizes) == before:
             raise UserError(f"The {name} of a batch hold no tensor. {FORMS}")
     if len(set(sizes.values())) > 1:
@@ -104,10 +110,12 @@ def as_batch(batch: Any) -> Batch:
 def _tensors(nest: Any) -> Nest:
     """With tensors in place of arrays, and dicts of other mappings."""
     if isinstance(nest, Tensor):
-        return nest.detach()  # what made it is none of the network's
+        nest = nest.detach()  # what made it is none of the network's
+        return nest.long() if nest.dtype in UNSIGNED else nest
     if isinstance(nest, np.ndarray):
+        native = nest.astype(nest.dtype.newbyteorder("="), copy=False)
         try:
-            return torch.from_numpy(np.require(nest, requirements=["C", "W"]))
+            return _tensors(torch.from_numpy(np.require(native, requirements=["C", "W"])))
         except TypeError:  # of strings, or objects
             return nest
     if isinstance(nest, Mapping):

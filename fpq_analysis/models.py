@@ -274,7 +274,7 @@ def call_factory(factory: Callable[..., Any], name: str, num_classes: int | None
         try:
             model = factory(**given)
             break
-        except Exception as error:  # the user's code: anything can happen
+        except (Exception, SystemExit) as error:  # the user's code: anything can happen
             refused = [k for k in given if k not in taken and _refuses(error, k)]
             if refused:
                 del given[refused[0]]

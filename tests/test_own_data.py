@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,8 @@ MODULE = """
     def wrong_shape(): return X[:, :5], Y
     def mismatched(): return X, Y[:30]
     def no_data(): return iter(())
+    def a_class(): return TensorDataset
+    def ends(): raise SystemExit(3)
 """
 
 
@@ -85,6 +88,7 @@ MODULE = """
 def here(tmp_path, monkeypatch):
     """A working folder with the user's module and a run."""
     (tmp_path / "ownmodule.py").write_text(textwrap.dedent(MODULE))
+    (tmp_path / "script.py").write_text("raise SystemExit(2)")  # as argparse does
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     sys.modules.pop("ownmodule", None)
@@ -184,14 +188,26 @@ def test_a_file_of_arrays(here):
         np.savez("own.npz", **arrays)
         with pytest.raises(UserError, match=said):
             trace("Net", "own.npz")
-    Path("own.npz").write_bytes(b"PK no archive")
-    with pytest.raises(UserError, match="cannot be read"):
-        trace("Net", "own.npz")
     with pytest.raises(UserError, match="No file 'none.npz'"):
         trace("Net", "none.npz")
     np.savez("own.npz", x=names["x"], y=np.array([{"a": 1}] * 40, dtype=object))
     with pytest.raises(UserError, match="cannot be read"):
         trace("Net", "own.npz")
+    np.save("own.npy", names["x"])
+    for content in (b"", b"PK no archive", Path("own.npy").read_bytes()):
+        Path("own.npz").write_bytes(content)
+        with pytest.raises(UserError, match="is no archive of arrays"):
+            trace("Net", "own.npz")
+    with zipfile.ZipFile("own.npz", "w") as archive:
+        archive.writestr("x.npy", b"no array")
+    with pytest.raises(UserError, match="'x' in 'own.npz' is no array"):
+        trace("Net", "own.npz")
+
+
+@pytest.mark.parametrize("types", [(">f4", ">i8"), ("f4", "u2"), ("f4", "u8")])
+def test_types_that_torch_does_not_know(here, types):
+    np.savez("own.npz", x=X.numpy().astype(types[0]), y=Y.numpy().astype(types[1]))
+    assert trace("Net", "own.npz")[0] == pytest.approx(expected(X[ORDER[:16]], Y[ORDER[:16]]), rel=1e-6)
 
 
 def test_a_data_set_of_hugging_face(here):
@@ -237,6 +253,9 @@ def test_transform_and_forward(here):
         ("ownmodule:wrong_shape", "cannot be run on these inputs, of shape .*, 5"),
         ("ownmodule:mismatched", "40 inputs and 30 targets"),
         ("ownmodule:no_data", "There is no data"),
+        ("ownmodule:a_class", "The data are a type"),
+        ("ownmodule:ends", "'ownmodule:ends' failed: SystemExit: 3"),
+        ("script:make", "'script:make' ends the program when it is imported"),
         ("ownmodule:absent", "Cannot import the data 'ownmodule:absent'"),
         ("absent:make", "Cannot import the data 'absent:make'"),
         ("digit", "did you mean 'digits'.*package.module:function"),
@@ -326,10 +345,18 @@ def test_a_stream_is_left_after_what_is_needed(here):
                 seen.append(i)
                 yield X[i % 40], Y[i % 40]
 
-    sample = OwnData(DataLoader(Stream(), batch_size=4)).sample(10, 0)
-    assert sample.n_data == 10
-    assert max(seen) < 20
-    assert torch.equal(sample.batches[0], X[:10])
+    for data, most in ((DataLoader(Stream(), batch_size=4), 20), (Stream(), 30)):  # by itself it gives samples
+        seen.clear()
+        sample = OwnData(data).sample(10, 0)
+        assert sample.n_data == 10
+        assert max(seen) < most
+        assert torch.equal(sample.batches[0], X[:10])
+
+
+def test_a_loader_that_does_not_batch_gives_batches():
+    items = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 40, 8)]
+    sample = OwnData(DataLoader(items, batch_size=None)).sample(20, 0)
+    assert torch.equal(sample.batches[0], X[:20])
 
 
 def test_samples_of_several_lengths_stay_in_batches():

@@ -29,8 +29,8 @@ def draw(data: Any, n_data: int | None, seed: int, transform: Transform | None, 
     """`n_data` samples: drawn without replacement by `seed` where samples have places, or else the first ones.
 
     Args:
-        data: a map-style data set or a DataLoader of one, from which only these samples are read; one batch; or an
-            iterable of batches.
+        data: a map-style data set or a DataLoader of one, from which only these samples are read; an `IterableDataset`,
+            of samples too; one batch; or an iterable of batches.
         n_data: None for all.
         transform: of one sample's inputs.
         name: of the data, for errors.
@@ -43,11 +43,14 @@ def draw(data: Any, n_data: int | None, seed: int, transform: Transform | None, 
     """
     collate: Callable[[list[Any]], Any] = default_collate
     chunk, of_loader = CHUNK, False
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+    puts_together = isinstance(data, DataLoader) and data.batch_sampler is not None
+    if puts_together and not isinstance(data.dataset, IterableDataset):
         collate, chunk, of_loader, data = data.collate_fn, data.batch_size or CHUNK, True, data.dataset
     form = getattr(data, "format", None)
-    if type(data).__module__.startswith("datasets.") and isinstance(form, dict) and form["type"] is None:
+    if type(data).__module__.startswith("datasets.") and (form is None or form["type"] is None):
         data = data.with_format("torch")  # not lists of numbers
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=min(CHUNK, n_data or CHUNK))
     if of_loader or _has_places(data):
         order = sample_order(len(data), n_data, seed)
         items = (_item(data, place, transform, name) for place in order.tolist())
@@ -68,7 +71,7 @@ def draw(data: Any, n_data: int | None, seed: int, transform: Transform | None, 
 
 def _has_places(data: Any) -> bool:
     """Whether it is a map-style data set."""
-    plain = isinstance(data, (Tensor, np.ndarray, str, tuple, list, Mapping, IterableDataset)) or is_dataclass(data)
+    plain = isinstance(data, (Tensor, np.ndarray, str, tuple, list, Mapping, type)) or is_dataclass(data)
     return not plain and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 

@@ -135,7 +135,7 @@ class OwnData:
             return given
         try:
             data = given()
-        except Exception as error:  # the user's code: anything can happen
+        except (Exception, SystemExit) as error:  # the user's code: anything can happen
             raise UserError(
                 f"'{self.name}' failed: {type(error).__name__}: {error}{where(error)}. It is called without arguments, "
                 "and must give the training data."
@@ -166,16 +166,19 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def _arrays(path: Path) -> Any:
+    form = f"It is to hold arrays, as written by numpy.savez('{path.name}', x=..., y=...)."
     try:
+        if path.is_file() and not zipfile.is_zipfile(path):  # NumPy would look for something else in it
+            raise UserError(f"'{path}' is no archive of arrays, or only a part of one. {form}")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise UserError(f"No file '{path}'.") from error
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"'{path}' cannot be read: {error}. It is to hold arrays, as written by "
-            f"numpy.savez('{path.name}', x=..., y=...)."
-        ) from error
+        raise UserError(f"'{path}' cannot be read: {error}. {form}") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"'{name}' in '{path}' is no array. {form}")
     targets = [name for name in ("y", *TARGETS) if name in arrays]
     if len(targets) != 1 or len(arrays) < 2:
         raise UserError(
