@@ -255,7 +255,7 @@ def test_transform_and_forward(here):
         ("ownmodule:no_data", "There is no data"),
         ("ownmodule:a_class", "The data are a type"),
         ("ownmodule:ends", "'ownmodule:ends' failed: SystemExit: 3"),
-        ("script:make", "'script:make' ends the program when it is imported"),
+        ("script:make", "'script:make': its module ends the program when it is imported"),
         ("ownmodule:absent", "Cannot import the data 'ownmodule:absent'"),
         ("absent:make", "Cannot import the data 'absent:make'"),
         ("digit", "did you mean 'digits'.*package.module:function"),
