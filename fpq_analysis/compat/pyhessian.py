@@ -183,8 +183,7 @@ class hessian:
         """Numbers whose mean is the trace.
 
         Its standard error is their standard deviation over the square root of their number: over the data where the
-            exact
-        method applies (one number per image), over the probes elsewhere.
+        exact method applies (one number per image), over the probes elsewhere.
 
         Args:
             maxIter: products with vectors, where the exact method does not apply.

@@ -68,7 +68,7 @@ def eigenpairs(
 
     Args:
         matrix: (n, n).
-        tol: a pair has converged when its residual is within `tol` times |value|, or within rounding: 50 units in
+        tol: a pair has converged when its residual is within `tol` times `|value|`, or within rounding: 50 units in
             the last place of the largest Ritz value.
         generator: of the random vector to start from.
         start: (n,), `start` of a similar matrix; some of the random vector is mixed in, so that no new eigenvector is

@@ -162,7 +162,7 @@ def xnystrace(
     """For a positive semidefinite matrix (Gauss-Newton, Fisher); one product a test vector, by a Nystrom approximation.
 
     Leaving out test vector i is a change of rank one, so with Y = A Omega, H = Omega^T Y and h_i = H^-1 e_i each
-    estimate is Tr(Y H^-1 Y^T) + (1 - |Y h_i|^2) / (H^-1)_ii.
+    estimate is `Tr(Y H^-1 Y^T) + (1 - |Y h_i|^2) / (H^-1)_ii`.
     """
     most = min(matrix.size, max_products)
     total = min(n_products if tol is None else FIRST, most)

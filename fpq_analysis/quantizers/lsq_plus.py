@@ -69,7 +69,7 @@ class SymmetricLSQ(LSQ):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, how: str) -> None:
-        """From mean m and standard deviation d, max(|m - 3d|, |m + 3d|) / 2^(bits-1); `how` has no part in it."""
+        """From mean m and standard deviation d, `max(|m - 3d|, |m + 3d|) / 2^(bits-1)`; `how` has no part in it."""
         values = self._rows(x)
         reach = values.mean(1).abs() + 3 * values.std(1, correction=0)
         step = torch.where(reach > 0, reach / 2 ** (self.bits - 1), 1.0)  # any step represents a row of zeros
