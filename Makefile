@@ -1,6 +1,6 @@
 # make demo           the whole job on embedded data: train, measure, figures, report
 # make test           the test suite
-# make test-portable  its numbers once more, as on another processor: the oldest instructions, one thread
+# make test-portable  its numbers once more, as on another processor: the oldest instructions, one thread (no simulations)
 # make test-slurm     the tests of Slurm, beside one that lasts as long (needs Debian's slurm-wlm and munge)
 # make coverage       the test suite, and the share of the package's lines and branches it reaches
 # make notebooks      the notebooks, on the demo's checkpoints
@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Of commands, files and pages: what these print and write is the same on every processor.
-NOT_OF_NUMBERS := cli dask engines extending factories figures files guard hostile inspection monitor notebooks pages pipeline ranks report \
+NOT_OF_NUMBERS := cli dask engines execution extending factories figures files guard hostile inspection monitor notebooks pages pipeline ranks report \
 	rooms runs slurm sweeps tables text training watch
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 
@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 test-portable: $(VENV)/.installed-test
-	$(OTHER_PROCESSOR) $(BIN)/python -m pytest $(NOT_OF_NUMBERS:%=--ignore=tests/test_%.py)
+	$(OTHER_PROCESSOR) $(BIN)/python -m pytest -m "not simulation" $(NOT_OF_NUMBERS:%=--ignore=tests/test_%.py)
 
 test-slurm: $(VENV)/.installed-test
 	.ci/with-slurm $(BIN)/python -m pytest -n0 -m slurm

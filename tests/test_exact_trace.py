@@ -459,6 +459,7 @@ def test_a_model_that_is_one_quantized_layer():
     assert ours.value == pytest.approx(sum(truth.values()), rel=1e-10)
 
 
+@pytest.mark.simulation
 def test_the_error_over_the_data_covers_the_trace_of_all():
     """`sem_data` of samples of 60 images out of 2,000, as the population."""
     model = tiny(10).eval()

@@ -119,6 +119,7 @@ def test_the_bias_from_minibatches_of_one_is_that_of_the_samples_covariance():
     )
 
 
+@pytest.mark.simulation
 def test_errors_and_bias_are_those_of_fresh_samples():
     """Of a network at rest, on samples of one distribution, whose gradient is known from very many of them."""
     model = mlp()

@@ -48,6 +48,7 @@ def test_newcombe_against_the_published_example():
     assert gap + np.hypot(p_high - 56 / 70, 0.6 - q_low) == pytest.approx(0.3339, abs=1e-4)
 
 
+@pytest.mark.simulation
 def test_newcombes_holds_the_difference_near_one():
     rng = np.random.default_rng(0)
     p, q, n = 0.99, 0.98, 360

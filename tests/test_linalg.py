@@ -339,6 +339,7 @@ def estimate(method: str, a: torch.Tensor, seed: int, tol: float | None):
     return found
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("tol", [None, 0.1], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("spectrum", list(SPECTRA))
 @pytest.mark.parametrize("method", ["hutchinson", "deflated", "hutch++", "xtrace", "xnystrace"])

@@ -447,6 +447,7 @@ def test_draws_do_not_depend_on_micro_batches(form):
     assert one.value == pytest.approx(other.value, rel=1e-12)
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("form", ["weights", "labels", "sum", "causal"])
 def test_intervals_of_drawn_traces_cover(form):
     model, x, y, ours, _ = dense_problem(form, 3)

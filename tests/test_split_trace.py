@@ -63,6 +63,7 @@ def test_only_what_is_curved_on_any_batch_is_estimated():
     assert not curved(model, batches[:1], dict(model.named_parameters()))
 
 
+@pytest.mark.simulation
 def test_its_intervals_cover():
     model, (x, y) = late(), data()
     subject = prepare(model, (x, y))

@@ -35,6 +35,7 @@ def linear(classes: int = 3) -> nn.Linear:
     return nn.Linear(5, classes).double()
 
 
+@pytest.mark.simulation
 def images(n: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, *(shape or (5,)), dtype=torch.float64), torch.randint(3, (n,))
 
