@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +27,7 @@ from fpq_analysis.files import append_jsonl, read_jsonl, write_json
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
 from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
-from fpq_analysis.report import citations, findings, pictures
+from fpq_analysis.report import citations, findings, live, pictures
 from fpq_analysis.report.cells import Cell, Table, digits_beside, shown
 from fpq_analysis.report.headings import NOT_RESULTS, heading
 from fpq_analysis.report.page import typeset
@@ -575,3 +580,60 @@ def test_small_print():
     assert typeset("a-1 is -5.66 ± 17, 95 % of x-2") == "a-1 is −5.66\u00a0±\u00a017, 95\u00a0% of x-2"
     with pytest.raises(UserError, match="No folder"):
         read_study("nowhere")
+
+
+def answer(address):
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return response.read().decode()
+
+
+def test_live(runs, tmp_path):
+    """Served with what the file has not, made anew when a record is added, and ended by Ctrl-C without a word."""
+    command = [sys.executable, "-m", "fpq_analysis", "report", "--ckpt-dir", str(runs / "fp"), "--serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        address = re.search(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
+        text = answer(address)
+        assert answer(f"{address}version") == "1"
+        assert '!== "1") location.reload()' in text
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            answer(f"{address}run.json")
+        written = (tmp_path / "report.html").read_text()
+        assert "script-src" not in written
+        assert written.count("<script") == text.count("<script") - 1 == 0
+        append_jsonl(runs / "fp" / "train.jsonl", [{"epoch": 7, "test_accuracy": 0.123}])
+        for _ in range(60):
+            if answer(f"{address}version") == "2":
+                break
+            time.sleep(0.2)
+        assert "12.30" in answer(address)
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        assert process.wait(60) == 0
+    assert "report.html is new" in told
+    assert "Traceback" not in told
+    assert "Stopped" not in told
+
+
+def test_live_keeps_the_page_that_it_has(tmp_path):
+    """A page that cannot be made is a line, once for each change."""
+    told = []
+
+    def make():
+        if (tmp_path / "train.jsonl").exists():
+            raise UserError("no")
+        return tmp_path / "page.html"
+
+    (tmp_path / "page.html").write_text("<meta default-src 'none';><body></body>")
+    page = live.Live(make, {tmp_path}, told.append)
+    (tmp_path / "train.jsonl").write_text("")
+    assert page.current() == page.current() == "1"
+    assert told == ["The report stays as it was: no"]
+    assert page.page().count("location.reload") == 1
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = call("report", "--ckpt-dir", str(tmp_path), "--serve", "--port", str(port), code=1)
+    assert f"Port {port} of this machine cannot be had" in words(result.stderr)
+    assert "--port 0" in words(result.stderr)

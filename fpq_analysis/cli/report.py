@@ -16,6 +16,8 @@ def report(
     ckpt_dir: CkptDir = Path("checkpoints"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
     records: Records = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Show it in a browser, and keep it up to date.")] = False,
+    port: Annotated[int, typer.Option(help="For --serve, on this machine alone; 0: any.", min=0, max=65535)] = 8765,
 ) -> None:
     """One HTML page about all runs: findings, tables, figures, methods, provenance.
 
@@ -23,10 +25,18 @@ def report(
 
     The page is one file that loads nothing and runs no script, to mail, archive or print.
 
-    [bold]Example[/bold]
+    With --serve browsers on this machine see it, and it is made anew when the runs or their records change.
+
+    [bold]Examples[/bold]
 
       fpq-analyze report --ckpt-dir checkpoints/ -o report.html
+
+      fpq-analyze report --ckpt-dir checkpoints/ --serve
     """
+    if serve:
+        from fpq_analysis.report import live
+
+        return live.serve(ckpt_dir, output, records=records, port=port, log=log)
     from fpq_analysis.report.page import write_report
 
     written = write_report(ckpt_dir, output, records=records)
