@@ -288,7 +288,7 @@ def call_factory(factory: Callable[..., Any], name: str, num_classes: int | None
     return model
 
 
-def _refuses(error: Exception, keyword: str) -> bool:
+def _refuses(error: BaseException, keyword: str) -> bool:
     """Whether Python itself refused this keyword; any other error of the user's code must be shown."""
     return isinstance(error, TypeError) and f"got an unexpected keyword argument '{keyword}'" in str(error)
 

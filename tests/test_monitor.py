@@ -365,12 +365,27 @@ def test_a_loss_of_ones_own_is_measured_and_named(tmp_path):
         ({"data": torch.zeros(3, 4)}, "The data are a Tensor"),
         ({"loss": "hinge"}, "Unknown loss"),
         ({"n_data": 1}, "at least 2"),
+        ({"every": 1.5}, "every is 1.5"),
+        ({"budget_seconds": -1}, "cannot be below zero"),
+        ({"budget_seconds": float("nan")}, "cannot be below zero"),
+        ({"log": 3}, "log is a int"),
+        ({"probes": []}, "No probe is given"),
+        ({"probes": HessianTrace}, "not the class HessianTrace"),
+        ({"probes": ["hessian_trace"]}, "not 'hessian_trace'"),
+        ({"probes": "hessian_trace"}, "not 'hessian_trace'"),
+        ({"about": {"method": 3}}, "about= gives method=3"),
+        ({"out": "file/below"}, "file' is a file"),
+        ({"out": "trained", "overwrite": True}, "'trained' is a run of fpq-analyze train"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_training(options, word, tmp_path):
     good = {"probes": HessianTrace(), "data": (torch.randn(8, 4), torch.randint(3, (8,))), "out": tmp_path / "live"}
+    (tmp_path / "trained").mkdir()
+    for name in ("file", "trained/run.json"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=word):
         CurvatureMonitor(**{**good, **options})
     assert not (tmp_path / "live").exists()
     with pytest.raises(UserError, match="finished epochs"):
         CurvatureMonitor(**good)(Unlucky("well"), 1.5)
+    assert CurvatureMonitor(**good)(Unlucky("well"), np.int64(1))

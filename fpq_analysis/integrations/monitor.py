@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import shutil
 import time
@@ -30,7 +31,7 @@ from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.models import model_device
 from fpq_analysis.nests import moved
 from fpq_analysis.pipeline.execute import begin, columns
-from fpq_analysis.pipeline.plan import measurement_key, settings_of
+from fpq_analysis.pipeline.plan import check_probe, measurement_key, settings_of
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes.point import NEEDS, Point, Probe, Rows
 from fpq_analysis.progress import show_progress
@@ -41,7 +42,7 @@ from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.run import MONITORED
 
 Log = Callable[[dict[str, float], int], object]
-ABOUT = ("method", "model", "dataset", "bits", "train_seed")
+ABOUT: dict[str, Any] = {"method": str, "model": str, "dataset": str, "bits": str, "train_seed": (int, str)}
 LIVE = ("quantizers", "teacher", "previous")  # what a probe may need, of a training that goes on
 
 
@@ -103,7 +104,8 @@ class CurvatureMonitor:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.probes: Sequence[Probe] = list(probes) if isinstance(probes, Iterable) else [probes]
+        several = isinstance(probes, Iterable) and not isinstance(probes, str)
+        self.probes: Sequence[Probe] = list(probes) if several else [probes]  # type: ignore[arg-type, list-item]
         self.out = Path(out)
         self.every = every
         self.log = log
@@ -135,7 +137,7 @@ class CurvatureMonitor:
             The whole network's numbers by name, `hessian_trace/trace` and `hessian_trace/trace_ci95`, say; empty if
             nothing was measured.
         """
-        if not isinstance(epoch, int) or epoch < 0:
+        if not hasattr(epoch, "__index__") or (epoch := operator.index(epoch)) < 0:
             raise UserError(f"The epoch is {epoch!r}; it is the number of finished epochs, or steps.")
         keeps = any("previous" in probe.needs for probe in self.probes)
         if epoch == self._last or not is_first_process() or not (keeps or epoch % self.every == 0):
@@ -261,9 +263,21 @@ class CurvatureMonitor:
                 raise UserError(
                     f"'{name}' is not among what about= may say: {', '.join(ABOUT)}{did_you_mean(name, ABOUT)}."
                 )
-        if self.every < 1:
-            raise UserError(f"every is {self.every}; measuring is at the epochs that it divides, so it is 1 or more.")
+        wrong = [f"{name}={x!r}" for name, x in self._about.items() if not isinstance(x, ABOUT[name])]
+        if wrong:
+            raise UserError(f"about= gives {wrong[0]}; it is to be text, and train_seed text or a whole number.")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise UserError(
+                f"every is {self.every}; measuring is at the epochs that it divides, so it is a whole number from 1 on."
+            )
+        if self.budget_seconds is not None and not self.budget_seconds >= 0:
+            raise UserError(f"budget_seconds is {self.budget_seconds:g}, and cannot be below zero.")
+        if self.log is not None and not callable(self.log):
+            raise UserError(f"log is a {type(self.log).__name__}; give a function of a dictionary and an epoch.")
+        if not self.probes:
+            raise UserError("No probe is given, so there is nothing to measure.")
         for probe in self.probes:
+            check_probe(probe)
             unfit = [need for need in probe.needs if need not in LIVE]
             if unfit:
                 raise UserError(
@@ -272,7 +286,17 @@ class CurvatureMonitor:
                 )
             if "teacher" in probe.needs and self.teacher is None:
                 raise UserError(f"{probe.name} needs {NEEDS['teacher']}: give it as teacher=.")
-        if not known and is_first_process() and (self.out / MONITORED).exists():
+        if not is_first_process():
+            return
+        standing = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not standing.is_dir():
+            raise UserError(f"'{self.out}' cannot be a folder: '{standing}' is a file. Choose another place.")
+        if (self.out / "run.json").exists():
+            raise UserError(
+                f"'{self.out}' is a run of fpq-analyze train, whose measurements are those of its checkpoints. Choose "
+                "another folder."
+            )
+        if not known and (self.out / MONITORED).exists():
             raise UserError(
                 f"'{self.out}' holds what a monitor measured in a training before. Go on with it (resume=True), remove "
                 "it (overwrite=True), or choose another folder."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,6 +85,7 @@ def plan(
     Raises:
         UserError: if there is no checkpoint, `epochs` makes no sense, or there is no such model or loss.
     """
+    check_probe(probe)
     sampling = sampling or Sampling()
     if sampling.model is not None:
         from fpq_analysis.models import find_factory
@@ -248,6 +249,13 @@ def _hashes(probe: Probe, networks: dict[str, Path], auxiliary: tuple[Path, ...]
     if hasattr(probe, "pieces"):
         return list(map(file_hash, auxiliary))
     return {need: file_hash(path) for need, path in networks.items()}
+
+
+def check_probe(probe: object) -> None:
+    """Raise `UserError` unless it is a probe, and not its class or its name."""
+    if isinstance(probe, type) or not (is_dataclass(probe) and hasattr(probe, "needs")):
+        found = f"the class {probe.__name__}" if isinstance(probe, type) else repr(probe)[:80]
+        raise UserError(f"What is to be measured is a probe with its settings, HessianTrace() say, and not {found}.")
 
 
 def settings_of(probe: Probe, sampling: Sampling) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from fpq_analysis.errors import Fault, UserError, raise_fault
 from fpq_analysis.pipeline.engines.engine import open_engine
-from fpq_analysis.pipeline.plan import Plan, plan
+from fpq_analysis.pipeline.plan import Plan, check_probe, plan
 from fpq_analysis.pipeline.run import run
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes.point import Probe
@@ -79,7 +79,11 @@ def watch(
         raise UserError(f"No folder '{Path(ckpt_dir)}' to watch. Make it, or name the one that the training writes to.")
     if interval <= 0 or (timeout is not None and timeout < 0):
         raise UserError("The interval must be above zero, and the timeout not below (0: one look), in seconds.")
-    every = list(probes) if isinstance(probes, Sequence) else [probes]
+    every = list(probes) if isinstance(probes, Sequence) and not isinstance(probes, str) else [probes]
+    for probe in every:
+        check_probe(probe)
+    if not every:
+        raise UserError("No probe is given, so there is nothing to measure.")
     sampling = Sampling(n_data, seed, device, data_root, model, loss)
     options: dict[str, Any] = {"epochs": epochs, "records": records}
     failures: dict[Path, _Failure] = {}

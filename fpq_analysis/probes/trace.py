@@ -178,7 +178,8 @@ def hessian_trace(
             batch (docs/losses.md).
         definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (`quantizers/views.py`).
         operator: `hessian`, `gauss-newton`, or `fisher` (one label a sample, drawn by `seed`).
-        parameters: name patterns of the variables, as `layer3.*`; None for all.
+        parameters: name patterns of the variables, as `layer3.*`; None for all.  Parameters that want no gradient are
+            constants, as in training; of a checkpoint, whose file does not say, it is the factory that freezes them.
         tol: wanted `sem` relative to the value; as much is drawn as it takes.  None: `n_labels` labels a sample, or
             `n_products` products.
         seed: of the probes, labels and samples drawn.
