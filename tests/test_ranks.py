@@ -31,7 +31,6 @@ from fpq_analysis.losses import resolve_loss
 from fpq_analysis.ranks import added, gathered, share
 from fpq_analysis.ranks.wrapped import unwrapped
 from fpq_analysis.training import TrainConfig, train
-from tests.nets import tiny
 
 WORLDS = (1, 2, 3, 4)
 
@@ -375,7 +374,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on(tiny_runs, tmp_path
     command = [sys.executable, *launcher, "-m", "fpq_analysis", "hessian", *where, "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    killed, again = result.stderr.split("hessian_trace: 1 done, 2 to do")
+    killed, _ = result.stderr.split("hessian_trace: 1 done, 2 to do")
     assert "hessian_trace: 0 done, 3 to do" in killed
     assert "Another rank has ended" in killed or "Stopped." in killed
     rows = [json.loads(line) for line in result.stdout.splitlines()]
