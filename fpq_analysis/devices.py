@@ -1,10 +1,12 @@
-"""Which device to compute on, how many there are, and how much of its memory was taken."""
+"""Which device to compute on, how many there are, and how much of its memory is free or was taken."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 from fpq_analysis.errors import UserError
@@ -38,6 +40,18 @@ def cores() -> int:
 def count_gpus() -> int:
     """CUDA devices that this process sees."""
     return torch.cuda.device_count()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on the CPU no more than the control group allows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup")
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, or "max": no limit of its own
+        return free
 
 
 def peak_memory() -> int:

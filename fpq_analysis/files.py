@@ -15,6 +15,10 @@ from typing import Any, BinaryIO
 
 from fpq_analysis.errors import UserError, refused
 
+# A file younger than this is hashed again the next time: where times are kept in steps of two seconds, it may change
+# once more without one (git calls such a file racy).
+SETTLED = 2.0
+
 
 @contextlib.contextmanager
 def writing(path: Path, what: str = "written") -> Iterator[None]:

@@ -31,6 +31,7 @@ def _seed() -> None:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written without a folder's name lands in the test's own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FPQ_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

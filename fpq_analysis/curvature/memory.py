@@ -6,13 +6,12 @@ import ctypes
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
+from fpq_analysis.devices import free_memory
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import size, split
 from fpq_analysis.progress import tick
@@ -112,18 +111,6 @@ class GraphStore:
         self._kept.clear()
         self.limit = self.taken // 2
         self.taken = 0
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device; on the CPU no more than the control group allows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    try:
-        group = Path("/sys/fs/cgroup")
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # another system, or "max": no limit of its own
-        return free
 
 
 # Parameters of glibc's `mallopt`, and the largest values to which glibc itself moves them.

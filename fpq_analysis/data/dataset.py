@@ -1,12 +1,13 @@
 """A data set of images: its splits, and how images are prepared for a network.
 
-Images are held as uint8 and become float, normalised, one batch at a time.
+Images are held as uint8, or in their files, and become float, normalised, one batch at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fpq_analysis.data.folder import CHUNK, ImageFiles
 from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.nests import raw
 
 # Ways to normalise that have a name: mean and standard deviation of pixels in [0, 1], for one channel or each.
 NORMALIZATIONS = {
@@ -27,15 +30,26 @@ NORMALIZATIONS = {
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) as uint8 and integer labels (N,), on one device."""
+    """Images (N, C, H, W) as uint8, or in files, and integer labels (N,), on one device."""
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def batches(self, places: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels at these places, a batch each, on the labels' device; files are read ahead."""
+        device = self.labels.device
+        if isinstance(self.images, ImageFiles):
+            for x, some in zip(self.images.read(places), places, strict=True):
+                yield x.to(device, non_blocking=True), self.labels[some.to(device)]
+        else:
+            for some in places:
+                yield self.images[some.to(device)], self.labels[some.to(device)]
+
     def to(self, device: torch.device) -> Split:
+        """On a device; of images in files, too many to hold stay there."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -124,12 +138,20 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the training images, labels and normalisation: it differs wherever two data sets do."""
-        digest = hashlib.sha256(repr((self.mean, self.std, self.classes)).encode())
+        about = repr((self.mean, self.std, self.classes))
         if self.resize is not None or self.repeat > 1:
-            digest.update(repr((self.resize, self.repeat)).encode())
-        for tensor in (self.train.images, self.train.labels):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            about += repr((self.resize, self.repeat))
+
+        def computed() -> dict[str, Any]:
+            digest = hashlib.sha256(about.encode())
+            for images in self.train.images.split(CHUNK):
+                digest.update(raw(images))
+            digest.update(raw(self.train.labels))
+            return {"fingerprint": digest.hexdigest()[:16]}
+
+        if isinstance(self.train.images, ImageFiles):
+            return str(self.train.images.kept(about, computed, "fingerprint of the images")["fingerprint"])
+        return str(computed()["fingerprint"])
 
 
 def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -159,13 +181,17 @@ def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]
     return mean, std
 
 
-def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every channel of uint8 images (N, C, H, W), in units of 255."""
+def statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel of all uint8 images (B, C, H, W), in units of 255."""
     # A histogram of the 256 values per channel: exact in float64 and small in memory for any number of images.
     values = torch.arange(256, dtype=torch.float64) / 255
+    counts: list[Tensor] = []
+    for images in batches:
+        found = [torch.bincount(channel.flatten().int(), minlength=256) for channel in images.unbind(1)]
+        counts = [a + b for a, b in zip(counts, found, strict=True)] if counts else found
     means, stds = [], []
-    for channel in images.unbind(1):
-        p = torch.bincount(channel.flatten().int(), minlength=256).double()
+    for count in counts:
+        p = count.double()
         p /= p.sum()
         mean = (p * values).sum()
         means.append(float(mean))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.data.dataset import Dataset, Split, statistics
+from fpq_analysis.data.folder import CHUNK, ImageFiles, Tree
 from fpq_analysis.errors import UserError, did_you_mean
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
@@ -58,17 +59,18 @@ def load_run_data(config: dict[str, Any], root: str | None = None) -> Dataset:
 
 
 def _dataset(name: str, train: Split, test: Split, classes: tuple[str, ...], flip: bool) -> Dataset:
-    mean, std = statistics(train.images)
-    return Dataset(name, train, test, classes, mean, std, flip)
+    return Dataset(name, train, test, classes, *_statistics(train.images), flip)
 
 
-def _split_by_class(images: Tensor, labels: Tensor) -> tuple[Split, Split]:
+def _split_by_class(images: Tensor | ImageFiles, labels: Tensor) -> tuple[Split, Split]:
     """A fifth of every class, the same every time, to the test split."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = order[labels[order] == label]
         is_test[members[: max(1, len(members) // 5)]] = True
+    if isinstance(images, ImageFiles):
+        return Split(images.some(~is_test), labels[~is_test]), Split(images.some(is_test), labels[is_test])
     return Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
 
 
@@ -110,46 +112,26 @@ def _imagefolder(root: Path, image_size: int | None) -> Dataset:
     if (root / "train").is_dir():
         if not (root / "test").is_dir():
             raise UserError(f"'{root}' has train/ but no test/. Add it, or point --data-root at one tree of classes.")
-        train, classes = _read_tree(root / "train", image_size)
-        test, test_classes = _read_tree(root / "test", image_size)
+        trees = [Tree.below(root / part) for part in ("train", "test")]
+        classes, test_classes = (tree.classes for tree in trees)
         if classes != test_classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise UserError(f"train/ and test/ of '{root}' have different classes; only one of them has: {odd[:5]}.")
+        train, test = (Split(ImageFiles(tree, image_size), tree.labels) for tree in trees)
         if train.images.shape[1:] != test.images.shape[1:]:
             raise UserError(f"train/ and test/ of '{root}' have images of different size. Give --image-size N.")
     else:
-        whole, classes = _read_tree(root, image_size)
-        train, test = _split_by_class(whole.images, whole.labels)
-    return _dataset("imagefolder", train, test, classes, flip=True)
+        tree = Tree.below(root)
+        classes = tree.classes
+        train, test = _split_by_class(ImageFiles(tree, image_size), tree.labels)
+    for split in (test, train):  # every file is read once, before anything rests on it
+        found = _statistics(split.images)
+    return Dataset("imagefolder", train, test, classes, *found, flip=True)
 
 
-def _read_tree(root: Path, image_size: int | None) -> tuple[Split, tuple[str, ...]]:
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.datasets import ImageFolder
+def _statistics(images: Tensor | ImageFiles) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def computed() -> dict[str, Any]:
+        return dict(zip(("mean", "std"), statistics(images.split(CHUNK)), strict=True))
 
-    try:
-        tree = ImageFolder(str(root))
-    except FileNotFoundError as error:
-        raise UserError(f"'{root}' is not a tree of classes: {error} Expected {root}/<class>/<image>.") from error
-    if len(tree.classes) < 2:
-        raise UserError(
-            f"'{root}' has one class ('{tree.classes[0]}'), and a classifier needs two or more. "
-            "Is --data-root one level too deep, or too high?"
-        )
-    arrays = []
-    for path, _ in tree.samples:
-        try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
-                if image_size is not None:
-                    picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
-                arrays.append(np.asarray(picture))
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"Cannot read the image '{path}': {error}. Remove or replace it.") from error
-        if arrays[-1].shape != arrays[0].shape:
-            raise UserError(
-                f"The images of '{root}' differ in size ('{path}' is {arrays[-1].shape[1]}x{arrays[-1].shape[0]}, the "
-                f"first is {arrays[0].shape[1]}x{arrays[0].shape[0]}). Give --image-size N to resize them."
-            )
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(tree.targets)), tuple(tree.classes)
+    found = images.kept("statistics", computed, "reading all images") if isinstance(images, ImageFiles) else computed()
+    return tuple(found["mean"]), tuple(found["std"])

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from fpq_analysis.curvature import HessianOperator, NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch
 from fpq_analysis.curvature.exact import exact_passes
-from fpq_analysis.curvature.memory import SHARE, free_memory
+from fpq_analysis.curvature.memory import SHARE
+from fpq_analysis.devices import free_memory
 from fpq_analysis.doctor.model_under_test import prepare, same_random_state
 from fpq_analysis.forward import ForwardFunction, running
 from fpq_analysis.losses import LossFunction

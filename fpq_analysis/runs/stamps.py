@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.files import read_json, sha256, write_json
+from fpq_analysis.files import SETTLED, read_json, sha256, write_json
 from fpq_analysis.schema import check
-
-# A file younger than this is hashed again the next time: where times are kept in steps of two seconds, it may change
-# once more without one (git calls such a file racy).
-SETTLED = 2.0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fpq_analysis.quantizers import (
     step_sizes,
     weight_codes,
 )
-from fpq_analysis.ranks import added, dividing, mean_over_ranks, n_ranks, on_first, share
+from fpq_analysis.ranks import added, dividing, mean_over_ranks, n_ranks, on_first
 from fpq_analysis.ranks.leading import leading, together
 from fpq_analysis.runs import Run
 from fpq_analysis.runs import checkpoint as ckpt
@@ -188,7 +188,8 @@ def _train_epoch(
     epoch: int,
 ) -> dict[str, Any]:
     device = data.train.labels.device
-    steps = len(data.train) // min(config.batch_size, len(data.train))
+    size = min(config.batch_size, len(data.train))
+    steps = len(data.train) // size
     history: list[Tensor] = []  # the terms of the loss, (terms,) a step
     correct = torch.zeros((), dtype=torch.long, device=device)
     project = ScaleProjection(model, optimizer)
@@ -210,7 +211,7 @@ def _train_epoch(
     def gradient(x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Leave the gradient over a batch in `.grad`; the terms' means, and how many images are right.
 
-        The batch is divided over ranks, and gone through in parts.
+        What is given is this rank's share, and gone through in parts.
         """
         optimizer.zero_grad()
         means: dict[str, Tensor] = {}
@@ -218,15 +219,14 @@ def _train_epoch(
 
         def parts() -> Iterator[None]:
             nonlocal hits
-            for own in share([(x, y)]):
-                for images, labels in split(own, -(-len(own[0]) // config.accumulate)):
-                    terms, logits = forward(images, labels)
-                    weight = len(images) / len(x)
-                    (torch.stack(list(terms.values())).sum() * weight).backward()
-                    for name, term in terms.items():
-                        means[name] = means.get(name, 0.0) + term.detach() * weight
-                    hits += (logits.argmax(1) == labels).sum()
-                    yield
+            for images, labels in split((x, y), -(-len(x) // config.accumulate)):
+                terms, logits = forward(images, labels)
+                weight = len(images) / size
+                (torch.stack(list(terms.values())).sum() * weight).backward()
+                for name, term in terms.items():
+                    means[name] = means.get(name, 0.0) + term.detach() * weight
+                hits += (logits.argmax(1) == labels).sum()
+                yield
 
         added(parts(), (p.grad for p in model.parameters() if p.grad is not None))
         return means, hits
@@ -259,7 +259,7 @@ def _train_epoch(
         raise _diverged(f"The weights became infinite or NaN ('{bad[0]}')", epoch, steps - 1, lr)
 
     seconds = time.perf_counter() - start
-    images = steps * min(config.batch_size, len(data.train))
+    images = steps * size
     sums, right = torch.stack(history).cpu().double().mean(0), correct.double()
     added((), [sums, right])
     means = sums.tolist()
