@@ -20,6 +20,8 @@
 from fpq_analysis import measure
 from fpq_analysis.plots import caption1, figure1
 from fpq_analysis.probes import OutputVariance
+from fpq_analysis.records.queries import nearest, variances
+from fpq_analysis.records.sentences import in_words
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
@@ -36,3 +38,10 @@ print(caption1(records))
 # %%
 rows = records[records["quantity"].str.endswith("@0.1")]
 rows.pivot(index="run", columns="quantity", values=["value", "ci95"]).round(4)
+
+# %% [markdown]
+# All networks see the same images in the same noise, so that the variances of two are compared image by image:
+
+# %%
+rows = variances(records)
+print(*in_words(rows[rows["sd"] == nearest(rows, 0.1)], "variance of the logits"), sep="\n")

@@ -24,6 +24,7 @@ import pandas as pd
 from fpq_analysis import measure
 from fpq_analysis.plots import caption2, figure2
 from fpq_analysis.probes import GradNorm
+from fpq_analysis.records.sentences import noise_in_words
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
@@ -35,3 +36,9 @@ figure2(records)
 
 # %%
 print(caption2(records))
+
+# %% [markdown]
+# At the last epoch, the norm in either noise:
+
+# %%
+print(*noise_in_words(records), sep="\n")

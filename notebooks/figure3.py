@@ -18,7 +18,8 @@
 # %matplotlib inline
 from fpq_analysis import measure
 from fpq_analysis.plots import caption3, figure3
-from fpq_analysis.probes import Features
+from fpq_analysis.probes import Drift, Features
+from fpq_analysis.records.sentences import in_words
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
@@ -28,3 +29,13 @@ figure3(records)
 
 # %%
 print(caption3(records))
+
+# %% [markdown]
+# How far the means have moved is measured for the channels of every convolution: the mean shift is the distance between a
+# channel's mean and that in the float network the run started from, in standard deviations of the latter, averaged over all
+# channels. Two runs are compared on the same images:
+
+# %%
+drift = measure(CKPT_DIR, Drift(), epochs="last")
+whole = drift[drift["layer"] == "all"]
+print(*in_words(whole[whole["quantity"] == "mean_shift"], "mean shift"), sep="\n")

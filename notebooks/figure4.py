@@ -18,7 +18,8 @@
 # %matplotlib inline
 from fpq_analysis import measure
 from fpq_analysis.plots import caption4, figure4
-from fpq_analysis.probes import Features
+from fpq_analysis.probes import Drift, Features
+from fpq_analysis.records.sentences import in_words
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
@@ -28,3 +29,12 @@ figure4(records)
 
 # %%
 print(caption4(records))
+
+# %% [markdown]
+# Three images of one layer are an illustration. Over all images and convolutions, the Wasserstein distance says how far each
+# channel's distribution is from that in the float network the run started from, in standard deviations of the latter:
+
+# %%
+drift = measure(CKPT_DIR, Drift(), epochs="last")
+whole = drift[drift["layer"] == "all"]
+print(*in_words(whole[whole["quantity"] == "wasserstein"], "Wasserstein distance"), sep="\n")

@@ -19,8 +19,8 @@
 from fpq_analysis import measure
 from fpq_analysis.plots import caption5, figure5
 from fpq_analysis.probes import HessianTrace
-from fpq_analysis.records.comparison import against_baseline
 from fpq_analysis.records.queries import totals
+from fpq_analysis.records.sentences import in_words
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
@@ -36,5 +36,4 @@ print(caption5(records))
 # bands suggest:
 
 # %%
-for difference in against_baseline(totals(records)):
-    print(difference.sentence())
+print(*in_words(totals(records)), sep="\n")

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import fpq_analysis
 from fpq_analysis.data import load_dataset, training_sample
+from fpq_analysis.records.queries import totals
+from fpq_analysis.records.sentences import in_words
 
 CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
 
@@ -55,11 +57,20 @@ for value, residual in zip(eigenvalues.values, eigenvalues.residuals, strict=Tru
 
 # %%
 records = fpq_analysis.measure(CKPT_DIR, fpq_analysis.HessianTrace(), n_data=256, epochs="last")
-totals = records[(records["layer"] == "all") & (records["quantity"] == "trace")]
-totals[["run", "epoch", "value", "ci95", "n_data", "estimator", "definition"]].round(2)
+traces = totals(records)
+traces[["run", "epoch", "value", "ci95", "n_data", "estimator", "definition"]].round(2)
 
 # %% [markdown]
 # ## Figures
 #
 # Every figure is a function from such a table to a matplotlib `Figure`; `draw_figures` measures what is missing and writes all
 # of them. The paper's are in `figure1.ipynb` to `figure5.ipynb`.
+
+# %% [markdown]
+# ## What it says
+#
+# Two networks share most of their error over the images, so that their difference, taken image by image, is surer than the
+# intervals in the table suggest:
+
+# %%
+print(*in_words(traces), sep="\n")

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from fpq_analysis.records.sentences import ONE_RUN
 from fpq_analysis.training import TrainConfig, train
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -40,6 +41,9 @@ def test_it_runs_on_other_checkpoints(name, demo_runs, tmp_path):
         output for cell in book.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     assert len(pictures) == (name != "quickstart")
+    last = book.cells[-1].outputs
+    assert re.search(r"^The .* of .* ± .* at epoch 1 ", last[-1]["text"], re.MULTILINE), last  # what was computed last
+    assert ONE_RUN in last[-1]["text"]
 
 
 @pytest.mark.parametrize("name", NAMES)

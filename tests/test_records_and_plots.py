@@ -232,7 +232,8 @@ def test_differences_are_paired():
     assert difference.epoch == 1  # the last that both have
     assert difference.value == pytest.approx(gap.mean())
     assert difference.sem == pytest.approx(gap.std(ddof=1) / 20)
-    assert "lower than lsq's at epoch 1" in difference.sentence()
+    assert difference.ci95 == pytest.approx(1.96593 * difference.sem, rel=1e-5)  # Student's, of 399 degrees of freedom
+    assert "lower than that of lsq at epoch 1" in difference.sentence()
 
 
 def test_differences_are_taken_within_a_folder():

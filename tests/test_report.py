@@ -24,6 +24,7 @@ import fpq_analysis
 from fpq_analysis import UserError, measure, records, write_report
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.files import append_jsonl, read_jsonl, write_json
+from fpq_analysis.intervals import half_interval
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
 from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
@@ -179,7 +180,7 @@ def test_numbers_are_those_of_the_files(measured, written):
     columns = [text for text, _ in head]
     row = next(r for r in rows if r[columns.index("Definition")][0] == "dequantized")
     assert row[columns.index("Difference")][1] == pytest.approx(gap.mean())
-    assert row[columns.index("± 95 %")][1] == pytest.approx(1.96 * gap.std(ddof=1) / N**0.5)
+    assert row[columns.index("± 95 %")][1] == pytest.approx(half_interval(gap.std(ddof=1) / N**0.5, N - 1))
     gap = np.subtract(traces.loc["fpq-w4a4", "samples"], traces.loc["fp", "samples"])
     assert found.column("Against the float network", "Difference")["fpq-w4a4"] == pytest.approx(gap.mean())
     eigs = records.load(measured, "hessian_eigs")

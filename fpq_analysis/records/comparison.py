@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.intervals import Z95, Crossed, crossed, over_seeds
+from fpq_analysis.intervals import Z95, Crossed, crossed, half_interval, over_seeds
 from fpq_analysis.methods import BASELINE
 from fpq_analysis.text import number
 
@@ -49,8 +49,8 @@ class Difference:
 
     @property
     def ci95(self) -> float:
-        """Half of the 95 % interval."""
-        return Z95 * self.sem
+        """Half of the 95 % interval: Student's over the samples."""
+        return Z95 * self.sem if self.gaps is None else half_interval(self.sem, len(self.gaps) - 1)
 
     def as_row(self) -> dict[str, Any]:
         """Of a table: everything but the single samples."""
@@ -58,21 +58,21 @@ class Difference:
         del row["gaps"]
         return row
 
-    def sentence(self) -> str:
-        """The difference in plain words, with its 95 % interval."""
+    def sentence(self, what: str = "trace") -> str:
+        """The difference of `what` in plain words, with its 95 % interval."""
         half = self.ci95
         where = f"at epoch {self.epoch}"
         percent = f"{100 * abs(self.value / self.baseline_value):.0f} % of {number(self.baseline_value, 3)}"
         if abs(self.value) <= half:
             sign = "+" if self.value > 0 else ""
             return (
-                f"{self.run} and {self.baseline} do not differ measurably {where}: "
+                f"The {what} of {self.run} and that of {self.baseline} do not differ measurably {where}: "
                 f"{sign}{number(self.value, 3)} ± {number(half, 2)} ({percent})."
             )
         word = "lower" if self.value < 0 else "higher"
         return (
-            f"{self.run}'s trace is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than {self.baseline}'s "
-            f"{where} ({percent})."
+            f"The {what} of {self.run} is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than that of "
+            f"{self.baseline} {where} ({percent})."
         )
 
 
@@ -114,8 +114,8 @@ class SeedsDifference:
             return row | {"value": value, "ci95": half, "paired": False}
         return row | {"value": mean.value, "ci95": mean.ci95, "ci95_images": mean.ci95_images, "paired": True}
 
-    def sentence(self, ours: str, theirs: str) -> str:
-        """The mean difference in plain words, with its interval over seeds and that over these samples alone.
+    def sentence(self, ours: str, theirs: str, what: str = "trace") -> str:
+        """The mean difference of `what` in plain words, with its interval over seeds and that over the samples alone.
 
         Args:
             ours, theirs: what the two kinds of runs are called.
@@ -131,11 +131,11 @@ class SeedsDifference:
                 errors = f"over these samples alone, as an interval over seeds takes {MIN_SEEDS} or more"
         base = self.baseline_value
         percent = f"{100 * abs(value / base):.0f} % of {number(base, 3)}"
-        what = f"is lower by {number(-value, 3)}" if value < 0 else f"is higher by {number(value, 3)}"
+        how = f"is lower by {number(-value, 3)}" if value < 0 else f"is higher by {number(value, 3)}"
         if abs(value) <= half:
-            what = f"does not differ measurably: {'+' if value > 0 else ''}{number(value, 3)}"
+            how = f"does not differ measurably: {'+' if value > 0 else ''}{number(value, 3)}"
         return (
-            f"{ours} against {theirs}, over {len(self.each)} training seeds: the trace {what} ± {number(half, 2)} on "
+            f"{ours} against {theirs}, over {len(self.each)} training seeds: the {what} {how} ± {number(half, 2)} on "
             f"average ({percent}; {errors}).{self._needed()}"
         )
 
@@ -202,13 +202,13 @@ def against_baseline(totals: pd.DataFrame, baseline: str = BASELINE) -> list[Dif
     The last epoch that both were measured at, under equal definition, estimator, samples and seed.
 
     Args:
-        totals: whole-network traces with their `samples`, see `queries.totals`.
+        totals: whole-network traces with their `samples`, see `queries.totals`; or another quantity of all networks.
     """
     same = ["model", "data", "bits", "train_seed", "definition", "estimator", "n_data", "seed"]
     rows = totals[totals["samples"].notna() & (totals["bits"] != "FP")]
     rows = rows.assign(folder=[str(run).rpartition("/")[0] for run in rows["run"]])
     found = []
-    for _, group in rows.groupby(["folder", *same], sort=False):
+    for _, group in rows.groupby(["folder", *same], sort=False, dropna=False):
         theirs = group[group["method"] == baseline]
         if theirs["run"].nunique() != 1:
             continue
