@@ -61,6 +61,20 @@ def test_a_writer_that_goes_backwards_writes_halves_and_is_killed(tiny_runs, tmp
     assert set(rounds[0]["epoch"]) < set(rounds[-1]["epoch"]) == {0, 1, 2}
 
 
+def test_what_comes_while_a_round_takes_longer_than_the_timeout_is_measured(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "runs" / "fp")
+    last = run / "epoch_0002.pt"
+    last.unlink()
+
+    def draw(frame):
+        if not last.exists():
+            time.sleep(0.2)
+            shutil.copy(tiny_runs / "fp" / last.name, last)
+
+    found = watch(tmp_path / "runs", HessianTrace(), on_round=draw, **QUICK | {"timeout": 0.1})
+    assert set(found["epoch"]) == {0, 1, 2}
+
+
 def test_a_file_that_never_becomes_whole_is_named_and_the_others_are_measured(tiny_runs, tmp_path):
     runs = tmp_path / "runs"
     run = shutil.copytree(tiny_runs / "fp", runs / "fp")

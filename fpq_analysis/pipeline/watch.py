@@ -96,8 +96,9 @@ def watch(
             # The others are gone, or other files by now.
             failures = {path: failure for path, failure in failures.items() if state.get(path) == failure.state}
             ready = {path for path in whole if path not in failures or failures[path].tries < TRIES}
+            looked = time.monotonic()
             if state != seen:
-                changed = time.monotonic()
+                changed = looked
             seen = state
             if ready:
                 frames, n_new = [], 0
@@ -111,7 +112,8 @@ def watch(
                 if n_new and len(frame) and on_round is not None:
                     on_round(frame)
             trying = any(failure.tries < TRIES for failure in failures.values())
-            if timeout is not None and time.monotonic() - changed >= timeout and not (trying and timeout):
+            # Of this look: what came while it was measured is for the next one to find.
+            if timeout is not None and looked - changed >= timeout and not (trying and timeout):
                 break
             time.sleep(interval)
 
