@@ -65,6 +65,7 @@ class Measure:
         note: what the command says below them.
         show: function of `cli/shown.py` that prints its records otherwise.
         pictures: its figures.
+        quantized: whether only quantized networks have it.
     """
 
     title: str
@@ -80,6 +81,7 @@ class Measure:
     note: str = ""
     show: str | None = None
     pictures: tuple[Picture, ...] = ()
+    quantized: bool = False
 
 
 @documented
@@ -274,6 +276,7 @@ MEASURES = {
             Picture("drift", "Drift", "drift:drift_figure", "drift:drift_caption"),
             Picture("drift_layers", "Drift by layer", "drift:drift_layer_figure", "drift:drift_caption", single=True),
         ),
+        quantized=True,
     ),
     "noise": Measure(
         "Noise",
@@ -294,6 +297,7 @@ MEASURES = {
         NoiseSettings,
         shared={"epochs": "last"},
         show="print_responses",
+        quantized=True,
         pictures=(Picture("noise", "Noise", "noise:noise_figure", "noise:noise_caption", last=True, single=True),),
     ),
     "oscillation": Measure(
@@ -313,6 +317,7 @@ MEASURES = {
         OscillationSettings,
         fixed={"n_data": 2, "seed": 0},  # the samples play no part; two are the fewest that a measurement takes
         show="print_shares",
+        quantized=True,
         pictures=(
             Picture("oscillation", "Oscillation", "oscillation:oscillation_figure", "oscillation:oscillation_caption"),
         ),

@@ -25,14 +25,16 @@ from fpq_analysis import UserError, measure, records, write_report
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.files import append_jsonl, read_jsonl, write_json
 from fpq_analysis.intervals import half_interval
+from fpq_analysis.measures import MEASURES
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
-from fpq_analysis.probes import HessianDensity, HessianEigs, HessianTrace
+from fpq_analysis.probes import PROBES, HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, live, pictures
 from fpq_analysis.report.cells import Cell, Table, digits_beside, shown
 from fpq_analysis.report.headings import NOT_RESULTS, heading
 from fpq_analysis.report.page import typeset
-from fpq_analysis.report.study import read_study
+from fpq_analysis.report.study import read_study, seeds_in_words
+from fpq_analysis.runs import Run
 from tests.nets import DIGITS
 from tests.test_cli import call
 from tests.words import words
@@ -221,6 +223,8 @@ def test_equal_columns_are_told():
     assert table.told.heads == ["Run", "B"]
     assert table.told.notes == ["The same in all rows: A: x.", "More."]
     assert [[cell.text for cell in cells] for cells in table.told.rows] == [["a", "1"], ["b", "2"]]
+    dashes = Table("t", ["Run", "A", "B"], [row("a", "–", "1"), row("b", "–", "2")])
+    assert dashes.told.notes == ["Of no row known: A."]
     one = Table("t", ["Run", "A"], [row("a", "x")])
     assert one.told is one  # of one row nothing can be told
 
@@ -355,6 +359,49 @@ def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
     assert last == "fpq-analyze report --ckpt-dir 'my runs'"
 
 
+def test_what_float_networks_have_not_is_not_missing(runs, tmp_path):
+    names = {name for name, _ in write_report(runs / "fp", tmp_path / "page.html").missing}
+    assert "Landscape" in names
+    assert not names & {"Drift", "Drift by layer", "Noise", "Oscillation"}
+    needs = {name: set(PROBES[name].needs) & {"quantizers"} for name in PROBES}
+    assert all(MEASURES[name].quantized == bool(needs[name]) for name in PROBES)
+
+
+def test_what_holds_nothing_to_draw_is_not_measured_again(runs, tmp_path):
+    about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
+    records.append(runs / "fp", "gradnorm", [{**about, "probe": "gradnorm", "quantity": "grad_norm@clean"}])
+    report = write_report(runs, tmp_path / "page.html")
+    assert "Figure 2" not in {name for name, _ in report.missing}
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "Figure 2 is not drawn: no finite grad_norm_minibatch" in text["p"]
+    assert "gradnorm" not in text["pre"]
+
+
+def test_foreign_runs_are_measured_with_what_says_how_to_read_them(runs, tmp_path):
+    for path in runs.rglob("run.json"):
+        path.unlink()
+    shutil.rmtree(runs / "fpq-w4a4" / "records")
+    missing = dict(write_report(runs, tmp_path / "page.html").missing)
+    assert missing["Drift"].endswith(f"--ckpt-dir {runs} --model package.module:factory --data NAME")
+    told = dict(write_report(runs, tmp_path / "page.html", records=runs / "lsq-w4a4").missing)
+    assert f"--ckpt-dir {runs} --records {runs / 'lsq-w4a4'} --model" in told["Drift"]
+
+
+def test_many_runs_are_summed_up(tmp_path):
+    for seed in range(12):
+        config = {"method": "fp", "model": f"net{seed % 6}", "bits": None, "seed": seed, "epochs": 1, "lr": 0.1 * 3}
+        (tmp_path / f"run{seed}").mkdir()
+        config |= {"data": "digits", "data_root": None, "image_size": None, "init": None}
+        write_json(tmp_path / f"run{seed}" / "run.json", {"config": config, "data": DIGITS})
+    study = read_study(tmp_path)
+    assert seeds_in_words(study.runs) == "0 to 11"
+    assert seeds_in_words(study.runs[:2]) == " and ".join(sorted(str(run.seed) for run in study.runs[:2]))
+    assert seeds_in_words([Run(tmp_path, described={"config": {}, "data": {}})]) == "unknown"
+    text = page(tmp_path, tmp_path)
+    assert "<h1>6 networks on digits: FP</h1>" in text
+    assert "0.300000000" not in text
+
+
 def test_help_has_an_example():
     assert "fpq-analyze report --ckpt-dir" in words(call("report", "--help").output)
 
@@ -405,6 +452,8 @@ def test_cautions(runs, tmp_path):
     eigs = read_jsonl(lsq / "records" / "hessian_eigs.jsonl")
     (lsq / "records" / "hessian_eigs.jsonl").unlink()
     append_jsonl(lsq / "records" / "hessian_eigs.jsonl", [{**row, "status": "tolerance not reached"} for row in eigs])
+    density = fpq / "records" / "hessian_density.jsonl"
+    density.write_text(density.read_text()[:-9])
     notes = "\n".join(write_report(runs, tmp_path / "page.html").cautions)
     for fact in (
         "broken is left out",
@@ -413,6 +462,7 @@ def test_cautions(runs, tmp_path):
         "numbers are marked 'tolerance not reached'",
         "hessian_trace: 3 measurements are of checkpoints that are no longer there",
         "hessian_trace: the records also hold measurements with other settings",
+        "records/hessian_density.jsonl': 1 damaged line is left out",
     ):
         assert fact in notes, (fact, notes)
     assert "Test accuracy" in Page((tmp_path / "page.html").read_text()).tables
@@ -558,6 +608,8 @@ def test_loss_figure_draws_the_terms_apart():
     whole = rows[rows["term"] == "loss"]
     (axes,) = loss_figure(whole).axes
     assert axes.get_title() == "Loss"
+    off = rows.assign(value=rows["value"].where(rows["term"] != "loss_csd", 0.0))  # a term of weight zero
+    assert "Distillation of features (CSD)" not in [axes.get_title() for axes in loss_figure(off).axes]
     assert "apart" not in loss_caption(whole)
     with pytest.raises(NothingToDraw, match="no training loss"):
         loss_figure(rows[:0])

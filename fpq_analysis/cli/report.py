@@ -45,4 +45,4 @@ def report(
     for name, command in written.missing:
         log(f"Not measured: {name} ({command})")
     figures = ", ".join(written.figures) or "no figure of measurements"
-    echo(f"{written.path}: {written.runs} runs; {figures}")
+    echo(f"{written.path}: {written.runs} run{'s' if written.runs > 1 else ''}; {figures}")

@@ -22,8 +22,9 @@ TERMS = {
 
 
 def loss_terms(rows: pd.DataFrame) -> list[str]:
-    """The terms to be drawn, in order; the loss itself only where no term of it is known."""
-    found = [name for name in rows["term"].unique() if name != "loss"] or list(rows["term"].unique())
+    """The terms to be drawn, in order: those that are not zero throughout; of a loss without such terms the loss."""
+    on = rows.loc[rows["value"] != 0, "term"].unique()
+    found = [name for name in on if name != "loss"] or list(rows["term"].unique())
     return sorted(found, key=lambda name: (list(TERMS).index(name) if name in TERMS else len(TERMS), name))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from fpq_analysis import records
+from fpq_analysis.errors import going_on
+from fpq_analysis.files import read_lines
 from fpq_analysis.records.queries import marked
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
@@ -22,6 +24,11 @@ def cautions(study: Study) -> list[str]:
             notes.append(
                 f"{run.name}: the trace was measured up to epoch {last['epoch']}, training went to {run.last_epoch}."
             )
+    for path in sorted(study.kept.rglob("records/*.jsonl")):
+        with going_on(lambda fault: None, str(path)):  # one that cannot be read is among the faults
+            if damaged := read_lines(path).count(None):
+                lines = "line is" if damaged == 1 else "lines are"
+                notes.append(f"'{path}': {damaged} damaged {lines} left out; its command measures what lacks.")
     folders = {run.name: run for run in study.runs}
     for probe in study.probes:
         frame = study.records(probe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from fpq_analysis.plots.style import colour
 from fpq_analysis.report.study import Study
@@ -71,12 +72,14 @@ class Table:
         if not alike:
             return self
         kept = [i for i in range(len(self.heads)) if i not in alike]
-        values = "; ".join(f"{self.heads[i]}: {columns[i][0].text}" for i in alike)
+        values = "; ".join(f"{self.heads[i]}: {columns[i][0].text}" for i in alike if columns[i][0].text != NONE)
+        unknown = ", ".join(self.heads[i] for i in alike if columns[i][0].text == NONE)
+        said = [f"The same in all rows: {values}." if values else "", f"Of no row known: {unknown}." if unknown else ""]
         return Table(
             self.name,
             [self.heads[i] for i in kept],
             [[row[i] for i in kept] for row in self.rows],
-            [f"The same in all rows: {values}.", *self.notes],
+            [*filter(None, said), *self.notes],
         )
 
     @property
@@ -110,6 +113,15 @@ def num(value: float | None, digits: int = 4, text: str | None = None) -> Cell:
 def percent(share: float | None, places: int = 2) -> Cell:
     """A share from 0 to 1 in per cent."""
     return num(share, text=None if share is None else f"{100 * share:.{places}f}")
+
+
+def plain(value: Any) -> str:
+    """A setting as text."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def run_cell(study: Study, run: Run) -> Cell:

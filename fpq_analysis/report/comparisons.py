@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.records.comparison import Difference, against_baseline, difference
+from fpq_analysis.report.cells import plain
 from fpq_analysis.report.study import Study, reading_order
 from fpq_analysis.runs import PLACES, Run
 
@@ -46,7 +47,7 @@ def variant(study: Study, run: Run) -> str:
     """The method's name, with the settings that tell it from the study's other runs of the method."""
     alike = [r for r in study.runs if (r.method, r.model, r.dataset) == (run.method, run.model, run.dataset)]
     keys = [key for key in varying(alike) if key not in ("seed", "bits")]
-    extra = ", ".join(f"{key} {run.config.get(key)}" for key in keys)
+    extra = ", ".join(f"{key} {plain(run.config.get(key))}" for key in keys)
     return method_label(run.method) + (f" ({extra})" if extra else "")
 
 

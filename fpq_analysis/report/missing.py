@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fpq_analysis.measures import MEASURES
 from fpq_analysis.plots import Drawing
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs.run import FOREIGN_OPTIONS
@@ -17,10 +18,12 @@ class Missing:
 
     Attributes:
         names: figures, or what a measurement without one is called; each with the command that measures it.
+        undrawn: figures whose records hold nothing to draw, each with the reason and the command that measures it.
         together: one command for the shell that measures all of it and makes the page again; empty if nothing is.
     """
 
     names: list[tuple[str, str]]
+    undrawn: list[tuple[str, str, str]]
     together: str
 
     @property
@@ -32,9 +35,15 @@ class Missing:
         return [(", ".join(names), command) for command, names in found.items()]
 
 
-def not_measured(study: Study, undrawn: Iterable[Drawing]) -> Missing:
-    """What there is no record of: the figures that were not drawn, and sharpness, which has none."""
-    found = {drawing.title: drawing.command for drawing in undrawn}
+def not_measured(study: Study, undrawn: Mapping[Drawing, str]) -> Missing:
+    """What there is no record of: figures, as far as these networks have them, and sharpness, which has none.
+
+    Args:
+        undrawn: figures with the reason that there is none, empty where there are no records.
+    """
+    quantized = any(run.bits != "FP" for run in study.runs)
+    wanted = [one for one, why in undrawn.items() if not why and (quantized or not MEASURES[one.probe].quantized)]
+    found = {drawing.title: drawing.command for drawing in wanted}
     if "sharpness" not in study.probes:
         found["Sharpness"] = "hessian --sharpness"
     folder = f"--ckpt-dir {shlex.quote(str(study.root))}"
@@ -48,5 +57,6 @@ def not_measured(study: Study, undrawn: Iterable[Drawing]) -> Missing:
     together = [f"fpq-analyze {name}{own} {folder}{foreign}" for name, own in options.items()]
     return Missing(
         [(name, f"fpq-analyze {command} {folder}{foreign}") for name, command in found.items()],
+        [(drawing.title, why, f"fpq-analyze {drawing.command}") for drawing, why in undrawn.items() if why],
         "; \\\n".join([*together, f"fpq-analyze report {folder}"]) if together else "",
     )

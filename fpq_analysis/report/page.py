@@ -23,7 +23,7 @@ from fpq_analysis.report.findings import findings
 from fpq_analysis.report.missing import not_measured
 from fpq_analysis.report.pictures import Picture, pictures, side_by_side, training_pictures
 from fpq_analysis.report.prose import DEFINITIONS, methods
-from fpq_analysis.report.study import Study, read_study
+from fpq_analysis.report.study import Study, read_study, seeds_in_words
 from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
 
@@ -135,8 +135,15 @@ def typeset(text: str) -> str:
 
 
 def _title(study: Study) -> str:
-    methods = listed(method_label(run.method) for run in study.runs)
-    return f"{listed(run.model for run in study.runs)} on {listed(run.dataset for run in study.runs)}: {methods}"
+    networks = _few([run.model for run in study.runs], "networks")
+    data = _few([run.dataset for run in study.runs], "data sets")
+    return f"{networks} on {data}: {listed(method_label(run.method) for run in study.runs)}"
+
+
+def _few(names: list[str], what: str) -> str:
+    """The names, or where there are many, how many."""
+    different = set(names)
+    return listed(names) if len(different) <= 4 else f"{len(different)} {what}"
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:
@@ -153,7 +160,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         ("Runs", f"{count}; {bits}" if bits else count),
         ("Data", listed(map(_data, {run.dataset: run for run in study.runs}.values()))),
         ("Trained", _dates(study)),
-        ("Training seeds", listed(sorted({str(run.seed) for run in study.runs}))),
+        ("Training seeds", seeds_in_words(study.runs)),
         ("Hessian trace", measured),
     ]
 

@@ -58,25 +58,25 @@ class Picture:
         return f"width:{ZOOM * self.width:.0f}px;min-width:{LEAST * self.width:.0f}px"
 
 
-def pictures(study: Study) -> tuple[list[Picture], list[Drawing]]:
-    """Every figure that has records, and those that have none.
+def pictures(study: Study) -> tuple[list[Picture], dict[Drawing, str]]:
+    """Every figure that can be drawn; and those that cannot, with the reason, empty where there are no records.
 
     Of several definitions of the Hessian the figures show `study.definition` alone; the tables have the others.
     """
     drawn: list[Picture] = []
-    missing: list[Drawing] = []
+    missing: dict[Drawing, str] = {}
     for drawing in FIGURES.values():
         frame = study.records(drawing.probe)
         if (frame["definition"] == study.definition).any():
             frame = frame[frame["definition"] == study.definition]
         if frame.empty:
-            missing.append(drawing)
+            missing[drawing] = ""
             continue
         with going_on(lambda fault: study.faults.append(str(fault)), drawing.title):
             try:
                 figure = drawing.draw(frame)
-            except NothingToDraw:
-                missing.append(drawing)
+            except NothingToDraw as reason:
+                missing[drawing] = str(reason)
                 continue
             caption = drawing.caption(frame)
             first = next((earlier.title for earlier in drawn if earlier.caption == caption), None)
@@ -104,8 +104,9 @@ def _training_rows(study: Study, name: str) -> pd.DataFrame:
     """A row for each run, epoch and column of `train.jsonl` that is called so, or so and `_` and more."""
     return pd.DataFrame(
         [
-            (run.name, variant(study, run), run.method, run.model, run.dataset, run.bits, row["epoch"], term, value)
+            (*about, row["epoch"], term, value)
             for run in study.runs
+            for about in [(run.name, variant(study, run), run.method, run.model, run.dataset, run.bits)]
             for row in run.rows
             for term in row
             if term == name or term.startswith(f"{name}_")

@@ -10,7 +10,7 @@ import pandas as pd
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import METHODS, method_label
 from fpq_analysis.records.queries import eigenvalues, mean_loss, samples_of, totals
-from fpq_analysis.report.study import Study
+from fpq_analysis.report.study import Study, seeds_in_words
 from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
 
@@ -105,8 +105,8 @@ def _training(study: Study) -> str:
         if len(values) == 1 and (how := values.pop()):
             images = _settings(quantized, "calibration_images")
             sentences.append(f"The first step sizes of the inputs come from {how} on {images} training images")
-    seeds = sorted({str(run.seed) for run in study.runs})
-    sentences.append(f"Training seed{'s' if len(seeds) > 1 else ''}: {listed(seeds)}")
+    several = len({run.seed for run in study.runs}) > 1
+    sentences.append(f"Training seed{'s' if several else ''}: {seeds_in_words(study.runs)}")
     return ". ".join(sentences) + "."
 
 

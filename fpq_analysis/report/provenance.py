@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fpq_analysis.report.cells import NONE, SHORT_HASH, Cell, Table, num, run_cell
+from fpq_analysis.report.cells import NONE, SHORT_HASH, Cell, Table, num, plain, run_cell
 from fpq_analysis.report.comparisons import varying
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import PLACES, Run, number_of
@@ -33,15 +33,6 @@ def _is_setting(key: str) -> bool:
 def _setting(value: Any) -> Cell:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return Cell(plain(value), float(value) if is_number else None, number=is_number)
-
-
-def plain(value: Any) -> str:
-    """A setting as text."""
-    if value is None:
-        return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _start(study: Study, run: Run) -> str:

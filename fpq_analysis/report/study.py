@@ -18,6 +18,7 @@ from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.methods import method_rank
 from fpq_analysis.records.queries import mean_loss, totals
 from fpq_analysis.runs import Run
+from fpq_analysis.text import listed
 
 # Which Hessian is spoken of where only one can be.
 DEFINITIONS = ("dequantized", "float", "latent")
@@ -62,7 +63,7 @@ class Study:
         """Whole-network traces."""
         return totals(self.records("hessian_trace"))
 
-    @property
+    @cached_property
     def definition(self) -> str | None:
         """The definition of the Hessian spoken of where only one can be; None if no trace was measured."""
         known = set(self.traces["definition"])
@@ -118,6 +119,15 @@ def read_study(root: str | Path, kept: str | Path | None = None) -> Study:
             + (faults[0] if faults else "'fpq-analyze train' or 'fpq-analyze demo' makes some.")
         )
     return Study(root, sorted(runs, key=reading_order), faults, kept)
+
+
+def seeds_in_words(runs: list[Run]) -> str:
+    """The training seeds: `0, 1 and 5`, `0 to 24`; `unknown` where a run does not say."""
+    seeds = sorted({run.seed for run in runs if run.seed is not None})
+    words = [str(seed) for seed in seeds]
+    if len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1:
+        words = [f"{seeds[0]} to {seeds[-1]}"]
+    return listed([*words, *(["unknown"] if any(run.seed is None for run in runs) else [])])
 
 
 def reading_order(run: Run) -> tuple[Any, ...]:
