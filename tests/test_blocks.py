@@ -35,6 +35,10 @@ EXECUTED = {
 NOT_EXECUTED = {  # page and first line: why
     ("docs/training_loop.md", "from fpq_analysis.integrations.lightning"): "test_integrations.py trains with Lightning",
     ("docs/training_loop.md", "from fpq_analysis.integrations.transformers"): "test_transformers.py trains with it",
+    (
+        "docs/quantizers/torch_ao.md",
+        "@register_adapter",
+    ): "MyQuantLinear is the reader's; test_adapters.py registers one",
     ("docs/scale.md", "torch.distributed.init_process_group()"): "test_ranks.py starts the ranks that it needs",
 }
 NO_CODE = {"text", "toml", "eval-rst", "toctree", "include", "grid"}
@@ -61,6 +65,8 @@ def commands():
                     yield page, line
         for said in re.findall(r"`(fpq-analyze [a-z][^`\n]*)`", text):
             yield page, said
+    for said in re.findall(r"^\| `([a-z][^`\n]*)`", PAGES["docs/commands.md"], re.MULTILINE):
+        yield "docs/commands.md", f"fpq-analyze {said}"
 
 
 def test_python_is_executed():
@@ -84,7 +90,7 @@ def test_no_code_is_indented():
     """Such blocks are found by no test."""
     for page, text in PAGES.items():
         prose = BLOCK.sub("", text)
-        assert not re.search(r"^    (\$|fpq-analyze|python|import|from) ", prose, re.MULTILINE), page
+        assert not re.search(r"^    (\$|@|fpq-analyze|python|import|from)", prose, re.MULTILINE), page
 
 
 @pytest.mark.parametrize(("page", "line"), sorted(set(commands())))

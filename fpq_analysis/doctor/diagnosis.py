@@ -42,6 +42,7 @@ def diagnose(
         loss: `cross_entropy`, `squared_error`, a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
         device: where to compute; None for where the model is.
         seed: of the random directions.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Returns:
         A row a check: check, status (ok, note or fault), finding (one sentence), cure (what to do, or empty).  Checks

@@ -47,7 +47,8 @@ def forecast_measurements(
     """Time and memory of the usual measurements, from timings on few of the samples and linear in their number.
 
     Args:
-        batches: as for `diagnose`; at most `FORECAST_IMAGES` of them are used.
+        batches: as for `diagnose`; at most `FORECAST_IMAGES` of the samples are used.
+        model, loss, device, seed, forward: as for `diagnose`.
 
     Returns:
         measurement, seconds, peak MB: memory for tensors beside the data, weights included.  The exact trace's row is

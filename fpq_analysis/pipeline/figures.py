@@ -41,6 +41,7 @@ def draw_figures(
         ckpt_dir: as for `measure`.
         figures: `1` to `5` (the paper's), other keys of `plots.FIGURES`, or `all`: the paper's, and of the others those
             that were measured.
+        out: folder that they are written to.
         measure: measure first what is missing, with each probe's default settings; otherwise records alone are read,
             and of several settings those of most checkpoints are drawn.
         n_data, seed, device, data_root, model, records: as for `measure`.

@@ -56,6 +56,8 @@ def measure(
             the centre first; `ckpt_dir` then has no part, but that a `ForeignRuns` says how they are read.
         shard: (i, n), the i-th of n parts of the work, kept in files of its own; call without it afterwards to gather
             these.
+        overwrite: measure again what was measured.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.  Its code is part of what was measured: after it
             changed, it is measured anew.
@@ -64,7 +66,7 @@ def measure(
         records: folder in which measurements are kept, each run's under its name, where the runs themselves may not be
             written to; None: in the runs.
         executor: where tasks are done: a `concurrent.futures.Executor` of processes, or an engine by its name, see
-            `engines.engine.open_engine`; None: on this machine; inside `over_ranks()` on all ranks together, of which
+            docs/scale.md; None: on this machine; inside `over_ranks()` on all ranks together, of which
             the first plans and writes.
         jobs: how many at a time, or `auto`; of no account for an `Executor`.
         on_fault: called with each checkpoint that cannot be measured and why; the others go on.  None: raise.

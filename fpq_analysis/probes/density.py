@@ -37,7 +37,7 @@ class DensityEstimate(Result, SpectralMeasure):
     Attributes:
         nodes, weights: of every draw, (n_draws, n_steps) each; `density(grid, width)` and `moment(power)` are means.
         size: number of variables.
-        definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
+        definition: `dequantized`, `latent` or `float` (docs/definitions.md).
         operator: `hessian`, `gauss-newton` or `fisher`.
         n_data, n_products, seed: as in `TraceEstimate`.
     """

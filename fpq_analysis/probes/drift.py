@@ -65,7 +65,6 @@ class FeatureDrift(Result):
         n_data: samples.
         n_kept: samples that the Wasserstein distance is from.
         places: layer to its number of places, of which each of these samples gives `n_places` at most.
-        n_places: see there.
         seed: of the choice of samples, places and blocks.
     """
 
@@ -130,9 +129,10 @@ def feature_drift(
         model: any `nn.Module` with convolutions.
         teacher: another, of the same architecture.
         batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).  Targets are not used.
+        seed: of the choice of samples, places and jackknife blocks.  Networks measured with one seed compare in pairs.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Raises:
         UserError: if the networks' convolutions differ, there is none, or a value is not finite.

@@ -42,7 +42,7 @@ class EigenEstimate(Result):
         residuals: (k,) `|H v - value v|`: there is an eigenvalue within it of each value (not a statistical error).
         converged: (k,) whether the residual is within the tolerance.
         vectors: by parameter name, `(k, *its shape)`, or None; together each eigenvector has length 1.
-        definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
+        definition: `dequantized`, `latent` or `float` (docs/definitions.md).
         operator: `hessian`, `gauss-newton` or `fisher`.
         which: `LA`, `SA` or `LM`.
         n_data, n_products, seed, clipped_fraction: as in `TraceEstimate`.

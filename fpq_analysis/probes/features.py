@@ -130,11 +130,11 @@ def feature_statistics(
     Args:
         model: any `nn.Module`.
         batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).  Targets are not used.
-        layer: `NAME`, `NAME:input` or `auto`, see the top of the file.  Axis 1 of its output are the channels.
+        layer: `NAME`, `NAME:input` or `auto` (docs/features.md).  Axis 1 of its output are the channels.
         n_images: samples, drawn by `seed`, to give a density for.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Raises:
         UserError: if there is no such layer, it does not put out one (N, C, ...) tensor a pass, or one of its values is
@@ -250,7 +250,7 @@ class Features(FeatureSettings):
     """The probe: `feature_statistics` on a checkpoint.
 
     Attributes:
-        layer: `NAME`, `NAME:input` or `auto`; see the top of the file.
+        layer: see `feature_statistics`.
     """
 
     name = "features"

@@ -84,10 +84,10 @@ def gradient_norms(
         seed: of the noise.  Two models of one architecture get the same, on any device, and compare in pairs.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Returns:
-        Rows for each layer, quantity and arm (see the top of this file), those of the whole model last: `sem` is the
+        Rows for each layer, quantity and arm (docs/gradnorm.md), those of the whole model last: `sem` is the
         standard error over the draws for these data (0 without any); `sem_data` the same with that over the data;
         `n_products` counts backward passes over the data.
 

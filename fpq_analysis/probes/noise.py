@@ -85,7 +85,7 @@ def noise_response(
             architecture get the same, and so do all sizes.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Returns:
         Rows for each layer and quantity, those of the whole model last: `sem` is the standard error from draws, labels

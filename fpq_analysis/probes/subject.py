@@ -45,7 +45,7 @@ class Subject:
         parameters: the variables, by name.
         fit: loss and accuracy on these data.
         micro_batch: the most samples at once, if that was asked for.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
         foreign: whether quantizers of another package round the weights (known in `latent` only).
     """
 

@@ -56,7 +56,7 @@ class TraceEstimate(Result):
             random labels included; NaN for methods that do not see samples one by one.
         dof: degrees of freedom of the error to quote, for Student's t.
         method: how it was measured; `reason`: why that method.
-        definition: `dequantized`, `latent` or `float`, see `quantizers/views.py`.
+        definition: `dequantized`, `latent` or `float` (docs/definitions.md).
         per_layer, per_layer_sem: the same by layer; they add up to `value` (their errors do not).
         per_sample: each sample's own trace, (n_data,), or None.
         samples: what `value` is the mean of: `per_sample`, or single probes.
@@ -176,16 +176,18 @@ def hessian_trace(
         batches: a pair (inputs, targets), or any iterable of such pairs (docs/data.md).
         loss: a name of `LOSSES`, a `Loss`, PyTorch's loss, or a function (outputs, targets) to the *mean* over the
             batch (docs/losses.md).
-        definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (`quantizers/views.py`).
+        method: one of those above.
+        definition: of a quantized network's Hessian: `dequantized`, `latent` or `float` (docs/definitions.md).
         operator: `hessian`, `gauss-newton`, or `fisher` (one label a sample, drawn by `seed`).
         parameters: name patterns of the variables, as `layer3.*`; None for all.  Parameters that want no gradient are
             constants, as in training; of a checkpoint, whose file does not say, it is the factory that freezes them.
         tol: wanted `sem` relative to the value; as much is drawn as it takes.  None: `n_labels` labels a sample, or
             `n_products` products.
+        n_products, n_labels: matrix-vector products, and labels a sample, without `tol`.
         seed: of the probes, labels and samples drawn.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Raises:
         UserError: for a method that does not apply to the model, unknown names, or a result that is not finite.
@@ -363,9 +365,11 @@ class HessianTrace:
 
 @dataclass(frozen=True)
 class GaussNewtonTrace(HessianTrace):
-    """The same of the Gauss-Newton matrix, for networks that cannot be differentiated twice.
+    """The probe: `hessian_trace` of the Gauss-Newton matrix, for networks that cannot be differentiated twice.
 
     Its records are its own, so that no figure shows them as the Hessian's.
+
+    Attributes: see `hessian_trace`.
     """
 
     name = "gauss_newton_trace"

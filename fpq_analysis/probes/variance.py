@@ -66,10 +66,10 @@ def output_variance(
         seed: of the noise.  Two networks get the same, on any device, and compare in pairs.
         device: where to compute; None for where the model is.
         micro_batch: images to hold at a time; None chooses by the size of one.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Returns:
-        Rows for each quantity (see the top of this file) and sd: `sem` is the standard error from the draws for these
+        Rows for each quantity (docs/variance.md) and sd: `sem` is the standard error from the draws for these
         images; `sem_data` that over the images, draws included; `ci95` of the latter; `samples` each image's own value.
 
     Raises:

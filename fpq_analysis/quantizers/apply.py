@@ -75,6 +75,11 @@ def calibrate(model: nn.Module, images: Tensor, how: str) -> None:
 
     Each input is observed behind layers that are quantized already, so it sees the values it will work on.
 
+    Args:
+        model: of `quantize`; changed in place.
+        images: what the model is called with, on its device.
+        how: `mse` (least squared error) or `minmax`.
+
     Raises:
         UserError: if a quantized layer does not run in the forward pass.
     """

@@ -20,7 +20,7 @@ class QuantSpec:
     Attributes:
         weight_bits, act_bits: 2 to 16, or 32 for "leave in floating point".
         edge_bits: width of weights and inputs of the first and the last layer, where these are quantized at all.
-        weight_calibration, act_calibration: `mse` or `minmax`, see `calibration.py`.  The weights of `lsq+` and `pact`
+        weight_calibration, act_calibration: `mse` or `minmax` (docs/calibration.md).  The weights of `lsq+` and `pact`
             have a rule of their own in its place.
         scheme: the quantizers, a key of `methods.SCHEMES`.
 

@@ -346,6 +346,7 @@ def load(path: str | Path, model: str | None = None) -> nn.Module:
     """The model of one checkpoint file, in eval mode on the CPU.
 
     Args:
+        path: of the file, in a folder of a run of ours.
         model: for a network of your own, the `package.module:factory` it was trained with.
 
     Raises:

@@ -93,6 +93,11 @@ def export_safetensors(content: Checkpoint, out: Path, model: str | None = None)
     `conv1.weight_zero_point`, `conv1.input_scale` and `conv1.input_zero_point`, and `..._offset` where there is one;
     biases and BatchNorm keep their names.
 
+    Args:
+        content: what `runs.checkpoint.read_checkpoint(path)` gives, of a network quantized by `quantize`.
+        out: the file; an existing one is replaced in one step.
+        model: for a network of your own, the `package.module:factory` it was trained with.
+
     Returns:
         One row: file, bytes, layers (quantized ones), tensors.
 
@@ -133,6 +138,11 @@ def export_onnx(content: Checkpoint, out: Path, model: str | None = None) -> pd.
 
     The file takes `images`, (batch, channels, size, size) in float32, normalised by the mean and standard deviation in
     its metadata, and gives `logits`, (batch, classes).  Before it is kept, onnxruntime runs it on random images.
+
+    Args:
+        content: what `runs.checkpoint.read_checkpoint(path)` gives, of a network quantized by `quantize`.
+        out: the file; an existing one is replaced in one step.
+        model: for a network of your own, the `package.module:factory` it was trained with.
 
     Returns:
         One row: file, bytes, layers (quantized ones), images (compared), same_class (share with the same answer),

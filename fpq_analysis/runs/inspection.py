@@ -39,7 +39,7 @@ SHOWN = 3
 
 
 def inspect_checkpoint(path: str | Path) -> pd.DataFrame:
-    """Describe one checkpoint file, of ours or a foreign state dict.
+    """Describe the checkpoint file `path`, of ours or a foreign state dict.
 
     Returns:
         field, value: two columns of text.  `kind` is `fpq-analyze checkpoint`, `foreign state dict` or `other`;

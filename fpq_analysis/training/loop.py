@@ -71,6 +71,9 @@ def train(
     rank's BatchNorm has the statistics of its own images; a checkpoint has their mean over the ranks.
 
     Args:
+        config: what is trained, on which data, and how.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        download: fetch CIFAR into `config.data_root` if it is not there.
         resume: go on from the last finished epoch of `run`; on the same CPU the end is bit-identical to that of a run
             that was never stopped.  A finished run is left as it is.
         overwrite: throw an existing run away and start anew.

@@ -201,6 +201,7 @@ def run_sweep(
 
     Args:
         shard: `i/N`, the i-th of N parts, see `Sweep.shard`; None for all.
+        device, download: as for `train`.
         executor: where runs are trained, all at a time whose teacher is there; None: here, one by one.
         log: called with lines of text.
 

@@ -25,7 +25,7 @@ from fpq_analysis.ranks import same_on_all_ranks
 class LandscapeSettings(LandscapeChoices):
     """The probe: a landscape about a checkpoint, whose grid points are its pieces.
 
-    Attributes: see `LandscapeChoices`.
+    Attributes: see `landscape`.
 
     Raises:
         UserError: for choices that are unknown or contradict each other.
@@ -136,7 +136,7 @@ def landscape(
         seed: of random directions, and of the start of the eigenvectors.
         device: where to compute; None for where the model is.
         micro_batch: samples to hold at a time; None chooses by the size of an input.
-        forward: how the model is called, a function (model, inputs) to its outputs; None: see `forward.py`.
+        forward: how the model is called, a function (model, inputs) to its outputs; None: as docs/data.md says.
 
     Raises:
         UserError: for choices that are unknown or contradict each other, networks that are not alike or lie on one

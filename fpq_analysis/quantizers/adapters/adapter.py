@@ -42,7 +42,7 @@ _adapters: dict[type[nn.Module], Adapter] = {}
 
 
 def register_adapter(*kinds: type[nn.Module]) -> Callable[[A], A]:
-    """Decorator: this function turns a module of another program, of one of these classes, into ours.
+    """Decorator: this function turns a module of another program, of one of the classes `kinds`, into ours.
 
     It is given the module, in eval mode, of a copy made for measuring, and returns what takes its place:
 
@@ -74,6 +74,11 @@ def plain_layer(
     """`layer` itself as a `kind`, a base of its class, with these quantizers on its weight and input; its hooks stay.
 
     What else the layer has is left; take out submodules that are not used any more.
+
+    Args:
+        layer: the module, changed in place.
+        kind: `nn.Linear`, say.
+        weight, inputs: None where these are not quantized.
     """
     if parametrize.is_parametrized(layer):
         raise UnknownQuantizerError("it is parametrized by something else too")
