@@ -32,8 +32,10 @@ from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, live, pictures
 from fpq_analysis.report.cells import Cell, Table, digits_beside, shown
 from fpq_analysis.report.headings import NOT_RESULTS, heading
+from fpq_analysis.report.missing import not_measured
 from fpq_analysis.report.page import typeset
 from fpq_analysis.report.study import read_study, seeds_in_words
+from fpq_analysis.report.tables import number_tables
 from fpq_analysis.runs import Run
 from tests.nets import DIGITS
 from tests.test_cli import call
@@ -233,7 +235,7 @@ def test_quantities_are_in_words_and_settings_no_results():
     assert heading("drift", "mean_shift") == "Mean shift"
     assert heading("dead_channels", "some_thing") == "Some thing"
     assert heading("gradnorm", "grad_norm_minibatch") == "Of minibatches, mean"
-    for name in ("nodes_1", "eps", "channels", "odd_1", "real_0.125", "ratio_linear_2", "predicted_1e-05"):
+    for name in ("nodes_1", "eps", "channels", "size", "odd_1", "real_0.125", "ratio_linear_2", "predicted_1e-05"):
         assert re.fullmatch(NOT_RESULTS, name), name
     for name in (
         "real_1",
@@ -247,17 +249,18 @@ def test_quantities_are_in_words_and_settings_no_results():
         assert not re.fullmatch(NOT_RESULTS, name), name
 
 
-def test_what_was_measured_at_several_places_is_a_row_each(runs, tmp_path):
+def test_what_was_measured_at_several_places_is_a_row_each(runs):
     about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
     about |= {"probe": "output_variance", "definition": None, "samples": None, "ci95": 0.01, "n_data": 8}
     for run, value in (("fp", 0.25), ("lsq-w4a4", 0.5)):
         rows = [{**about, "quantity": f"{q}@{sd}", "value": value * sd} for sd in (0.5, 0.05, 0.1) for q in NOISY]
         records.append(runs / run, "output_variance", rows)
-    head, *rows = Page(page(runs, tmp_path)).tables["Output variance"]
-    assert [text for text, _ in head] == ["Run", "Noise sd", "Of the logits", "Flipped (%)"]
-    assert [(row[0][0], row[1][0]) for row in rows[:3]] == [("fp", "0.05"), ("fp", "0.1"), ("fp", "0.5")]
-    assert rows[2][2] == ["0.125\u00a0±\u00a00.01", 0.125]
-    assert rows[2][3] == ["12.5\u00a0±\u00a01", 0.125]  # the share in per cent, the number as it is
+    table = next(one.told for one in number_tables(read_study(runs)) if one.name == "Output variance")
+    assert table.heads == ["Run", "Noise sd", "Of the logits", "Flipped (%)"]
+    assert [(run.text, at.text) for run, at, *_ in table.rows[:3]] == [("fp", "0.05"), ("fp", "0.1"), ("fp", "0.5")]
+    _, _, logits, flipped = table.rows[2]
+    assert (logits.text, logits.value) == ("0.125 ± 0.01", 0.125)
+    assert (flipped.text, flipped.value) == ("12.5 ± 1", 0.125)  # the share in per cent, the number as it is
 
 
 def test_what_scrolls_says_so_and_no_two_captions_are_equal(measured, written):
@@ -274,6 +277,25 @@ def test_what_scrolls_says_so_and_no_two_captions_are_equal(measured, written):
     assert len(captions) == len(set(captions)) == len(report.figures) + 2
 
 
+def test_contrast():
+    """Text on every ground that it stands on, in both schemes: 4.5 to 1 or more (WCAG 2.2, 1.4.3)."""
+
+    def luminance(colour):
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    css = (Path(fpq_analysis.__file__).parent / "report" / "page.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)[:2]
+    )
+    for colours in (light, light | dark):
+        for text in ("ink", "soft", "link"):
+            for ground in ("paper", "box", "warn", "tint"):
+                low, high = sorted(luminance(colours[name]) for name in (text, ground))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
 def test_a_caption_that_was_there_is_not_repeated(measured, monkeypatch):
     monkeypatch.setattr(Drawing, "caption", lambda self, frame: "Equal.")
     drawn, _ = pictures.pictures(read_study(measured))
@@ -288,6 +310,8 @@ def test_narrow_figures_stand_in_pairs():
     assert of_width(300, 300, 300) == [True, True, False]
     assert of_width(300, 600, 300, 400, 500) == [False, False, True, True, False]
     assert of_width() == []
+    places = [pictures.Picture("a", "t", "t", "c", "alt", width, "").place for width in (500, 900)]
+    assert places == ["alone", "wide"]
 
 
 def test_methods_say_what_was_done(written):
@@ -359,32 +383,33 @@ def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
     assert last == "fpq-analyze report --ckpt-dir 'my runs'"
 
 
-def test_what_float_networks_have_not_is_not_missing(runs, tmp_path):
-    names = {name for name, _ in write_report(runs / "fp", tmp_path / "page.html").missing}
-    assert "Landscape" in names
+def test_what_float_networks_have_not_is_not_missing(measured):
+    names = {name for name, _ in not_measured(read_study(measured / "fp"), dict.fromkeys(FIGURES.values(), "")).names}
+    assert {"Landscape", "Figure 5", "Sharpness"} <= names
     assert not names & {"Drift", "Drift by layer", "Noise", "Oscillation"}
     needs = {name: set(PROBES[name].needs) & {"quantizers"} for name in PROBES}
     assert all(MEASURES[name].quantized == bool(needs[name]) for name in PROBES)
 
 
-def test_what_holds_nothing_to_draw_is_not_measured_again(runs, tmp_path):
+def test_what_holds_nothing_to_draw_is_not_measured_again(runs):
     about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
     records.append(runs / "fp", "gradnorm", [{**about, "probe": "gradnorm", "quantity": "grad_norm@clean"}])
-    report = write_report(runs, tmp_path / "page.html")
-    assert "Figure 2" not in {name for name, _ in report.missing}
-    text = Page((tmp_path / "page.html").read_text()).text
-    assert "Figure 2 is not drawn: no finite grad_norm_minibatch" in text["p"]
-    assert "gradnorm" not in text["pre"]
+    study = read_study(runs / "fp")
+    missing = not_measured(study, pictures.pictures(study)[1])
+    ((name, why, command),) = missing.undrawn
+    assert (name, command) == ("Figure 2", "fpq-analyze gradnorm")
+    assert "no finite grad_norm_minibatch" in why
+    assert "Figure 2" not in dict(missing.names)
+    assert "gradnorm" not in missing.together
 
 
-def test_foreign_runs_are_measured_with_what_says_how_to_read_them(runs, tmp_path):
-    for path in runs.rglob("run.json"):
-        path.unlink()
-    shutil.rmtree(runs / "fpq-w4a4" / "records")
-    missing = dict(write_report(runs, tmp_path / "page.html").missing)
+def test_foreign_runs_are_measured_with_what_says_how_to_read_them(runs):
+    (runs / "lsq-w4a4" / "run.json").unlink()
+    drift = {FIGURES["drift"]: ""}
+    missing = dict(not_measured(read_study(runs), drift).names)
     assert missing["Drift"].endswith(f"--ckpt-dir {runs} --model package.module:factory --data NAME")
-    told = dict(write_report(runs, tmp_path / "page.html", records=runs / "lsq-w4a4").missing)
-    assert f"--ckpt-dir {runs} --records {runs / 'lsq-w4a4'} --model" in told["Drift"]
+    missing = dict(not_measured(read_study(runs / "fp", runs / "lsq-w4a4"), drift).names)
+    assert f"--ckpt-dir {runs / 'fp'} --records {runs / 'lsq-w4a4'} --model" in missing["Drift"]
 
 
 def test_many_runs_are_summed_up(tmp_path):

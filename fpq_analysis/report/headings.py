@@ -8,14 +8,13 @@ from fpq_analysis.measures import MEASURES
 
 # Quantities that are not results of their own: settings, parts of others, and noise of other sizes than one step.
 NOT_RESULTS = (
-    r"(nodes|weights|residual)_\d+|clipped_fraction|channels|eps|odd_.*"
+    r"(nodes|weights|residual)_\d+|clipped_fraction|channels|eps|size|odd_.*"
     r"|(predicted|linear|surrogate|real|ratio_\w+)_(?!1$)[\d.].*"
 )
 # In the order of columns; those with (%) are shares.
 HEADINGS = {
     "trace": "Trace",
     "squares": "Sum of squared eigenvalues",
-    "size": "Parameters",
     "grad_norm_minibatch": "Of minibatches, mean",
     "grad_norm": "Of the whole sample",
     "grad_norm_bias": "Its bias by sampling",

@@ -27,7 +27,8 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 ZOOM = 1.55  # CSS pixels a point on a wide screen: text of 9 points as large as the page's
 LEAST = 0.85  # and on a narrow one: rather than draw text smaller still, the card scrolls sideways
-PAIRED = 430  # points: two figures up to this width stand side by side on a wide screen
+# Points: up to this width two figures stand side by side on a wide screen, and a figure beside its caption.
+PAIRED, ALONE = 430, 560
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Picture:
         caption, alt: beside it, and in its place for those who cannot see it.
         width: in points.
         markup: an `<svg>` or `<img>` that holds `alt`.
-        beside: whether another figure stands beside it on a wide screen; otherwise its caption does.
+        beside: whether another figure stands beside it on a wide screen.
     """
 
     anchor: str
@@ -51,6 +52,11 @@ class Picture:
     width: float
     markup: Markup
     beside: bool = False
+
+    @property
+    def place(self) -> str:
+        """What stands beside it on a wide screen: another figure (`pair`), its caption (`alone`), nothing (`wide`)."""
+        return "pair" if self.beside else "alone" if self.width <= ALONE else "wide"
 
     @property
     def sizes(self) -> str:
@@ -155,6 +161,8 @@ def inline(svg: bytes, prefix: str, alt: str) -> tuple[Markup, float]:
                 parent.remove(child)
     ids = {element.get("id") for element in root.iter()} - {None}
     for element in root.iter():
+        if element.tag == f"{{{SVG}}}path":
+            element.attrib.setdefault("d", "")  # what has nothing to draw must say so
         for name, value in element.attrib.items():
             if name == "id":
                 element.set(name, f"{prefix}-{value}")

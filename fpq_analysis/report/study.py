@@ -15,6 +15,7 @@ import pandas as pd
 
 from fpq_analysis import records
 from fpq_analysis.errors import UserError, going_on
+from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import method_rank
 from fpq_analysis.records.queries import mean_loss, totals
 from fpq_analysis.runs import Run
@@ -54,8 +55,9 @@ class Study:
 
     @cached_property
     def probes(self) -> list[str]:
-        """All probes there are complete records of."""
-        names = sorted({path.stem for path in self.kept.rglob("records/*.jsonl")})
+        """All probes there are complete records of, in the catalogue's order."""
+        there = {path.stem for path in self.kept.rglob("records/*.jsonl")}
+        names = [name for name in MEASURES if name in there] + sorted(there - set(MEASURES))
         return [name for name in names if len(self.records(name))]
 
     @cached_property
