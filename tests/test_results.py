@@ -45,15 +45,23 @@ MEASURED = {
 _cache: dict[str, Result] = {}
 
 
+def measured(name: str) -> Result:
+    if name not in _cache:
+        _cache[name] = MEASURED[name]()
+    return _cache[name]
+
+
 @pytest.fixture(params=MEASURED)
 def result(request):
-    if request.param not in _cache:
-        _cache[request.param] = MEASURED[request.param]()
-    return _cache[request.param]
+    return measured(request.param)
 
 
 def test_every_probe_has_a_public_function():
     assert set(PROBES) <= set(MEASURED)
+
+
+def test_every_class_of_results_is_among_them():
+    assert set(Result.__subclasses__()) == {type(measured(name)) for name in MEASURED}
 
 
 def test_it_prints_in_a_few_short_lines(result):

@@ -76,8 +76,8 @@ def hessian(
     show = {
         "hessian_trace": print_traces,
         "gauss_newton_trace": print_traces,
-        "hessian_eigs": _print_eigenvalues,
-        "hessian_density": _print_moments,
+        "hessian_eigs": print_eigenvalues,
+        "hessian_density": print_moments,
         "sharpness": _print_sharpness,
     }
     if n_data is None and tol is None:
@@ -143,7 +143,8 @@ def _warn_of_chance(frame: pd.DataFrame) -> None:
     echo(textwrap.fill(text, width=80))
 
 
-def _print_eigenvalues(frame: pd.DataFrame) -> None:
+def print_eigenvalues(frame: pd.DataFrame) -> None:
+    """The largest eigenvalues side by side, some epochs of every run."""
     from fpq_analysis.records.queries import eigenvalues
     from fpq_analysis.text import number
 
@@ -165,7 +166,8 @@ def _print_eigenvalues(frame: pd.DataFrame) -> None:
     echo("Each within its residual, stored beside it, of an eigenvalue for these samples.")
 
 
-def _print_moments(frame: pd.DataFrame) -> None:
+def print_moments(frame: pd.DataFrame) -> None:
+    """Trace and sum of squares by the spectral density, some epochs of every run."""
     from fpq_analysis.text import number
 
     table = new_table(

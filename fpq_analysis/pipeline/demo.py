@@ -9,7 +9,7 @@ import pandas as pd
 
 from fpq_analysis.pipeline.figures import draw_figures
 from fpq_analysis.pipeline.run import measure, measure_landscapes
-from fpq_analysis.probes import Features, GradNorm, HessianTrace, OutputVariance
+from fpq_analysis.probes import Features, GradNorm, HessianDensity, HessianEigs, HessianTrace, OutputVariance
 from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.report.page import write_report
 from fpq_analysis.training import TrainConfig, train
@@ -17,6 +17,9 @@ from fpq_analysis.training import TrainConfig, train
 BITS = ("W4A4", "W2A4")
 COMPARED = ("lsq", "fpq")
 LANDSCAPE = LandscapeSettings(points=15)
+# Eigenvalues take about ten products with the Hessian for each network, densities ninety: on few images.
+EIGENVALUES, DENSITY, FEW = HessianEigs(k=3), HessianDensity(n_draws=3, n_steps=30), 256
+ENDS = "0,10,12"  # first and last epochs
 
 
 def configs(out: Path) -> dict[str, TrainConfig]:
@@ -38,11 +41,12 @@ def run_demo(
     *,
     device: str = "auto",
     log: Callable[[str], None] = print,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Train what is missing below `out`, measure, draw the figures, and write the report.
 
     Returns:
-        The records of the Hessian trace.
+        The records of the Hessian's trace at every epoch; of its largest eigenvalues at each run's first and last; of
+        its spectral density at the last of the runs of fewest bits.
     """
     out = Path(out)
     for name, config in configs(out).items():
@@ -51,11 +55,14 @@ def run_demo(
     traces = measure(out, HessianTrace(), device=device)
     measure(out, OutputVariance(), epochs="last", device=device)
     measure(out, Features(), epochs="last", device=device)
+    eigenvalues = measure(out, EIGENVALUES, epochs=ENDS, n_data=FEW, device=device)
+    densities = []
     for bits in BITS:  # the figure is of these runs
         measure(out / f"lsq-{bits.lower()}", GradNorm(), device=device)
     for method in COMPARED:
-        measure_landscapes(out / f"{method}-w2a4", LANDSCAPE, n_data=256, device=device)
+        densities.append(measure(out / f"{method}-w2a4", DENSITY, epochs="last", n_data=FEW, device=device))
+        measure_landscapes(out / f"{method}-w2a4", LANDSCAPE, n_data=FEW, device=device)
     draw_figures(out, out=figures, measure=False, log=log)
     write_report(out, report)
     log(f"Report: {report}")
-    return traces
+    return traces, eigenvalues, pd.concat(densities, ignore_index=True)
