@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -675,7 +676,12 @@ def test_live(runs, tmp_path):
         assert '!== "1") location.reload()' in text
         with pytest.raises(urllib.error.HTTPError, match="404"):
             answer(f"{address}run.json")
+        with socket.create_connection(re.search(r"//(.*):(\d+)", address).groups()) as gone:  # before its answer
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.sendall(b"GET / HTTP/1.1\r\n\r\n")
         written = (tmp_path / "report.html").read_text()
+        (tmp_path / "report.html").unlink()
+        assert answer(address) == text
         assert "script-src" not in written
         assert written.count("<script") == text.count("<script") - 1 == 0
         append_jsonl(runs / "fp" / "train.jsonl", [{"epoch": 7, "test_accuracy": 0.123}])

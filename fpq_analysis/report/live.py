@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Live:
         self.make, self.folders, self.log = make, folders, log
         self.lock, self.rested, self.version = threading.Lock(), 0.0, 1
         self.seen = self.stamps()  # first: what changes while the page is made counts
-        self.path = make()
+        self.text = make().read_text("utf-8")
 
     def stamps(self) -> set[tuple[Path, int, int]]:
         """Of all files: path, time and size."""
@@ -55,22 +56,28 @@ class Live:
             if time.monotonic() >= self.rested and (found := self.stamps()) != self.seen:
                 self.seen, began = found, time.monotonic()
                 with going_on(lambda fault: self.log(f"The report stays as it was: {fault}"), "The report"):
-                    self.path = self.make()
+                    path = self.make()
+                    self.text = path.read_text("utf-8")
                     self.version += 1
-                    self.log(f"{time.strftime('%H:%M:%S')} {self.path} is new.")
+                    self.log(f"{time.strftime('%H:%M:%S')} {path} is new.")
                 self.rested = time.monotonic() + REST * (time.monotonic() - began)
             return str(self.version)
 
     def page(self) -> str:
         """The page, with what keeps it up to date."""
         script = SCRIPT.format(self.current())
-        return self.path.read_text("utf-8").replace(*POLICY, 1).replace("</body>", script, 1)
+        return self.text.replace(*POLICY, 1).replace("</body>", script, 1)
 
 
 class Server(ThreadingHTTPServer):  # of threads, as browsers open connections that they do not use yet
     """Answers from `live`."""
 
     live: Live
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that went away before it had its answer is no news."""
+        if (error := sys.exception()) and not isinstance(error, ConnectionError):
+            self.live.log(f"{error}")
 
 
 class Answer(BaseHTTPRequestHandler):
