@@ -166,7 +166,7 @@ class _Screen:
             if live is not None:
                 live.stop()
             if cell is not None:
-                cell.update({"text/plain": ""}, raw=True)
+                cell.update({"text/html": "", "text/plain": ""}, raw=True)  # of an empty text a page shows a box
 
     def _on_terminal(self, shown: list[Progress]) -> None:
         if self._live is None:

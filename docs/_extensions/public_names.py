@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from types import ModuleType
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -13,7 +14,7 @@ import fpq_analysis
 
 # The rooms whose names, too, are for users; those that the package itself has stand with it.
 ROOMS = ("curvature", "data", "linalg", "losses", "plots", "probes", "quantizers", "training")
-PAGE = re.compile(r"\(?\bdocs/([\w/]+)\.md\)?")
+PAGE = re.compile(r"\bdocs/([\w/]+)\.md")
 NAME = re.compile(rf"(?<![`:])`({'|'.join(fpq_analysis.__all__)})`(?!`)")
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
 def public_names(module: Any) -> list[str]:
     """What a room offers: its `__all__`, or what its `__init__` imports from its files."""
     return getattr(module, "__all__", None) or [
-        name for name, value in vars(module).items() if not name.startswith("_") and not hasattr(value, "__path__")
+        name for name, value in vars(module).items() if not name.startswith("_") and not isinstance(value, ModuleType)
     ]
 
 
@@ -42,30 +43,15 @@ def _stands_elsewhere(app: Sphinx, what: str, name: str, value: Any, skip: bool,
 def _link(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """A name of the package in a docstring, and a page (docs/losses.md), are links on the site."""
     for i, line in enumerate(lines):
-        lines[i] = PAGE.sub(r"(:doc:`/\1`)", NAME.sub(r":py:obj:`~fpq_analysis.\1`", line))
+        lines[i] = PAGE.sub(r":doc:`/\1`", NAME.sub(r":py:obj:`~fpq_analysis.\1`", line))
 
 
 def _check(app: Sphinx, env: Any) -> None:
-    documented = [_resolve(name) for name in env.domains["py"].objects]
+    documented = env.domains["py"].objects
     for module in (fpq_analysis, *(importlib.import_module(f"fpq_analysis.{room}") for room in ROOMS)):
         for name in public_names(module):
-            value = getattr(module, name)
-            if hasattr(value, "__file__"):  # a module that was imported on the way
-                continue
-            if not any(value is one for one in documented):
+            places = [module.__name__]
+            if getattr(module, name) is getattr(fpq_analysis, name, None):
+                places.append("fpq_analysis")
+            if not any(f"{place}.{name}" in documented for place in places):
                 logger.warning("%s.%s is public and not in the API reference", module.__name__, name)
-
-
-def _resolve(dotted: str) -> Any:
-    """The object of this name, where a function hides the file of its name; None for an instance's attribute."""
-    found: Any = fpq_analysis
-    place, *names = dotted.split(".")
-    for name in names:
-        place += f".{name}"
-        if not hasattr(found, name):
-            try:
-                importlib.import_module(place)
-            except ImportError:
-                return None
-        found = getattr(found, name, None)
-    return found
