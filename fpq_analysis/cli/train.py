@@ -25,6 +25,7 @@ from fpq_analysis.cli.options import options_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import MethodSettings
 from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.training.tensorboard import check_tensorboard
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +48,7 @@ def train(
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing run first.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Losses and accuracies for TensorBoard.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
     json: Json = False,
     **options: Any,
@@ -64,18 +66,19 @@ def train(
 
       fpq-analyze train --config configs/small/table2.toml --dry-run
     """
-    from fpq_analysis.training import read_sweep
-    from fpq_analysis.training import train as run_training
-
+    if tensorboard:
+        check_tensorboard()
+    where: dict[str, Any] = {"device": device, "download": download, "tensorboard": tensorboard}
     if config is not None:
         _refuse_beside_config(ctx)
+        from fpq_analysis.training import read_sweep
+
         sweep = read_sweep(config, out=out)
         from fpq_analysis.pipeline.engines.engine import open_engine
 
         with open_engine(executor, jobs, device=device, folder=sweep.out, batch=1) as engine:
             serial = executor is None and jobs == "1"
-            where: dict[str, Any] = {"device": device, "download": download, "engine": None if serial else engine}
-            _train_sweep(sweep, config, shard, **where, dry_run=dry_run, json=json)
+            _train_sweep(sweep, config, shard, where, None if serial else engine, dry_run=dry_run, json=json)
         return
     if executor is not None or jobs != "1":
         raise UserError("--jobs and --executor are for the many runs of a sweep: --config sweep.toml")
@@ -88,14 +91,19 @@ def train(
         for key, value in options.items():
             log(f"  {key} = {value}")
         return
-    frame = run_training(settings, run, device=device, download=download, resume=resume, overwrite=overwrite, log=log)
+    from fpq_analysis.training import train as run_training
+
+    frame = run_training(settings, run, **where, resume=resume, overwrite=overwrite, log=log)
     if json:
         print_json(frame)
     last = frame.iloc[-1]
     log(f"Done: {run}, epoch {int(last['epoch'])}, test accuracy {100 * last['test_accuracy']:.2f} %")
 
 
-_OF_SWEEPS = ("config", "shard", "out", "jobs", "executor", "device", "download", "resume", "dry_run", "json")
+_OF_SWEEPS = (
+    *("config", "shard", "out", "jobs", "executor", "device"),
+    *("download", "tensorboard", "resume", "dry_run", "json"),
+)
 
 
 def _refuse_beside_config(ctx: typer.Context) -> None:
@@ -113,10 +121,9 @@ def _train_sweep(
     sweep: Sweep,
     file: Path,
     shard: str | None,
-    *,
-    device: str,
-    download: bool,
+    where: dict[str, Any],
     engine: AnyEngine | None,
+    *,
     dry_run: bool,
     json: bool,
 ) -> None:
@@ -127,7 +134,7 @@ def _train_sweep(
         names = sweep.shard(*parse_shard(shard)) if shard else None
         frame = sweeps.sweep_status(sweep, names)
     else:
-        frame = sweeps.run_sweep(sweep, shard=shard, device=device, download=download, executor=engine, log=log)
+        frame = sweeps.run_sweep(sweep, shard=shard, executor=engine, log=log, **where)
     if json:
         print_json(frame)
     else:
@@ -138,6 +145,8 @@ def _train_sweep(
         if engine is not None and todo["seconds_left"].notna().any():
             echo(engine.outlook(len(todo), float(todo["seconds_left"].sum())))
         return
+    if (frame["epoch"] > 0).any():
+        log(f"Learning curves of all of them, on one page: fpq-analyze report --ckpt-dir {sweep.out}")
     failed = frame[frame["status"] == sweeps.FAILED]
     waiting = frame[frame["status"] == sweeps.WAITS]
     if len(failed):

@@ -47,6 +47,7 @@ from fpq_analysis.training.resume import (
     last_finished_epoch,
     read_resume,
 )
+from fpq_analysis.training.tensorboard import EventLog
 
 # Losses are looked at this often, so that a diverged run stops soon without waiting for the device at every step.
 CHECK_EVERY = 50
@@ -63,6 +64,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     dataset: Dataset | None = None,
+    tensorboard: bool = False,
     log: Log = print,
 ) -> pd.DataFrame:
     """Train one run into the folder `run`, a checkpoint before training and after every epoch.
@@ -77,6 +79,7 @@ def train(
         resume: go on from the last finished epoch of `run`; on the same CPU the end is bit-identical to that of a run
             that was never stopped.  A finished run is left as it is.
         overwrite: throw an existing run away and start anew.
+        tensorboard: write the rows as scalars into the run's folder, too, for TensorBoard.
         dataset: the data set that `config` names, if it is in memory already.
         log: called with one line of text an epoch.
 
@@ -88,7 +91,7 @@ def train(
     Raises:
         UserError: for bad input, or if the loss is not finite; the last good checkpoint stands.
     """
-    how = partial(_train, config, Path(run), device, download, resume, overwrite)
+    how = partial(_train, config, Path(run), device, download, resume, overwrite, tensorboard)
     if leading():  # the others know the run by its config, and load the data themselves
         return together(partial(how, None, log))
     return how(dataset, log)
@@ -101,11 +104,13 @@ def _train(
     download: bool,
     resume: bool,
     overwrite: bool,
+    tensorboard: bool,
     dataset: Dataset | None,
     log: Log,
 ) -> pd.DataFrame:
     """On every rank, of which the first reads and writes the folder."""
     where = pick_device(device)
+    events = EventLog(run) if tensorboard else None
     least = config.batch_size // (n_ranks() * config.accumulate)
     if dividing() and least < 2:
         raise UserError(
@@ -121,6 +126,9 @@ def _train(
                 f"'{run / 'train.jsonl'}' is not there, or empty. Restore it from a copy, or train anew with "
                 "--overwrite."
             )
+        if events is not None:
+            on_first(lambda: events.add(rows))
+            on_first(events.close)
         return pd.DataFrame(rows)
 
     if dataset is None:
@@ -162,6 +170,10 @@ def _train(
         )
         on_first(lambda: finish_epoch(run, config, data, model, optimizer, epoch, row))  # noqa: B023 -- called at once
         on_first(lambda: log(line))  # noqa: B023
+        if events is not None:
+            on_first(lambda: events.add(Run(run).rows))
+    if events is not None:
+        on_first(events.close)
     on_first(lambda: (run / "resume.pt").unlink(missing_ok=True))
     return pd.DataFrame(Run(run).rows)
 

@@ -19,6 +19,7 @@ from fpq_analysis.runs import Run, versions
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.schema import ResumeFile, check
 from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.training.tensorboard import EVENTS
 
 NOTHING = -1
 
@@ -79,6 +80,8 @@ def clear_after(run: Path, done: int) -> None:
     if done == NOTHING:
         for name in ("manifest.json", "train.jsonl", "resume.pt"):
             (run / name).unlink(missing_ok=True)
+        for events in run.glob(EVENTS):
+            events.unlink()
         shutil.rmtree(run / "records", ignore_errors=True)
     else:
         kept = [row for row in Run(run).rows if row["epoch"] <= done]

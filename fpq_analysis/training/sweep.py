@@ -193,6 +193,7 @@ def run_sweep(
     device: str = "auto",
     download: bool = False,
     executor: Executor | None = None,
+    tensorboard: bool = False,
     log: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """Do what is not yet done of a sweep, or of the file of one: finished runs are skipped, started ones go on.
@@ -203,6 +204,7 @@ def run_sweep(
         shard: `i/N`, the i-th of N parts, see `Sweep.shard`; None for all.
         device, download: as for `train`.
         executor: where runs are trained, all at a time whose teacher is there; None: here, one by one.
+        tensorboard: as for `train`.
         log: called with lines of text.
 
     Returns:
@@ -234,9 +236,10 @@ def run_sweep(
             log(f"{name}:" if executor is None else f"{name} is handed out")
             try:
                 if executor is None:
-                    train(config, sweep.out / name, dataset=held[1], device=device, resume=True, log=log)
+                    how: dict[str, Any] = {"device": device, "resume": True, "tensorboard": tensorboard}
+                    train(config, sweep.out / name, dataset=held[1], log=log, **how)
                 else:
-                    flying[executor.submit(_train_elsewhere, config, sweep.out / name, device)] = name
+                    flying[executor.submit(_train_elsewhere, config, sweep.out / name, device, tensorboard)] = name
             except UserError as fault:
                 failed.add(name)
                 log(f"{name} failed: {fault}")
@@ -251,9 +254,10 @@ def run_sweep(
                 log(f"{name} failed: {explained(error)}")
 
 
-def _train_elsewhere(config: TrainConfig, run: Path, device: str) -> None:
+def _train_elsewhere(config: TrainConfig, run: Path, device: str, tensorboard: bool) -> None:
     """A run of a sweep, in another process; its lines say which it is."""
-    train(config, run, device=device, resume=True, log=lambda line: print(f"{run.name}: {line}", file=sys.stderr))
+    how: dict[str, Any] = {"device": device, "resume": True, "tensorboard": tensorboard}
+    train(config, run, log=lambda line: print(f"{run.name}: {line}", file=sys.stderr), **how)
 
 
 def summary(status: pd.DataFrame) -> str:
