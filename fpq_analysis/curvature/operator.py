@@ -36,6 +36,14 @@ MAX_DENSE_BYTES = 2**33
 class CurvatureOperator(ABC):
     """A symmetric (n, n) matrix, n the number of scalar variables.
 
+    Args:
+        model: in the mode it is to be measured in; its loss must be a sum over samples (BatchNorm in eval mode).
+        loss: a `Loss`, or a function (outputs, targets) to the *mean* over the batch.
+        batches: micro-batches (inputs, targets), on the model's device; they are halved when memory runs out.
+        parameters: the variables, by name; flat vectors hold them in this order.
+        graph_bytes: memory for the graphs of micro-batches that are kept between products; None for half of what
+            is free when the first one is built.
+
     Attributes:
         size, dtype, device: of the variables.
         slices: by parameter name, its place in a flat vector.
@@ -50,16 +58,7 @@ class CurvatureOperator(ABC):
         parameters: dict[str, Tensor],
         graph_bytes: int | None = None,
     ) -> None:
-        """Take what is to be differentiated; nothing is computed yet.
-
-        Args:
-            model: in the mode it is to be measured in; its loss must be a sum over samples (BatchNorm in eval mode).
-            loss: (outputs, targets) to the *mean* over the batch.
-            batches: micro-batches, on the model's device; they are halved when memory runs out.
-            parameters: the variables, by name; flat vectors hold them in this order.
-            graph_bytes: memory for the graphs of micro-batches that are kept between products; None for half of what
-                is free when the first one is built.
-        """
+        """Take what is to be differentiated; nothing is computed yet."""
         self.model = model
         self.loss = loss.for_targets(y for _, y in batches) if isinstance(loss, Loss) else loss
         self.batches: list[tuple[Tensor, ...]] = share(batches)

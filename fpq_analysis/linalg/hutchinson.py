@@ -55,9 +55,10 @@ def hutchinson(
     tol: float | None = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Estimate:
-    """The plain estimator.
+    """Random signs v, whose v . A v have the trace as mean (Hutchinson 1990).
 
     Args:
+        matrix: (n, n), symmetric.
         blocks: slices that divide 0 ... size: each one's trace is estimated from the same products.
         n_products: budget without `tol`: one a probe.
         tol: relative standard error wanted: `FIRST` probes, then as many more as it takes, up to `max_products`.
@@ -82,9 +83,12 @@ def deflated_hutchinson(
     tol: float | None = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Estimate:
-    """With `subspace` deflated.
+    """Random signs on what is left of the matrix outside a subspace, in which the trace is exact.
+
+    With a `Sketch` this is Hutch++ (Meyer, Musco, Musco, Woodruff 2021).
 
     Args:
+        matrix, blocks, generator, max_products: as for `hutchinson`.
         subspace: a new `Lanczos` or `Sketch`, which is extended here.
         n_products: without `tol`: half of them for the subspace, half for probes.
         tol: relative standard error wanted.  The subspace is doubled as long as that saves more products than it costs

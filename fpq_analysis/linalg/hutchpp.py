@@ -10,7 +10,11 @@ from fpq_analysis.linalg.rows import Basis, block_sums, combined
 
 
 class Sketch:
-    """An orthonormal basis Q of the range of A S, with Z = A Q^T; two products for each row.
+    """An orthonormal basis Q of the range of A S, S random signs, with Z = A Q^T; two products for each row.
+
+    Args:
+        matrix: (n, n), symmetric.
+        generator: of the signs, on the CPU.
 
     Attributes:
         q, z: (m, n); z is the products of the rows of q.

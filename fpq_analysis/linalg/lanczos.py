@@ -24,7 +24,13 @@ class Lanczos:
 
     `extend` adds rows, for one product each.  From a product its components along the rows that symmetry couples it to
     are removed first, then what rounding left along all others, twice where that was much.  Without this, converged
-    eigenvalues reappear as ghosts.
+    eigenvalues reappear as ghosts (Paige 1972).
+
+    Args:
+        matrix: (n, n), symmetric.
+        generator: of a start vector of random direction, where none is given, on the CPU.
+        start: (n,), of any length but zero.
+        most: rows there will be at most, for which memory is set aside; None: n.
 
     Attributes:
         ended: the Krylov space is exhausted; an invariant subspace was found.
@@ -41,7 +47,6 @@ class Lanczos:
         start: Tensor | None = None,
         most: int | None = None,
     ) -> None:
-        """Either a `start` vector (n,), or a `generator` for one of random direction; `most`: rows at most."""
         if start is None:
             assert generator is not None
             start = random_normal(matrix, 1, generator)[0]

@@ -30,7 +30,7 @@ class Matrix(Protocol):
 
 
 class DenseMatrix:
-    """A matrix in memory that counts its products."""
+    """A matrix `a`, (n, n), in memory, that counts its products."""
 
     def __init__(self, a: Tensor) -> None:
         self.a = a

@@ -70,6 +70,10 @@ def spectral_measure(
 ) -> SpectralMeasure:
     """`n_draws` Lanczos runs of `n_steps` steps each from independent random vectors.
 
+    Args:
+        matrix: (n, n), symmetric.
+        generator: of these vectors, on the CPU.
+
     Raises:
         UserError: if the matrix is not finite or not symmetric.
     """

@@ -39,9 +39,12 @@ def xtrace(
     tol: float | None = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Estimate:
-    """For a symmetric matrix; two products a test vector.
+    """XTrace (Epperly, Tropp, Webber 2024), for a symmetric matrix; two products a test vector.
+
+    The error holds the covariance of the leave-one-out estimates, which the paper leaves out.
 
     Args:
+        matrix: (n, n), symmetric.
         blocks: slices that divide 0 ... size: each one's trace is estimated from the same products.
         n_products: in total, without `tol`.
         tol: relative standard error wanted: starts with 2 `FIRST` products, and doubles them (all are used again).
@@ -159,10 +162,10 @@ def xnystrace(
     tol: float | None = None,
     max_products: int = MAX_PRODUCTS,
 ) -> Estimate:
-    """For a positive semidefinite matrix (Gauss-Newton, Fisher); one product a test vector, by a Nystrom approximation.
+    """XNysTrace, for a positive semidefinite matrix (Gauss-Newton, Fisher): one product a test vector.
 
     Leaving out test vector i is a change of rank one, so with Y = A Omega, H = Omega^T Y and h_i = H^-1 e_i each
-    estimate is `Tr(Y H^-1 Y^T) + (1 - |Y h_i|^2) / (H^-1)_ii`.
+    estimate is `Tr(Y H^-1 Y^T) + (1 - |Y h_i|^2) / (H^-1)_ii`.  Arguments as for `xtrace`.
     """
     most = min(matrix.size, max_products)
     total = min(n_products if tol is None else FIRST, most)

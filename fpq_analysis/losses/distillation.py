@@ -50,7 +50,7 @@ def _positions(outputs: Tensor) -> int:
 
 
 def distillation(temperature: float = 1.0) -> Loss:
-    """T^2 KL(teacher || student), a mean over samples and over the positions of each.
+    """T^2 KL(teacher || student), a mean over samples and over the positions of each (arXiv:1503.02531).
 
     Raises:
         UserError: for a temperature that is not above zero.

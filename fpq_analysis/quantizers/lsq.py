@@ -17,7 +17,13 @@ from fpq_analysis.quantizers.fake_quantize import FusedFakeQuantize, fake_quanti
 
 
 class LSQ(Quantizer):
-    """Quantizer with a learnable step size: one for a whole activation, or one for each row of a weight."""
+    """Quantizer with a learnable step size (Esser et al. 2020, arXiv:1902.08153), asymmetric as in FPQ's Eq. 3-6.
+
+    Args:
+        bits: 2 to 16.
+        rows: of a weight, the number of its output channels, which have a step size each; None: one for all.
+        ndim: of a weight, the number of its axes.
+    """
 
     def __init__(self, bits: int, rows: int | None = None, ndim: int = 4) -> None:
         super().__init__(bits)

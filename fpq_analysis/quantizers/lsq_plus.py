@@ -22,7 +22,7 @@ from fpq_analysis.quantizers.lsq import LSQ
 
 
 class LSQPlus(LSQ):
-    """clip(round((x - b) / s), 0, 2^bits - 1) s + b for a whole activation, s and b learned.
+    """clip(round((x - b) / s), 0, 2^bits - 1) s + b for a whole activation, s and b learned (arXiv:2004.09576).
 
     The derivative in b is 0 in range and 1 outside; those in x and s are LSQ's at x - b.  State: `step_size` and
     `offset` of shape (); `zero_point`, that of x - b, is always zero.
@@ -65,7 +65,7 @@ class LSQPlus(LSQ):
 
 
 class SymmetricLSQ(LSQ):
-    """LSQ on the levels -2^(bits-1) .. 2^(bits-1) - 1 of a weight: the zero point is always 2^(bits-1)."""
+    """`LSQ` on the levels -2^(bits-1) .. 2^(bits-1) - 1 of a weight: the zero point is always 2^(bits-1)."""
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, how: str) -> None:

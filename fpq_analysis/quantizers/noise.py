@@ -79,7 +79,14 @@ class Noise:
 
 
 class FeatureNoise(Noise):
-    """Noise in the input of every convolution; `site="before"` its quantizer makes that stochastic rounding."""
+    """Noise U[-s/2, s/2], s the step size, in the input of every convolution (arXiv:2503.11159, Eq. 9).
+
+    Args:
+        model: a network with quantized inputs.
+        generator: of the noise, on the model's device.
+        size: of the noise, in multiples of this.
+        site: `after` the input's quantizer, or `before` it, which makes it stochastic rounding.
+    """
 
     def __init__(self, model: nn.Module, generator: torch.Generator, size: float = 1.0, site: str = "after") -> None:
         super().__init__(model, generator, of_weights=False, size=size)
@@ -98,7 +105,7 @@ class FeatureNoise(Noise):
 
 
 class WeightNoise(Noise):
-    """Noise on the quantized weight of every convolution."""
+    """Noise U[-s/2, s/2] on the quantized weight of every convolution; arguments as for `FeatureNoise`."""
 
     def __init__(self, model: nn.Module, generator: torch.Generator, size: float = 1.0) -> None:
         super().__init__(model, generator, of_weights=True, size=size)

@@ -25,8 +25,9 @@ from fpq_analysis.quantizers.fake_quantize import round_straight_through
 class PACT(Quantizer):
     """round(y / s) s with y = clip(x, 0, alpha), s = alpha / levels, for a whole activation; alpha is learned.
 
-    Derivatives, without any factor: in x one for 0 <= x < alpha, else zero; in alpha one for x >= alpha, else zero.  A
-    signed input is clipped at -alpha too, where the derivative in alpha is minus one.
+    Choi et al. 2018, arXiv:1805.06085.  Derivatives, without any factor: in x one for 0 <= x < alpha, else zero; in
+    alpha one for x >= alpha, else zero.  A signed input is clipped at -alpha too, where the derivative in alpha is
+    minus one.
 
     State: `alpha`, NaN until calibrated, and `signed`, 1 for an input with negative values and 0 otherwise.
     """
@@ -85,9 +86,9 @@ class PACT(Quantizer):
 class DoReFa(Quantizer):
     """c (2 round(levels t) / levels - 1) with t = tanh(w) / (2 max|tanh(w)|) + 1/2, the maximum over the layer.
 
-    The derivative goes through tanh and the maximum, so that weights are not alone in it: `elementwise` is False.
-    Nothing is learned.  State: `step_size`, 2 c / levels, of shape (); `zero_point`, levels / 2, which is not whole, as
-    zero is not on the grid.
+    Zhou et al. 2016, arXiv:1606.06160.  The derivative goes through tanh and the maximum, so that weights are not alone
+    in it: `elementwise` is False. Nothing is learned. State: `step_size`, 2 c / levels, of shape (); `zero_point`,
+    levels / 2, which is not whole, as zero is not on the grid.
     """
 
     elementwise = False
