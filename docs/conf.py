@@ -1,11 +1,14 @@
 """The documentation: the README and the Markdown pages of this folder, the notebooks, and references from the code."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import fpq_analysis
 
-sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+here = Path(__file__).parent
+sys.path.insert(0, str(here / "_extensions"))
+shutil.copytree(here.parent / "notebooks", here / "notebooks", dirs_exist_ok=True)  # Sphinx reads what is below it
 
 project = "fpq_analysis"
 author = "The fpq_analysis authors"
