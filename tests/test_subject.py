@@ -100,13 +100,31 @@ def test_a_loss_is_taken_for_what_it_computes(name):
         (lambda o, t: (o.argmax(1) == t).float().mean(), "cannot be differentiated"),
         (lambda o, t: float(o.mean()), "as a tensor"),
         (lambda o, t: F.cross_entropy(o * torch.rand(()), t), "another number each time"),
+        (lambda o, t: F.cross_entropy(o, t.fill_(0)), "changes its outputs or targets in place"),
+        (lambda o, t: F.cross_entropy(o.mul_(2), t), "changes its outputs or targets in place"),
+        (lambda o, t: F.cross_entropy(o, t).to(torch.complex64), "complex64, not one real number"),
         (lambda o, t: F.mse_loss(o, t.double()), "cannot be computed"),
         (lambda o, t: F.cross_entropy(o, t) + o.var(0).mean() - o.var(0).mean().detach(), "mean of its samples"),
     ],
 )
 def test_a_loss_that_is_no_mean_over_samples_is_refused(loss, said, micro_batch):
+    targets = Y.clone()
     with pytest.raises(UserError, match=said):
-        hessian_trace(net(), (X, Y), loss=loss, micro_batch=micro_batch, **FEW)
+        hessian_trace(net(), (X, targets), loss=loss, micro_batch=micro_batch, **FEW)
+    assert torch.equal(targets, Y)
+
+
+def test_unknown_targets_that_a_loss_fills_in_are_not_taken_for_known_ones():
+    def masked(outputs, targets):
+        known = ~targets.isnan()
+        targets[~known] = 0.0
+        return ((outputs - targets).square() * known).mean()
+
+    targets = torch.randn(len(X), 3)
+    targets[::2] = torch.nan
+    with pytest.raises(UserError, match="in place"):
+        hessian_trace(net(), (X, targets), loss=masked, **FEW)
+    assert hessian_trace(net(), (X, targets), loss=lambda z, y: masked(z, y.clone()), **FEW)
 
 
 def test_one_ignored_sample_among_many_shows():

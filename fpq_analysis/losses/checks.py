@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.losses.loss import Loss, LossFunction
-from fpq_analysis.nests import Nest, joined, mapped, split
+from fpq_analysis.nests import Nest, described, joined, leaves, mapped, raw, split
 
 # Relative disagreement of a batch's loss with the mean of its samples' that is no rounding, in float64 and below it.
 FINE, COARSE = 1e-6, 1e-4
@@ -24,12 +24,13 @@ def check_mean(loss: LossFunction, outputs: Tensor, y: Nest) -> Tensor:
     A batch of one is tried twice over, so that a sum shows.
 
     Raises:
-        UnfitError: if the loss fails on these data, or is no scalar, random, not differentiable, or no mean over
-            samples.
+        UnfitError: if the loss fails on these data, changes them, or is no scalar, random, not differentiable, or no
+            mean over samples.
     """
     n = len(outputs)
     if n == 1:
         outputs, y = joined([(outputs, y)] * 2)
+    _check_unchanged(loss, outputs, y)
     with torch.enable_grad():
         z, y = _precise(loss, outputs.detach(), y)
         z.requires_grad_()
@@ -102,6 +103,17 @@ def check_factor(loss: Loss, outputs: Tensor, targets: Nest) -> None:
         )
 
 
+def _check_unchanged(loss: LossFunction, outputs: Tensor, targets: Nest) -> None:
+    """Raise `UnfitError` if the loss changes what it is given: it would be another loss at the next call."""
+    before = outputs.detach(), targets
+    given = mapped(Tensor.clone, before)
+    with torch.no_grad():
+        _scalar(loss, *given)
+    # Written to, though it may be the same that stood there; or by a way past autograd, which keeps no count.
+    if any(a._version or raw(a) != raw(b) for a, b in zip(leaves(given), leaves(before), strict=True)):
+        raise UnfitError("The loss changes its outputs or targets in place.", "Let it work on a copy: y = y.clone().")
+
+
 def _precise(loss: LossFunction, z: Tensor, y: Nest) -> tuple[Tensor, Nest]:
     """The same in float64, if the loss and the device know it."""
     try:
@@ -122,7 +134,7 @@ def _scalar(loss: LossFunction, z: Tensor, y: Nest) -> Tensor:
             f"The loss cannot be computed on {many} ({what}).",
             "Check the shapes and types of outputs and targets; it must take a batch of any size.",
         ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UnfitError(f"The loss gives {what}, not one number.", "Return its mean over the batch, as a tensor.")
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        what = f"a tensor of {described(value)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UnfitError(f"The loss gives {what}, not one real number.", "Return its mean over the batch, as a tensor.")
     return value.reshape(())
