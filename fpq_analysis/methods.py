@@ -8,6 +8,7 @@ Classes are named by their place, `module:Class`, so that reading the catalogue 
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ class Method:
         bibtex: entry of its paper.
         quantizer: key of `SCHEMES`; None for a float network.
         regularizers: places of `training.regularizer.Regularizer` classes: loss terms, noise, second passes.
+        marker: of its points in every figure, as matplotlib names them.
     """
 
     label: str
@@ -87,6 +89,7 @@ class Method:
     bibtex: str = ""
     quantizer: str | None = "lsq"
     regularizers: tuple[str, ...] = ()
+    marker: str = "h"
 
     @property
     def quantized(self) -> bool:
@@ -102,20 +105,19 @@ SCHEMES = {
     "pact": Scheme("fpq_analysis.quantizers.pact:DoReFa", "fpq_analysis.quantizers.pact:PACT", "a clipping level"),
 }
 
-# In the order of tables and reports: the float network, then the methods as papers list them, FPQ last.  The colours
-# are Okabe and Ito's, which survive the common forms of colour blindness and grey print; the hues are those the FPQ
-# paper names where it names any (FP blue, LSQ red, FPQ green).
+# In the order of figures, tables and reports: the float network first, FPQ last.  Most colours are Okabe and Ito's,
+# which survive the common forms of colour blindness; the hues are those the FPQ paper names where it names any (FP
+# blue, LSQ red, FPQ green).  In grey print the markers tell lines apart.
 METHODS = {
-    "fp": Method("FP", "#0072B2", quantizer=None),
-    "noise-features": Method(
-        "noise-features",
-        sentence="noise-features adds to LSQ uniform noise one step wide at the input of every convolution",
-        regularizers=("fpq_analysis.training.sfp:NoisyFeatures",),
-    ),
-    "noise-weights": Method(
-        "noise-weights",
-        sentence="noise-weights adds to LSQ uniform noise one step wide to every convolution's weights",
-        regularizers=("fpq_analysis.training.weight_noise:NoisyWeights",),
+    "fp": Method("FP", "#0072B2", quantizer=None, marker="D"),
+    "lsq": Method("LSQ", "#D55E00", "LSQ learns the step sizes of weights and inputs", LSQ_PAPER, marker="o"),
+    "lsq+": Method(
+        "LSQ+",
+        "#E69F00",
+        "LSQ+ learns step sizes, and offsets of the inputs",
+        LSQ_PLUS_PAPER,
+        quantizer="lsq+",
+        marker="P",
     ),
     "pact": Method(
         "PACT",
@@ -123,16 +125,14 @@ METHODS = {
         "PACT learns the clipping level of the inputs (penalty {alpha_decay}) and quantizes weights as DoReFa",
         PACT_PAPER,
         quantizer="pact",
-    ),
-    "lsq": Method("LSQ", "#D55E00", "LSQ learns the step sizes of weights and inputs", LSQ_PAPER),
-    "lsq+": Method(
-        "LSQ+", "#E69F00", "LSQ+ learns step sizes, and offsets of the inputs", LSQ_PLUS_PAPER, quantizer="lsq+"
+        marker="^",
     ),
     "kd": Method(
         "KD",
         "#CC79A7",
         "KD adds to LSQ a distillation loss of weight {kd_weight} at temperature {kd_temperature}",
         KD_PAPER,
+        marker="v",
         regularizers=("fpq_analysis.training.kd:KD",),
     ),
     "sam": Method(
@@ -140,7 +140,22 @@ METHODS = {
         "#000000",
         "SAM is LSQ trained by sharpness-aware minimization with radius {sam_rho}",
         SAM_PAPER,
+        marker="d",
         regularizers=("fpq_analysis.training.sam:SAM",),
+    ),
+    "noise-features": Method(
+        "noise-features",
+        "#5D3A9B",
+        sentence="noise-features adds to LSQ uniform noise one step wide at the input of every convolution",
+        marker="<",
+        regularizers=("fpq_analysis.training.sfp:NoisyFeatures",),
+    ),
+    "noise-weights": Method(
+        "noise-weights",
+        "#A6761D",
+        sentence="noise-weights adds to LSQ uniform noise one step wide to every convolution's weights",
+        marker=">",
+        regularizers=("fpq_analysis.training.weight_noise:NoisyWeights",),
     ),
     "fpq": Method(
         "FPQ",
@@ -149,6 +164,7 @@ METHODS = {
         "with probability {sfp_p}, and distillation of channel-wise standardized features from the float network with "
         "weight {csd_weight}",
         FPQ_PAPER,
+        marker="s",
         regularizers=(
             "fpq_analysis.training.sfp:SFP",
             "fpq_analysis.training.csd:CSD",
@@ -188,3 +204,8 @@ def method_rank(method: str) -> int:
     """Where a method stands among others; those that are not in the catalogue come before its last row."""
     names = list(METHODS)
     return 2 * names.index(method) if method in METHODS else 2 * len(names) - 3
+
+
+def bits_rank(bits: str) -> tuple[int, ...]:
+    """To sort bit widths by: `FP`, then more bits before fewer, those of the weights first (W4A4, W2A4, W2A2)."""
+    return tuple(-int(number) for number in re.findall(r"\d+", bits))

@@ -313,8 +313,8 @@ def test_the_figure_shows_every_run_with_its_band(frame):
     figure = drift_figure(frame)
     assert len(figure.axes) == 3
     assert all(axes.get_ylabel() and "Epoch" in axes.get_xlabel() for axes in figure.axes)
-    texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
-    assert sorted(texts) == ["FPQ W2A4", "FPQ W4A4", "LSQ W2A4", "LSQ W4A4"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4"]
     for quantity, axes in zip(PANELS, figure.axes, strict=True):
         lines = {line.get_label(): line for line in axes.lines}
         assert len(lines) == len(axes.collections) == 4

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.models import MODELS, ResNet
 from fpq_analysis.plots import caption3, caption4, figure3, figure4
 from fpq_analysis.plots.figure3 import BOX, MEAN
+from fpq_analysis.plots.figure4 import smooth
 from fpq_analysis.probes import Features, Point, features
 from fpq_analysis.probes.features import QUANTILES
 from fpq_analysis.probes.sites import find_site
@@ -288,16 +291,26 @@ def test_rows_hold_the_statistics():
 class TestFigure3:
     def test_float_above_and_the_lowest_fpq_run_below(self, frame):
         figure = figure3(frame)
-        above, below = figure.axes
-        assert above.get_title(loc="left") == "FP, epoch 2"
-        assert below.get_title(loc="left") == "FPQ W2A4, epoch 2"
+        above, below, shifts = figure.axes
+        assert above.get_title() == "FP, epoch 2"
+        assert below.get_title() == "FPQ W2A4, epoch 2"
         assert above.get_ylim() == below.get_ylim()
-        assert "Channel of 5" in below.get_xlabel()
+        assert "Channel of 5" in shifts.get_xlabel()
+
+    def test_the_shifts_of_the_means_have_both_errors(self, frame):
+        points, (_, _, (bars,)) = figure3(frame).axes[2].containers[0][0], figure3(frame).axes[2].containers[0].lines
+        theirs, ours = (np.array(number(frame, run, "mean")) for run in ("fp", "fpq-w2a4"))
+        np.testing.assert_allclose(points.get_ydata(), ours - theirs)
+        half = 1.96 * np.hypot(*(number(frame, run, "mean_sem") for run in ("fp", "fpq-w2a4")))
+        ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+        np.testing.assert_allclose(ends, np.stack([ours - theirs - half, ours - theirs + half], 1))
+        old = frame[frame["quantity"] != "mean_sem"]
+        assert not figure3(old).axes[2].containers[0].lines[2]
 
     @pytest.mark.parametrize("run", ["fpq-w2a4", "lsq-w4a4"])
     def test_the_artists_are_the_records(self, frame, run):
         figure = figure3(frame, run)
-        for axes, name in zip(figure.axes, ("fp", run), strict=True):
+        for axes, name in zip(figure.axes[:2], ("fp", run), strict=True):
             orange = [line for line in axes.lines if to_hex(line.get_color()) == MEAN.lower()]
             heights = [line.get_ydata()[0] for line in orange]
             np.testing.assert_allclose(heights, number(frame, name, "mean"))
@@ -322,11 +335,11 @@ class TestFigure3:
         assert "channels 1-32 of 40" in caption3(wide)
 
     def test_other_choices_of_runs(self, frame):
-        assert "LSQ W2A4" in figure3(frame[frame["method"] != "fpq"]).axes[1].get_title(loc="left")
+        assert "LSQ W2A4" in figure3(frame[frame["method"] != "fpq"]).axes[1].get_title()
         assert len(figure3(frame[frame["method"] == "fp"]).axes) == 1
         assert len(figure3(frame[frame["method"] == "lsq"]).axes) == 1
         beside = frame[frame["run"] == "fp"].assign(run="a/fp", train_seed=1)
-        assert "fp (FP, epoch 2, training seed 0)" in caption3(pd.concat([beside, frame]))
+        assert "fp (FP, epoch 2, training seed 0," in caption3(pd.concat([beside, frame]))
         with pytest.raises(NothingToDraw, match="no channel statistics"):
             figure3(pd.DataFrame(columns=list(records.COLUMNS)))
         with pytest.raises(NothingToDraw, match="quantized run 'x'"):
@@ -343,39 +356,42 @@ class TestFigure4:
         figure = figure4(frame)
         assert len(figure.axes) == 6
         images = number(frame, "fp", "density_images")
-        assert [axes.get_title() for axes in figure.axes[:3]] == [f"Sample {i:.0f}" for i in images]
-        assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["W4A4: density", "W2A4: density"]
-        for axes in figure.axes:
-            texts = [text.get_text() for text in axes.get_legend().get_texts()]
-            assert [text.split(",")[0] for text in texts] == ["FP", "LSQ", "FPQ"]
+        titles = [f"{bits}, sample {i:.0f}" for bits in ("W4A4", "W2A4") for i in images]
+        assert [axes.get_title() for axes in figure.axes] == titles
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FP", "LSQ", "FPQ"]
 
-    def test_the_artists_are_the_records_on_a_common_grid(self, frame):
+    def test_the_curves_are_the_records_smoothed(self, frame):
         figure = figure4(frame)
         for place, axes in enumerate(figure.axes):
             bits = ("w4a4", "w2a4")[place // 3]
             runs = ("fp", f"lsq-{bits}", f"fpq-{bits}")
-            outlines = axes.lines
-            assert len(outlines) == len(axes.collections) == 3
-            assert len({to_hex(line.get_color()) for line in outlines}) == 3
-            assert len({line.get_linestyle() for line in outlines}) == 3
-            for run, outline in zip(runs, outlines, strict=True):
-                grid, heights = outline.get_xydata().T
-                assert outline.get_drawstyle() == "steps-post"
-                values = heights[:-1]
-                quantity = f"density_{place % 3 + 1}"
-                assert (values * np.diff(grid)).sum() == pytest.approx(number(frame, run, quantity, "value"))
-                edges, density = (np.array(number(frame, run, q)) for q in ("density_edges", quantity))
-                for at in grid[2:6]:  # the distribution function where both have an edge
-                    ours = (values * np.diff(grid))[grid[1:] <= at].sum()
-                    assert ours == pytest.approx((density * np.diff(edges))[edges[1:] <= at].sum(), abs=1e-6)
-            assert axes.get_ylim()[1] >= max(line.get_ydata().max() for line in outlines)
+            assert [to_hex(line.get_color()) for line in axes.lines] == ["#0072b2", "#d55e00", "#009e73"]
+            assert len({line.get_linestyle() for line in axes.lines}) == 3
+            for run, line in zip(runs, axes.lines, strict=True):
+                x, y = line.get_data()
+                mass = number(frame, run, f"density_{place % 3 + 1}", "value")  # one less the share of zeros
+                assert np.trapezoid(y, x) == pytest.approx(mass, rel=5e-3)
+            assert axes.get_ylim()[1] > max(line.get_ydata().max() for line in axes.lines)
+
+    @given(seed=st.integers(0, 100), width=st.floats(0.1, 1.0), reflect=st.booleans())
+    def test_smoothing_keeps_the_mass_and_the_moments(self, seed, width, reflect):
+        dice = np.random.default_rng(seed)
+        edges = np.arange(9) * 0.5
+        density = dice.dirichlet(np.ones(8)) / 0.5
+        x = np.linspace(0.0 if reflect else -8.0, 12.0, 8001)
+        y = smooth(edges, density, width, reflect, x)
+        assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-4)
+        middles = edges[:-1] + 0.25
+        # The second moment about zero is that of the histogram and the kernel's, folded at zero or not.
+        second = 0.5 * density @ (middles**2 + 0.5**2 / 12) + width**2
+        assert np.trapezoid(y * x**2, x) == pytest.approx(second, rel=1e-3)
 
     def test_fewer_runs(self, frame):
         assert len(figure4(frame[frame["method"] == "fp"]).axes) == 3
         pact = frame[frame["method"] == "lsq"].assign(method="pact")
         assert len(figure4(pact).axes) == 6
         twice = pd.concat([frame, frame[frame["run"] == "lsq-w4a4"].assign(run="again", train_seed=1)])
-        assert len(figure4(twice).axes[0].get_legend().get_texts()) == 3
+        assert len(figure4(twice).legends[0].get_texts()) == 3
         with pytest.raises(NothingToDraw, match="no density"):
             figure4(pd.DataFrame(columns=list(records.COLUMNS)))
 

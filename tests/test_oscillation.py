@@ -199,7 +199,8 @@ def test_figure_draws_a_line_a_run_in_both_panels():
         for quantity, value in (("near", 0.2 + epoch / 100), ("flipped", 0.03 / epoch), ("eps", 0.1))
     ]
     frame = pd.DataFrame(rows)
-    near, flipped = oscillation_figure(frame).axes
+    figure = oscillation_figure(frame)
+    near, flipped = figure.axes
     names = {"LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4"}
     lines = {line.get_label(): line for line in near.lines}
     assert set(lines) == {*names, "if spread evenly"}
@@ -207,8 +208,8 @@ def test_figure_draws_a_line_a_run_in_both_panels():
     assert lines["if spread evenly"].get_ydata()[0] == 0.2
     assert {line.get_label() for line in flipped.lines} == names
     np.testing.assert_allclose(flipped.lines[0].get_ydata(), [0.03, 0.015, 0.01])
-    assert near.get_xlabel() == flipped.get_xlabel() == "Epoch"
-    assert len(flipped.get_legend().get_texts()) == 5
+    assert near.get_xlabel() == flipped.get_xlabel() == "Epoch (0: before training)"
+    assert len(figure.legends[0].get_texts()) == 5
     assert len(oscillation_figure(pd.concat([frame, frame.assign(dataset="cifar10")])).axes) == 4
     assert "less than 0.1 steps" in oscillation_caption(frame)
     with pytest.raises(NothingToDraw, match="no oscillation"):

@@ -20,9 +20,9 @@ from fpq_analysis.intervals import over_seeds
 from fpq_analysis.loss_titles import LOSS_TITLES, loss_title
 from fpq_analysis.losses import LOSSES, combined, cross_entropy, weighted
 from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_caption, eigenvalue_figure, figure5, save
+from fpq_analysis.plots.axes import powers_of_ten
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
-from fpq_analysis.plots.style import powers_of_ten
 from fpq_analysis.records.comparison import SeedsDifference, against_baseline, by_epoch, difference
 from fpq_analysis.records.queries import AT_CHANCE, PICTURES, marked, mean_loss, totals
 
@@ -124,7 +124,8 @@ def test_figure5_shows_every_quantized_run_with_its_band(frame):
     assert band.max() - band.min() > 2 * 4.0
     assert lines["FPQ W4A4"].get_color() == lines["FPQ W2A4"].get_color() != lines["LSQ W4A4"].get_color()
     assert lines["FPQ W4A4"].get_linestyle() != lines["FPQ W2A4"].get_linestyle()
-    assert axes.get_legend().get_texts()[0].get_text().startswith("LSQ")  # in the order of the lines' right ends
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["FP, epoch 2", "LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4"]
     assert axes.get_ylabel()
     assert axes.get_yscale() == "linear"
 
@@ -152,7 +153,7 @@ def test_figure5_panels_scale_and_twins(frame):
     other = frame.assign(dataset="cifar10", value=frame["value"] * np.linspace(1, 100, len(frame)))
     twin = frame[frame["run"] == "lsq-W4A4"].assign(run="again")
     figure = figure5(pd.concat([frame, other, twin]))
-    assert [axes.get_title() for axes in figure.axes] == ["resnet20, cifar10", "resnet20, digits"]
+    assert [axes.get_title() for axes in figure.axes] == ["ResNet-20, CIFAR-10", "ResNet-20, digits"]
     assert figure.axes[0].get_yscale() == "log"
     assert "LSQ W4A4 (again)" in {line.get_label() for line in figure.axes[1].lines}
 
@@ -201,9 +202,11 @@ def test_eigenvalue_figure_draws_every_rank():
         for rank in (1, 2, 3)
     ]
     figure = eigenvalue_figure(pd.DataFrame(rows))
-    assert [axes.get_title() for axes in figure.axes] == ["FPQ W4A4", "LSQ W4A4"]
+    assert [axes.get_title() for axes in figure.axes] == ["LSQ W4A4", "FPQ W4A4"]
     for axes in figure.axes:
-        for rank, line in enumerate(axes.lines[:3], 1):
+        lines = {line.get_label(): line for line in axes.lines}
+        for rank in (1, 2, 3):
+            line = lines[f"{rank}"]
             np.testing.assert_allclose(line.get_ydata(), [-rank, 10 - rank, 20 - rank])
     assert "residuals" in eigenvalue_caption(pd.DataFrame(rows))
     with pytest.raises(NothingToDraw, match="no finite eigenvalue"):

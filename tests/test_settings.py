@@ -12,7 +12,7 @@ from fpq_analysis import TrainConfig, UserError
 from fpq_analysis.cli import app
 from fpq_analysis.methods import METHODS, SCHEMES, load_class
 from fpq_analysis.pipeline.task import Sampling
-from fpq_analysis.plots.style import SPARE_COLOURS, colour
+from fpq_analysis.plots.names import SPARE_COLOURS, colour
 from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
 from fpq_analysis.settings import check_settings, documented, setting

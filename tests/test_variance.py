@@ -14,12 +14,11 @@ from torch import nn
 
 from fpq_analysis import OutputVariance, QuantSpec, UserError, calibrate, output_variance, quantize, records
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.intervals import over_seeds
 from fpq_analysis.plots import caption1, figure1
-from fpq_analysis.plots.figure1 import over_seeds
 from fpq_analysis.probes import Point
 from fpq_analysis.probes.variance import variance_with_error
 from fpq_analysis.records import COLUMNS
-from fpq_analysis.records.queries import variances
 from tests.nets import tiny
 from tests.results import table_of
 from tests.test_cli import call
@@ -213,16 +212,16 @@ class TestFigure1:
 
     def test_bars_in_the_catalogue_s_order_are_the_last_epoch_s_records(self, frame):
         bars, sweep = figure1(frame).axes
-        labels = [text.get_text().replace("\n", " ") for text in bars.get_xticklabels()]
-        assert labels == ["FP", "PACT W4A4", "PACT W2A4", "LSQ W4A4", "LSQ W2A4", "FPQ W4A4", "FPQ W2A4"]
-        scales = [4, 3, 6, 2, 4, 1, 2]
+        assert [text.get_text() for text in bars.get_xticklabels()] == ["FP", "LSQ", "PACT", "FPQ"]
+        labels = ["FP", "LSQ W4A4", "LSQ W2A4", "PACT W4A4", "PACT W2A4", "FPQ W4A4", "FPQ W2A4"]
+        scales = [4, 2, 4, 3, 6, 1, 2]
         np.testing.assert_allclose([bar.get_height() for bar in bars.patches], 0.01 * np.array(scales))
         ends = [bars.collections[i].get_segments()[0][:, 1] for i in range(7)]
         np.testing.assert_allclose([high - low for low, high in ends], 2 * 0.1 * 0.01 * np.array(scales))
         assert bars.patches[1].get_hatch() != bars.patches[2].get_hatch()
         assert "sd 0.1" in bars.get_title()
-        lines = {c.get_label(): c.lines[0] for c in sweep.containers}
-        assert list(lines) == labels
+        lines = {line.get_label(): line for line in sweep.lines}
+        assert list(lines) == [*labels, "∝ sd²"]
         np.testing.assert_allclose(lines["FPQ W2A4"].get_ydata().astype(float), 2 * np.array([0.0025, 0.01, 0.04]))
         assert (sweep.get_xscale(), sweep.get_yscale()) == ("log", "log")
         guide = next(line for line in sweep.lines if line.get_label() == "∝ sd²")
@@ -233,31 +232,36 @@ class TestFigure1:
         assert "probabilities" in axes.get_ylabel()
         assert axes.patches[0].get_height() == pytest.approx(4 * 0.04)
 
-    def test_several_seeds_are_a_mean_with_their_spread(self, frame):
+    def test_several_seeds_are_a_mean_with_its_interval(self, frame):
         twin = [
             r for seed, v in ((1, 4.0), (2, 6.0)) for r in self.rows(f"again{seed}", "lsq", "W4A4", v, train_seed=seed)
         ]
         frame = pd.concat([frame, pd.DataFrame(twin)])
         bars = figure1(frame).axes[0]
-        assert bars.patches[3].get_height() == pytest.approx(0.01 * 4)
-        low, high = bars.collections[3].get_segments()[0][:, 1]
-        assert high - low == pytest.approx(2 * 0.01 * 2)
+        assert bars.patches[1].get_height() == pytest.approx(0.01 * 4)
+        low, high = bars.collections[1].get_segments()[0][:, 1]
+        assert high - low == pytest.approx(2 * over_seeds([0.02, 0.04, 0.06])[1])
         (points,) = [line for line in bars.lines if len(line.get_ydata()) == 3]
         np.testing.assert_allclose(sorted(points.get_ydata()), [0.02, 0.04, 0.06])
-        assert "standard deviation over training runs (3 each" in caption1(frame)
-        one = variances(frame)
-        one = one[one["run"] == "again2"]
-        np.testing.assert_allclose(over_seeds(one)["error"], 0.6 * np.array([0.0025, 0.01, 0.04]))
+        assert "mean over 3 training seeds" in caption1(frame)
 
     def test_a_row_of_panels_for_each_network(self, frame):
         figure = figure1(pd.concat([frame, frame.assign(dataset="cifar10")]))
         assert [axes.get_title() for axes in figure.axes][::2] == [
-            f"resnet20, {d}: noise sd 0.1" for d in ("cifar10", "digits")
+            f"ResNet-20, {d}\nnoise of sd 0.1" for d in ("CIFAR-10", "digits")
         ]
 
     def test_the_caption_says_what_it_is(self, frame):
         text = caption1(frame)
-        for fact in ("logits", "4 training images", "normalised", "digits", "95 %", "epoch 5", "one training run"):
+        for fact in (
+            "logits",
+            "4 training images",
+            "normalised",
+            "digits",
+            "95 %",
+            "epoch 5",
+            "not over training runs",
+        ):
             assert fact in text
 
     def test_nothing(self):

@@ -40,6 +40,14 @@ def figures(
     data_root: DataRoot = None,
     model: Model = None,
     records: Records = None,
+    runs: Annotated[
+        list[str] | None, typer.Option(help="Only runs whose name fits, for example '*w4a4*'; may be repeated.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Of a figure, in columns of a page: 1 or 2.", min=1, max=2)] = 2,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=TEXT: what to call a data set, network, method or run; may be repeated."),
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -53,6 +61,8 @@ def figures(
       fpq-analyze figures all --ckpt-dir checkpoints/
 
       fpq-analyze figures 3 4 --ckpt-dir checkpoints/demo --no-measure
+
+      fpq-analyze figures 5 --runs '*w4a4*' --width 1 --label 'imagefolder=CIFAR-10 (JPEG)'
     """
     from fpq_analysis.pipeline.figures import draw_figures
 
@@ -68,6 +78,9 @@ def figures(
         data_root=data_root,
         model=model,
         records=records,
+        runs=runs,
+        columns=width,
+        labels=_labels(label or []),
         on_fault=faults.__setitem__,
         log=log,
     )
@@ -76,3 +89,11 @@ def figures(
     fail_all(faults)
     if drawn["path"].isna().any():
         raise typer.Exit(1)
+
+
+def _labels(pairs: list[str]) -> dict[str, str]:
+    """`NAME=TEXT`, taken apart."""
+    for pair in pairs:
+        if not pair.partition("=")[2]:
+            raise UserError(f"--label {pair} says no name: --label 'imagefolder=CIFAR-10 (JPEG)', for example.")
+    return {name: text for name, _, text in (pair.partition("=") for pair in pairs)}

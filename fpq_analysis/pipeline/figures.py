@@ -6,7 +6,8 @@ With `measure=False` only records are read: no checkpoint, no data set and no to
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pandas as pd
 from fpq_analysis import records as rec
 from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, going_on, raise_fault
 from fpq_analysis.plots import FIGURES, Drawing
+from fpq_analysis.plots.style import look
 
 PAPER = tuple(name for name in FIGURES if name.isdigit())
 ALL = "all"
@@ -32,6 +34,9 @@ def draw_figures(
     data_root: str | None = None,
     model: str | None = None,
     records: str | os.PathLike[str] | None = None,
+    runs: str | Iterable[str] | None = None,
+    columns: int = 2,
+    labels: Mapping[str, str] | None = None,
     on_fault: Fault | None = None,
     log: Callable[[str], None] = print,
 ) -> pd.DataFrame:
@@ -45,6 +50,9 @@ def draw_figures(
         measure: measure first what is missing, with each probe's default settings; otherwise records alone are read,
             and of several settings those of most checkpoints are drawn.
         n_data, seed, device, data_root, model, records: as for `measure`.
+        runs: patterns of runs' names (`*`, `?`, `[...]`), as seen from `ckpt_dir`; only those are drawn.  None: all.
+        columns: of a page that a figure is as wide as, 1 (3.3 inches) or 2 (6.9 inches).
+        labels: what figures call data sets, networks, methods and runs, by the names that the records have.
         on_fault: called with each checkpoint that cannot be measured and why; None: raise.
         log: called with a line for each figure.
 
@@ -64,6 +72,7 @@ def draw_figures(
     if not root.is_dir():
         raise UserError(f"No folder '{root}'. Give a run, or a folder of runs; 'fpq-analyze train' makes one.")
     report = on_fault or raise_fault
+    patterns = ["*"] if runs is None else [runs] if isinstance(runs, str) else list(runs)
     where = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
     drawn = []
     frames: dict[tuple[str, bool], pd.DataFrame] = {}  # several figures may be of one measurement
@@ -74,17 +83,23 @@ def draw_figures(
             what = drawing.probe, drawing.picture.last
             if what not in frames:
                 frames[what] = _measured(drawing, ckpt_dir, records, where if measure else None, report)
-            row = _draw(drawing, frames[what], Path(out))
+            with look(columns, labels):
+                row = _draw(drawing, frames[what], Path(out), patterns)
             log(f"{drawing.title}: {row['path'] or row['note']}")
             drawn.append({"figure": name, "title": drawing.title, **row})
     return pd.DataFrame(drawn, columns=["figure", "title", "path", "note"])
 
 
-def _draw(drawing: Drawing, frame: pd.DataFrame, out: Path) -> dict[str, Any]:
+def _draw(drawing: Drawing, frame: pd.DataFrame, out: Path, patterns: list[str]) -> dict[str, Any]:
     if frame.empty:
         return {"path": None, "note": f"not measured yet; 'fpq-analyze {drawing.command}' does"}
     faults: list[UserError] = []
     with going_on(faults.append, drawing.title):
+        fits = [any(fnmatchcase(str(run), pattern) for pattern in patterns) for run in frame["run"]]
+        if not any(fits):
+            known = ", ".join(sorted(frame["run"].astype(str).unique())[:12])
+            raise NothingToDraw(f"no run's name fits {' or '.join(map(repr, patterns))}; measured were {known}")
+        frame = frame[fits]
         picture, *_ = drawing.write(frame, out)
         return {"path": picture, "note": drawing.caption(frame)}
     what = "nothing to draw" if isinstance(faults[0], NothingToDraw) else "not drawn"

@@ -29,6 +29,7 @@ from fpq_analysis.plots.noise import noise_figure as noise_figure
 from fpq_analysis.plots.oscillation import oscillation_caption as oscillation_caption
 from fpq_analysis.plots.oscillation import oscillation_figure as oscillation_figure
 from fpq_analysis.plots.single import single_figure as single_figure
+from fpq_analysis.plots.style import look as look
 from fpq_analysis.plots.style import save as save
 from fpq_analysis.plots.style import style as style
 from fpq_analysis.plots.training import training_caption as training_caption

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -10,20 +11,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import at_epoch, colour, panels, powers_of_ten, style
+from fpq_analysis.plots.axes import head, kinds, outer, panels, powers_of_ten
+from fpq_analysis.plots.names import at_epoch, colour, titles
+from fpq_analysis.plots.style import style
+from fpq_analysis.records.comparison import MIN_SEEDS
 from fpq_analysis.records.queries import distinct, mean_loss, samples_of
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
 FLOOR = 1e-6
 
+Measure = tuple[np.ndarray, np.ndarray]  # nodes and weights of one run, (random vectors, steps) each
+
 
 @style()
 def density_figure(records: pd.DataFrame) -> Figure:
-    """Density of the eigenvalues at each run's first and last measured epoch, on a logarithmic axis.
+    """Density of the eigenvalues at the first and last measured epoch, on a logarithmic axis.
 
-    Lanczos nodes are smoothed by a Gaussian whose width is 1 % of the range; the band is one standard error over the
-    runs.  Triangles mark nodes that stand alone at the upper end: the outliers.
+    A panel for the runs that differ by their seed alone: their mean, and thin lines for each of several.  Lanczos nodes
+    are smoothed by a Gaussian whose width is 1 % of the range.  The band is one standard error over the random vectors
+    of a single run, and over three seeds or more.  Triangles mark nodes that stand alone at the upper end of a run's
+    spectrum: the outliers.
 
     From records of the probe `hessian_density`; raises `NothingToDraw` if they hold none.
     """
@@ -31,54 +39,63 @@ def density_figure(records: pd.DataFrame) -> Figure:
     if rows.empty:
         raise NothingToDraw("no spectral density among the records")
     methods = sorted(rows["method"].unique())
-    figure, parts = panels(rows, (3.4, 2.7), shared=True)
-    for axes, panel in parts:
+    found = kinds(rows)
+    figure, places = panels(len(found), 1.9, sharey=True)
+    for axes, (text, panel) in zip(places, found, strict=True):
         color = colour(panel["method"].iloc[0], methods)
         epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
         for epoch in epochs:
             last = epoch == epochs[-1]
-            rows_here = panel[panel["epoch"] == epoch]
-            nodes, weights = _samples(rows_here, "nodes"), _samples(rows_here, "weights")
-            _draw(axes, nodes, weights, color if last else "0.55", at_epoch("", epoch), last)
+            runs = [_samples(run) for _, run in panel[panel["epoch"] == epoch].groupby("run", sort=False)]
+            _draw(axes, runs, color if last else "0.45", at_epoch("", epoch), last)
         _name_axes(axes)
+        head(axes, text)
         if epochs != [""]:
             axes.legend(loc="upper right")
+    outer(places, x=False)
     return figure
 
 
 @style()
 def measure_figure(nodes: np.ndarray, weights: np.ndarray) -> Figure:
     """The same of bare Lanczos nodes and weights, (runs, steps) each; of a single run without a band."""
-    figure = Figure(figsize=(3.4, 2.7), layout="constrained")
-    axes = figure.subplots()
-    _draw(axes, nodes, weights, colour("fp", ["fp"]), "", True)
+    figure, (axes,) = panels(1, 2.3)
+    _draw(axes, [(nodes, weights)], colour("fp", ["fp"]), "", True)
     _name_axes(axes)
     return figure
 
 
-def _samples(rows: pd.DataFrame, kind: str) -> np.ndarray:
-    return np.array(rows[rows["quantity"].str.startswith(kind)].sort_values("quantity")["samples"].tolist())
+def _samples(run: pd.DataFrame) -> Measure:
+    by_name = run.sort_values("quantity").groupby(run["quantity"].str.startswith("nodes"))["samples"]
+    return np.array(by_name.get_group(True).tolist()), np.array(by_name.get_group(False).tolist())
 
 
-def _draw(axes: Axes, nodes: np.ndarray, weights: np.ndarray, color: str, text: str, outliers: bool) -> None:
-    low, high = nodes.min(), nodes.max()
+def _draw(axes: Axes, runs: Sequence[Measure], color: str, text: str, outliers: bool) -> None:
+    """One curve; `runs`: differ by their training seed."""
+    low, high = min(nodes.min() for nodes, _ in runs), max(nodes.max() for nodes, _ in runs)
     scale = WIDTH * (high - low) or 1.0
     grid = np.linspace(low - 5 * scale, high + 5 * scale, POINTS)
-    runs = np.stack(
-        [
-            np.exp(-0.5 * ((grid[:, None] - x) / scale) ** 2) @ w / (scale * np.sqrt(2 * np.pi))
-            for x, w in zip(nodes, weights, strict=True)
-        ]
-    )
-    mean = runs.mean(0)
-    axes.plot(grid, np.maximum(mean, FLOOR / 10), color=color, linewidth=1.0, label=text)
-    if len(runs) > 1:
-        error = runs.std(0, ddof=1) / np.sqrt(len(runs))
-        ends = np.maximum(mean - error, FLOOR / 10), np.maximum(mean + error, FLOOR / 10)
+    smooth = [
+        np.stack(
+            [
+                np.exp(-0.5 * ((grid[:, None] - x) / scale) ** 2) @ w / (scale * np.sqrt(2 * np.pi))
+                for x, w in zip(nodes, weights, strict=True)
+            ]
+        )
+        for nodes, weights in runs
+    ]
+    each = smooth[0] if len(runs) == 1 else np.stack([one.mean(0) for one in smooth])
+    mean = each.mean(0)
+    axes.plot(grid, np.maximum(mean, FLOOR), color=color, linewidth=1.0, label=text)
+    if len(each) >= (2 if len(runs) == 1 else MIN_SEEDS):
+        error = each.std(0, ddof=1) / np.sqrt(len(each))
+        ends = np.maximum(mean - error, FLOOR), np.maximum(mean + error, FLOOR)
         axes.fill_between(grid, *ends, color=color, alpha=0.2, lw=0)
+    for line in each if len(runs) > 1 else ():
+        axes.plot(grid, np.maximum(line, FLOOR), color=color, linewidth=0.5, alpha=0.5, label="_")
     if outliers:
-        alone = standing_alone(nodes, 4 * scale)
-        axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=color, markersize=4, clip_on=False)
+        alone = np.concatenate([standing_alone(nodes, 4 * scale) for nodes, _ in runs])
+        axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=color, markersize=3.5, mew=0, label="_")
 
 
 def _name_axes(axes: Axes) -> None:
@@ -114,6 +131,8 @@ def density_caption(records: pd.DataFrame) -> str:
     return (
         f"Spectral density of the Hessian of the {mean_loss(records)} (definition: "
         f"{several('definition')}) by stochastic Lanczos quadrature ({runs} random vectors), smoothed by a Gaussian of "
-        "1 % of the range; bands: one standard error over the vectors; triangles: outliers. BatchNorm in eval mode, "
-        f"{several('n_data')} {samples_of(records)} without augmentation (seed {several('seed')})."
+        "1 % of the range; bands: one standard error, over the vectors of a single run, over training seeds from "
+        f"{MIN_SEEDS} on (thin lines: each seed); triangles: outliers. BatchNorm in eval mode, {several('n_data')} "
+        f"{samples_of(records)} without augmentation (seed {several('seed')}). Data: {titles(records, 'dataset')}; "
+        f"network: {titles(records, 'model')}; training seed {several('train_seed')}."
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import band, epoch_axis, line_style, log_if_wide, run_label, style
+from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, subjects, value_axis
+from fpq_analysis.plots.names import family_label, line_style, titles
+from fpq_analysis.plots.style import COLUMNS, style
 from fpq_analysis.records.queries import distinct, last_epochs, samples_of
+from fpq_analysis.records.seeds import curve, families, interval_words
 
 # Quantity to the label of its axis.
 QUANTITIES = {
@@ -27,9 +30,10 @@ def drift_rows(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def drift_figure(records: pd.DataFrame) -> Figure:
-    """The network's drift against the epoch, a panel a quantity, a line a run, a row for each network and data set.
+    """The network's drift against the epoch, a panel a quantity; a row for each network and data set.
 
-    Bands are 95 % intervals over the samples.  Axes are logarithmic where the values span more than a factor of ten.
+    A line for the runs that differ by their seed alone; bands: see `records.seeds.Curve`.  Axes are logarithmic
+    where the values span more than a factor of ten.
 
     From records of the probe `drift`; raises `NothingToDraw` if they hold none.
     """
@@ -41,53 +45,48 @@ def drift_layer_figure(records: pd.DataFrame) -> Figure:
     """The drift of every layer at each run's last epoch, in the order of the network; else as `drift_figure`."""
     rows = drift_rows(records)
     rows = last_epochs(rows[rows["layer"] != "all"])
-    return _figure(rows, "layer")
+    return _figure(rows, "place")
 
 
 @style()
 def _figure(rows: pd.DataFrame, along: str) -> Figure:
     if rows.empty:
         raise NothingToDraw("no drift among the records")
-    bands = list(rows.groupby(["model", "dataset"], sort=True))
+    found = subjects(rows)
     # Names of layers need height.
-    height = 2.5 if along == "epoch" else 3.1
-    figure = Figure(figsize=(2.6 * len(QUANTITIES) + 1.1, height * len(bands)), layout="constrained")
-    for down, ((model, dataset), part) in enumerate(bands):
-        for place, (quantity, text) in enumerate(QUANTITIES.items()):
-            axes = figure.add_subplot(len(bands), len(QUANTITIES), down * len(QUANTITIES) + place + 1)
-            _draw(axes, part[part["quantity"] == quantity], along)
+    height = 2.0 if along == "epoch" else 2.4
+    figure, places = panels(len(QUANTITIES) * len(found), height)
+    artists = []
+    for i, (title, part, widths) in enumerate(found):
+        for axes, (quantity, text) in zip(places[len(QUANTITIES) * i :], QUANTITIES.items(), strict=False):
+            artists += _draw(axes, part[part["quantity"] == quantity], along, widths)
             axes.set_ylabel(text)
-            if place == 1:
-                axes.set_title(f"{model}, {dataset}")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+            head(axes, title)
+    legend(figure, artists)
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, along: str) -> None:
+def _draw(axes: Axes, rows: pd.DataFrame, along: str, widths: set[str]) -> list[Any]:
     methods = sorted(rows["method"].unique())
-    lines = []
-    for _, line in rows.groupby("run", sort=False):
-        last = line[line["epoch"] == line["epoch"].max()]["value"].mean()
-        lines.append((last, line))
-    for _, line in sorted(lines, key=lambda one: -one[0]):  # the legend in the order of the lines
-        first = line.iloc[0]
-        mark = line_style(first["method"], first["bits"], methods)
-        if along == "epoch":
-            line = line.sort_values("epoch")
-        x = line["epoch"].to_numpy() if along == "epoch" else np.arange(1, len(line) + 1)
-        axes.plot(x, line["value"], label=run_label(first, rows), **mark)
-        band(axes, x, line["value"], line["ci95"], mark["color"])
+    names = list(dict.fromkeys(rows["layer"]))
+    rows = rows.assign(place=rows["layer"].map(names.index) + 1)
+    found = [(family_label(one, rows), curve(one, along)) for one in families(rows)]
+    value_axis(axes, [one for _, one in found])
+    artists = []
+    for text, one in found:
+        if one.first["bits"] not in widths:
+            continue
+        mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+        artists.append(draw_curve(axes, one, mark, text, along))
     if along == "epoch":
-        epoch_axis(axes, 5)
+        epoch_axis(axes)
     else:
-        names = list(dict.fromkeys(rows["layer"]))
         axes.set_xlabel("Convolution")
-        step = max(1, -(-len(names) // 24))
+        step = -(-len(names) // (28 if COLUMNS.get() == 1 else 18))
         axes.set_xticks(range(1, len(names) + 1, step))
         axes.set_xticklabels([_short(name) for name in names[::step]], rotation=90, fontsize=6)
         axes.grid(axis="x", visible=False)
-    if not log_if_wide(axes, rows["value"].min(), rows["value"].max()):
-        axes.set_ylim(bottom=0)
+    return artists
 
 
 def _short(name: str) -> str:
@@ -108,6 +107,6 @@ def drift_caption(records: pd.DataFrame) -> str:
         "of a layer, and of the network over its convolutions. BatchNorm in eval mode, "
         f"{several('n_data')} {samples_of(records)} without augmentation (seed {several('seed')}; the "
         "same for every run). "
-        f"Data: {several('dataset')}; network: {several('model')}; training seed {several('train_seed')}. Bands: 95 % "
-        "interval over the samples (jackknife over blocks of them), not over training runs."
+        f"Data: {titles(rows, 'dataset')}; network: {titles(rows, 'model')}; training seed {several('train_seed')}. "
+        + interval_words(rows, "the samples (jackknife over blocks of them)")
     )

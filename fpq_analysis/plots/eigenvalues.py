@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import epoch_axis, line_style, panels, style
+from fpq_analysis.plots.axes import draw_curve, draw_level, epoch_axis, head, kinds, legend, outer, panels, value_axis
+from fpq_analysis.plots.names import at_epoch, colour, line_style, titles
+from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, eigenvalues, mean_loss, samples_of
+from fpq_analysis.records.seeds import curve, interval_words
 
 
 @style()
 def eigenvalue_figure(records: pd.DataFrame) -> Figure:
-    """Eigenvalues against the epoch, a panel a run: the extreme one in full colour, the others fainter.
+    """Eigenvalues against the epoch, the extreme one in full colour, the others fainter; all panels have one y axis.
 
-    They have residuals instead of error bars: each is within its residual, a thousandth of it by default, of an
-    eigenvalue for these data.
+    A panel for the runs that differ by their seed alone (float ones are a horizontal line at their last epoch's where
+    there are quantized ones), see `records.seeds.Curve`.  One run has residuals instead of
+    error bars: each eigenvalue is within its residual, a thousandth of it by default, of one for these data.
 
     From records of the probe `hessian_eigs`; raises `NothingToDraw` if they hold none.
     """
@@ -25,22 +30,34 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
     if rows.empty:
         raise NothingToDraw("no finite eigenvalue among the records")
     methods = sorted(rows["method"].unique())
-    figure, parts = panels(rows, (3.2, 2.6), shared=False)
-    for axes, panel in parts:
-        first = panel.iloc[0]
-        most = int(panel["rank"].max())
-        for rank in range(1, most + 1):
-            line = panel[panel["rank"] == rank].sort_values("epoch")
-            axes.plot(
-                line["epoch"],
-                line["value"],
-                **line_style(first["method"], first["bits"], methods),
-                alpha=1 - 0.7 * (rank - 1) / max(1, most - 1),
-                label=f"{rank}",
-            )
-        axes.axhline(0, color="0.6", linewidth=0.6)
+    float_runs = rows["bits"] == "FP"
+    levels = rows[float_runs & (rows["rank"] == 1)] if not float_runs.all() else rows[:0]
+    found = [
+        (text, [curve(line) for _, line in panel.groupby("rank", sort=True)])
+        for text, panel in kinds(rows if levels.empty else rows[~float_runs])
+    ]
+    held = [(text, curve(line).last()) for text, line in kinds(levels)]
+    figure, places = panels(len(found), 1.9, sharex=True, sharey=True)
+    everything = [one for _, lines in found for one in lines] + [one for _, one in held]
+    artists: list[Any] = []
+    for axes, (title, lines) in zip(places, found, strict=True):
+        value_axis(axes, everything)
+        for text, one in held:
+            artists.append(draw_level(axes, one, colour(str(one.first["method"]), methods), at_epoch(text, one.x[0])))
+        for rank, one in reversed(list(enumerate(lines))):
+            mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+            if rank:
+                fainter = 1 - 0.65 * rank / (len(lines) - 1)
+                axes.plot(one.x, one.value, **mark, alpha=fainter, label=f"{rank + 1}", markersize=2.5)
+            else:
+                draw_curve(axes, one, mark, "1")
+        if axes.get_yscale() == "linear":
+            axes.axhline(0, color="0.6", linewidth=0.6, label="_")
         epoch_axis(axes)
-        axes.set_ylabel(f"{most} extreme eigenvalues" if most > 1 else "Extreme eigenvalue")
+        axes.set_ylabel(f"{len(lines)} extreme eigenvalues" if len(lines) > 1 else "Extreme eigenvalue")
+        head(axes, title)
+    outer(places)
+    legend(figure, artists)
     return figure
 
 
@@ -51,6 +68,8 @@ def eigenvalue_caption(records: pd.DataFrame) -> str:
     return (
         f"Extreme eigenvalues of the Hessian of the {mean_loss(rows)} against the epoch (definition: "
         f"{several('definition')}; {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} "
-        f"{samples_of(rows)} without augmentation (seed {several('seed')}). Relative residuals are stored with the "
-        "values; there is no error over the data."
-    )
+        f"{samples_of(rows)} without augmentation (seed {several('seed')}). Data: "
+        f"{titles(rows, 'dataset')}; network: {titles(rows, 'model')}; training seed {several('train_seed')}. Full "
+        "colour: the extreme one. Relative residuals are stored with the values; there is no error over the data. "
+        + interval_words(rows[rows["rank"] == 1], "")
+    ).strip()

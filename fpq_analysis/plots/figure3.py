@@ -1,19 +1,23 @@
-"""Figure 3 of the paper: the range of every channel of one layer, float above and quantized below."""
+"""Figure 3 of the paper: every channel of one layer, float above and quantized below, and how far its mean moved."""
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.methods import method_label
-from fpq_analysis.plots.style import at_epoch, colour, style
+from fpq_analysis.intervals import Z95
+from fpq_analysis.methods import bits_rank
+from fpq_analysis.plots.axes import head, legend, outer, panels
+from fpq_analysis.plots.names import at_epoch, colour, kind, subject
+from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import last_epochs, samples_of
 
 MOST = 32  # channels, as in the paper
@@ -30,11 +34,6 @@ def layer_rows(records: pd.DataFrame) -> pd.DataFrame:
     return last_epochs(rows).reset_index(drop=True)
 
 
-def bits_of(bits: str) -> tuple[int, ...]:
-    """`W2A4` as (2, 4); to sort by."""
-    return tuple(map(int, re.findall(r"\d+", bits)))
-
-
 def chosen_runs(records: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
     """The rows of the float run and of one quantized run, which comes last, chosen as `figure3` says."""
     rows = layer_rows(records)
@@ -49,7 +48,11 @@ def chosen_runs(records: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
     places = {method: i for i, method in enumerate(PREFERRED)}
     first = min(
         quantized[["run", "method", "bits"]].drop_duplicates().itertuples(index=False),
-        key=lambda one: (places.get(str(one.method), len(places)), bits_of(str(one.bits)), str(one.run)),
+        key=lambda one: (
+            places.get(str(one.method), len(places)),
+            [-n for n in bits_rank(str(one.bits))],
+            str(one.run),
+        ),
     )
     ours = quantized[quantized["run"] == first.run]
     alike = rows["bits"].eq("FP")
@@ -69,10 +72,11 @@ def _folder(rows: pd.DataFrame) -> pd.Series:
 
 @style()
 def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
-    """A box for each channel of one layer, of the float run above and of a quantized run below, on one scale.
+    """A box for each channel of one layer, of the float run and a quantized run, on one scale; then the means' shift.
 
     Boxes hold the middle half of the values and whiskers the middle 98 %; a dot is the largest value, and the orange
-    line the *mean*, as in the paper, not the median.  At most 32 channels, the first ones, counted from 1.
+    line the *mean*, as in the paper, not the median.  At most 32 channels, the first ones, counted from 1.  The last
+    panel is the quantized run's mean less the float one's, with its 95 % interval over the samples.
 
     Args:
         records: of the probe `features`; columns as in `records.COLUMNS`.
@@ -84,23 +88,42 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
     rows = chosen_runs(records, run)
     groups = [group for _, group in rows.groupby("run", sort=False)]
     methods = sorted(records["method"].unique())
-    figure = Figure(figsize=(7.2, 2.1 * len(groups) + 0.3), layout="constrained")
-    first: Axes | None = None
-    for index, group in enumerate(groups):
-        axes = figure.add_subplot(len(groups), 1, index + 1, sharex=first, sharey=first)
-        first = first or axes
-        _draw(axes, group, colour(group["method"].iloc[0], methods))
-        axes.tick_params(labelbottom=index == len(groups) - 1)
-    axes.set_xlabel(f"Channel of {rows['layer'].iloc[0]}")
+    both = len(groups) == 2
+    figure, places = panels(len(groups) + both, 1.6, across=(1, 1), sharex=True)
+    highest = max(max(_column(group, "max")) for group in groups)
+    lowest = min(min(_column(group, "q01")) for group in groups)
+    for axes, group in zip(places, groups, strict=False):
+        _draw_boxes(axes, group, colour(group["method"].iloc[0], methods))
+        axes.set_ylim(lowest - 0.03 * (highest - lowest), highest + 0.06 * (highest - lowest))
+        first = group.iloc[0]
+        head(axes, at_epoch(kind(first), first["epoch"]))
+        axes.set_ylabel("Activation")
+    if both:
+        last = groups[1].iloc[0]
+        _draw_shifts(places[2], records, groups, colour(last["method"], methods))
+        head(places[2], f"Mean of {kind(last)}, less that of {kind(groups[0].iloc[0])}")
+        places[2].set_ylabel("Shift of the mean")
+    places[-1].set_xlabel(f"Channel of {rows['layer'].iloc[0]}")
+    outer(places)
+    box = Patch(facecolor="0.8", edgecolor="0.4", linewidth=0.8, label="middle half")
+    mean = Line2D([], [], color=MEAN, linewidth=1.6, label="mean")
+    most = Line2D([], [], color="0.4", linestyle="", marker=".", markersize=4, label="largest value")
+    legend(figure, [box, mean, most])
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, color: str) -> None:
-    by_name = rows.set_index("quantity")["samples"]
-    columns = {name: np.asarray(by_name[name][:MOST], dtype=float) for name in BOX}
+def _column(rows: pd.DataFrame, quantity: str) -> np.ndarray:
+    """A number for each channel that is drawn; none if they were not measured."""
+    found = rows.loc[rows["quantity"] == quantity, "samples"]
+    return np.asarray(found.iloc[0][:MOST] if len(found) else [], dtype=float)
+
+
+def _draw_boxes(axes: Axes, rows: pd.DataFrame, color: str) -> None:
+    columns = {name: _column(rows, name) for name in BOX}
     n = len(columns["mean"])
     boxes = [{part: columns[name][i] for part, name in PARTS.items()} for i in range(n)]
     channels = np.arange(1, n + 1)
+    thin: dict[str, Any] = {"color": color, "linewidth": 0.7}
     axes.bxp(
         boxes,
         positions=channels,
@@ -109,24 +132,33 @@ def _draw(axes: Axes, rows: pd.DataFrame, color: str) -> None:
         showmeans=True,
         meanline=True,
         patch_artist=True,
-        boxprops={"facecolor": color, "alpha": 0.35, "edgecolor": color, "linewidth": 0.8},
-        whiskerprops={"color": color, "linewidth": 0.8},
-        capprops={"color": color, "linewidth": 0.8},
+        boxprops={"facecolor": color, "alpha": 0.35, "edgecolor": color, "linewidth": 0.7},
+        whiskerprops=thin,
+        capprops=thin,
         medianprops={"linewidth": 0},  # at zero for most channels of a ReLU, and easily taken for the mean
-        meanprops={"color": MEAN, "linewidth": 1.8, "linestyle": "-"},
+        meanprops={"color": MEAN, "linewidth": 1.6, "linestyle": "-"},
     )
-    (dots,) = axes.plot(channels, columns["max"], ".", color=color, markersize=3, label="largest value")
+    axes.plot(channels, columns["max"], ".", color=color, markersize=3, label="largest value")
     ticks = [1, *range(4, n + 1, 4)] if n > 8 else list(range(1, n + 1))
     axes.set_xticks(ticks, [str(i) for i in ticks])
     axes.grid(axis="x", visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    first = rows.iloc[0]
-    axes.set_title(at_epoch(method_label(first["method"], first["bits"]), first["epoch"]), loc="left")
-    axes.set_ylabel("Activation")
-    overall = rows[rows["quantity"] == "mean"].iloc[0]
-    text = f"mean (of all channels: {overall['value']:#.3g} ± {overall['ci95']:.1g})"
-    line = Line2D([], [], color=MEAN, linewidth=1.8, label=text)
-    axes.legend(handles=[line, dots], loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.1)
+
+
+def _draw_shifts(axes: Axes, records: pd.DataFrame, groups: list[pd.DataFrame], color: str) -> None:
+    """`records`: for the means' errors, which `groups` leave out.
+
+    The errors of both means are taken as independent.  On the same samples they are not, and the interval is the wider.
+    """
+    theirs, ours = (_column(group, "mean") for group in groups)
+    shift, channels = ours - theirs, np.arange(1, len(ours) + 1)
+    rows = layer_rows(records)
+    sems = [_column(rows[rows["run"] == group["run"].iloc[0]], "mean_sem") for group in groups]
+    half = Z95 * np.hypot(*sems) if len(sems[0]) == len(sems[1]) == len(shift) else None
+    axes.axhline(0, color="0.45", linewidth=0.8)
+    axes.errorbar(channels, shift, half, fmt="o", color=color, markersize=2.6, elinewidth=0.8, capsize=1.5)
+    axes.grid(axis="x", visible=False)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def caption3(records: pd.DataFrame, run: str | None = None) -> str:
@@ -134,16 +166,18 @@ def caption3(records: pd.DataFrame, run: str | None = None) -> str:
     rows = chosen_runs(records, run)
     first = rows.iloc[0]
     runs = ", ".join(
-        f"{one.run} ({method_label(str(one.method), str(one.bits))}, epoch {one.epoch}, training seed {one.train_seed})"
-        for one in rows.drop_duplicates("run").itertuples(index=False)
+        f"{one['run']} ({kind(one)}, epoch {one['epoch']}, training seed {one['train_seed']}, mean of all channels "
+        f"{one['value']:#.3g} ± {one['ci95']:.1g})"
+        for _, one in rows[rows["quantity"] == "mean"].iterrows()
     )
     n_channels = len(first["samples"])
     shown = f"channels 1-{min(MOST, n_channels)} of {n_channels}"
     kept = rows.loc[rows["quantity"] == "median", "n_data"].min()
     return (
-        f"Range of the output of {first['layer']} by channel ({shown}; {first['model']}, {first['dataset']}): {runs}. "
+        f"Range of the output of {first['layer']} by channel ({shown}; {subject(first)}): {runs}. "
         "Boxes: middle half of the values over samples and places; whiskers: middle 98 %; dots: largest value; orange "
         f"line: mean, not the median. Raw output, before the next layer's quantizer; {rows['n_data'].max()} "
         f"{samples_of(rows)} without augmentation (seed {first['seed']}; the same for both), quantiles from {kept} of "
-        "them. ±: 95 % interval over the samples."
+        "them. ± and bars: 95 % interval over the samples; that of a shift takes the two means' errors as "
+        "independent, which on the same samples is too wide."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,18 +10,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import erf
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.methods import method_label, method_rank
-from fpq_analysis.plots.figure3 import bits_of, layer_rows
-from fpq_analysis.plots.style import colour, style
-from fpq_analysis.records.queries import distinct, samples_of
+from fpq_analysis.methods import bits_rank
+from fpq_analysis.plots.axes import head, legend, panels
+from fpq_analysis.plots.figure3 import layer_rows
+from fpq_analysis.plots.names import colour, method_title, subject, titles
+from fpq_analysis.plots.style import COLUMNS, style
+from fpq_analysis.records.queries import distinct, ordered, samples_of
+from fpq_analysis.text import listed
 
 IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
 LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
-BINS = 36  # drawn, at most
-
-Density = tuple[np.ndarray, np.ndarray]
+BANDWIDTH = 0.25  # standard deviation of the kernel, in standard deviations of the values that are not zero
+POINTS = 400  # of a curve
 
 
 def densities(records: pd.DataFrame) -> pd.DataFrame:
@@ -38,39 +42,40 @@ def densities(records: pd.DataFrame) -> pd.DataFrame:
 def figure4(records: pd.DataFrame) -> Figure:
     """Densities of the layer's values for three samples; a row for each network, data set and bit width.
 
-    Values that are exactly zero, which a ReLU makes, have no density: their share stands in the legend, and each curve
-    integrates to what is left.  The curves of a panel are histograms on one grid.
+    Values that are exactly zero, which a ReLU makes, have no density: their share stands in the caption, and each curve
+    integrates to what is left.  The histograms of the records are smoothed by a Gaussian, one for all curves of a row;
+    where no value is negative, what it would put below zero is reflected.
 
     From records of the probe `features`; raises `NothingToDraw` if they hold none.
     """
     rows = densities(records)
     if rows.empty:
         raise NothingToDraw("no density of features among the records")
-    bands = _bands(rows)
-    n_images = max(int(band["quantity"].str.match(r"density_\d+$").groupby(band["run"]).sum().max()) for band in bands)
+    found = _bands(rows)
+    n_images = max(int(band["quantity"].str.match(r"density_\d+$").groupby(band["run"]).sum().max()) for band in found)
     methods = sorted(records["method"].unique())
     several = rows[["model", "dataset"]].drop_duplicates().shape[0] > 1
-    figure = Figure(figsize=(2.75 * n_images, 2.3 * len(bands) + 0.2), layout="constrained")
-    for down, band in enumerate(bands):
-        edges = _grid(band)
-        first: Axes | None = None
-        highest = 0.0
-        for image in range(n_images):
-            axes = figure.add_subplot(len(bands), n_images, down * n_images + image + 1, sharey=first)
-            first = first or axes
-            _draw(axes, band, image, edges, methods)
-            if down == 0 or several:
-                axes.set_title(_image_title(band, image))
-            if down == len(bands) - 1:
-                axes.set_xlabel("Activation")
-            axes.tick_params(labelleft=image == 0)
-            highest = max(axes.dataLim.ymax, highest)
-            axes.set_ylim(0, 1.05 * highest)
-            if image == 0:
-                run = band.iloc[-1]
-                what = f"{run['model']}, {run['dataset']}\n" if several else ""
-                bits = f"{run['bits']}: " if run["bits"] != "FP" else ""
-                axes.set_ylabel(f"{what}{bits}density")
+    # In two columns a row for each width, in one column, if there is room, a column for each.
+    wide = COLUMNS.get() == 2
+    order = [(band, image) for band in found for image in range(n_images)]
+    if not wide:
+        order.sort(key=lambda one: one[1])
+    beside = n_images if wide else len(found) if len(found) < 3 else 1
+    figure, places = panels(len(order), 1.6, across=(beside, beside))
+    artists, highest = [], dict.fromkeys(map(id, found), 0.0)
+    for axes, (band, image) in zip(places, order, strict=True):
+        lines = _draw(axes, band, image, methods)
+        highest[id(band)] = max([highest[id(band)], *(float(np.max(line.get_ydata())) for line in lines)])
+        artists += lines
+    for i, (axes, (band, image)) in enumerate(zip(places, order, strict=True)):
+        axes.set_ylim(0, 1.08 * highest[id(band)])
+        about = [subject(band.iloc[0])] if several else []
+        bits = band["bits"].iloc[-1]
+        words = [*about, *([] if bits == "FP" else [bits]), _image_title(band, image)]
+        head(axes, (", " if wide or beside == 1 else "\n").join(words))
+        axes.set_ylabel("" if i % beside else "Density")
+        axes.set_xlabel("Activation" if i + beside >= len(order) else "")
+    legend(figure, artists)
     return figure
 
 
@@ -78,61 +83,66 @@ def _bands(rows: pd.DataFrame) -> list[pd.DataFrame]:
     """The rows of one row of panels each: all runs of one bit width, with the float run, which comes first."""
     found = []
     for _, group in rows.groupby(["model", "dataset"], sort=True):
-        widths = sorted((set(group["bits"]) - {"FP"}) or {"FP"}, key=bits_of, reverse=True)
-        for width in widths:
-            band = group[group["bits"].isin(["FP", width])]
-            found.append(band.sort_values("method", key=lambda names: names.map(method_rank), kind="stable"))
+        for width in sorted((set(group["bits"]) - {"FP"}) or {"FP"}, key=bits_rank):
+            found.append(ordered(group[group["bits"].isin(["FP", width])]))
     return found
+
+
+def bandwidth(band: pd.DataFrame) -> float:
+    """Of the kernel for these runs, in units of the activations."""
+    moments = []
+    for _, run in band.groupby("run"):
+        edges = _samples(run, "density_edges")
+        middles = (edges[:-1] + edges[1:]) / 2
+        for quantity in run.loc[run["quantity"].str.match(r"density_\d+$"), "quantity"]:
+            mass = _samples(run, quantity) * np.diff(edges)
+            moments.append([mass @ middles**power for power in (0, 1, 2)])
+    mass, first, second = np.sum(moments, axis=0)
+    spread = math.sqrt(max(second / mass - (first / mass) ** 2, 0.0)) if mass else 0.0
+    return BANDWIDTH * spread or 1.0
+
+
+def smooth(edges: np.ndarray, density: np.ndarray, width: float, reflect: bool, x: np.ndarray) -> np.ndarray:
+    """A histogram convolved with a Gaussian of standard deviation `width`, at `x`.
+
+    Args:
+        reflect: whether what lies below zero is folded back.
+    """
+
+    def below(at: np.ndarray) -> np.ndarray:
+        """The Gaussian's distribution function about each edge, (points, edges)."""
+        return 0.5 * (1 + erf((at[:, None] - edges) / (width * math.sqrt(2))))
+
+    found = (below(x)[:, :-1] - below(x)[:, 1:]) @ density
+    return found + (below(-x)[:, :-1] - below(-x)[:, 1:]) @ density if reflect else found
 
 
 def _samples(rows: pd.DataFrame, quantity: str) -> np.ndarray:
     return np.asarray(rows.loc[rows["quantity"] == quantity, "samples"].iloc[0], dtype=float)
 
 
-def _grid(band: pd.DataFrame) -> np.ndarray:
-    """Edges that hold every run's: their widths are powers of two, so the widest, or twice it, fits all."""
-    edges = [_samples(run, "density_edges") for _, run in band.groupby("run")]
-    low, high = min(e[0] for e in edges), max(e[-1] for e in edges)
-    width = max(e[1] - e[0] for e in edges)
-    while (high - low) / width > BINS:
-        width *= 2
-    return np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width
-
-
-def _draw(axes: Axes, band: pd.DataFrame, image: int, grid: np.ndarray, methods: list[str]) -> None:
-    import seaborn as sns  # half a second, and no other figure needs it
-
-    for _, run in band.groupby("run", sort=False):
-        first = run.iloc[0]
-        quantity = f"density_{image + 1}"
-        if quantity not in set(run["quantity"]):
-            continue
-        zeros = 1 - float(run.loc[run["quantity"] == quantity, "value"].iloc[0])
-        color = colour(first["method"], methods)
-        text = method_label(first["method"], "FP") + (f", {100 * zeros:.0f} % zeros" if zeros > 0 else "")
-        # The bins of a run fit into those of the grid: the mass of each is summed.
-        edges = _samples(run, "density_edges")
-        mass = _samples(run, quantity) * np.diff(edges) / (grid[1] - grid[0])
-        heights = pd.DataFrame({"middle": (edges[:-1] + edges[1:]) / 2, "mass": mass})
-        line: dict[str, Any] = {"linewidth": 1.2, "linestyle": LINES.get(first["method"], "-"), "label": text}
-        for look in ({"alpha": 0.10, "linewidth": 0}, {"fill": False, **line}):
-            sns.histplot(
-                heights,
-                x="middle",
-                weights="mass",
-                bins=list(grid),
-                element="step",
-                color=color,
-                ax=axes,
-                **look,
-            )
-    axes.set(xlim=(grid[0], grid[-1]), xlabel="", ylabel="")
-    axes.legend(loc="upper right", fontsize=7.5, handlelength=1.8, borderaxespad=0.2)
+def _draw(axes: Axes, band: pd.DataFrame, image: int, methods: list[str]) -> list[Any]:
+    runs = [(run.iloc[0], run) for _, run in band.groupby("run", sort=False)]
+    edges = [_samples(run, "density_edges") for _, run in runs]
+    low, high, width = min(e[0] for e in edges), max(e[-1] for e in edges), bandwidth(band)
+    reflect = low >= 0
+    x = np.linspace(0.0 if reflect else low - 3 * width, high + 3 * width, POINTS)
+    quantity = f"density_{image + 1}"
+    lines: list[Any] = []
+    for first, run in runs:
+        if quantity in set(run["quantity"]):
+            y = smooth(_samples(run, "density_edges"), _samples(run, quantity), width, reflect, x)
+            method, color = str(first["method"]), colour(first["method"], methods)
+            if not lines:  # what the others are held against
+                axes.fill_between(x, 0, y, color=color, alpha=0.1, linewidth=0)
+            lines += axes.plot(x, y, color=color, linestyle=LINES.get(method, "-"), label=method_title(method))
+    axes.set_xlim(x[0], x[-1])
+    return lines
 
 
 def _image_title(band: pd.DataFrame, image: int) -> str:
     images = _samples(band[band["run"] == band["run"].iloc[0]], "density_images")
-    return f"Sample {images[image]:.0f}" if image < len(images) else ""
+    return f"sample {images[image]:.0f}" if image < len(images) else ""
 
 
 def caption4(records: pd.DataFrame) -> str:
@@ -141,10 +151,18 @@ def caption4(records: pd.DataFrame) -> str:
     several = partial(distinct, rows)
     n_data = rows.loc[rows["quantity"] == "density_images", "n_data"].max()
     runs = ", ".join(f"{one.run} at epoch {one.epoch}" for one in rows.drop_duplicates("run").itertuples(index=False))
+    shown = rows[rows["quantity"].str.match(r"density_\d+$")]
+    zeros = (100 * (1 - shown["value"])).groupby(shown["method"]).agg(["min", "max"]).round()
+    shares = listed(
+        f"{method_title(method)} {listed([f'{low:.0f}', f'{high:.0f}'], 'to')} %"
+        for method, low, high in zeros.loc[list(dict.fromkeys(ordered(shown)["method"]))].itertuples()
+    )
+    widths = listed([f"{bandwidth(band):.2g}" for band in _bands(rows)], "and")
     return (
-        f"Density of the output of {several('layer')} ({several('model')}, {several('dataset')}) for single "
+        f"Density of the output of {several('layer')} ({titles(rows, 'model')}, {titles(rows, 'dataset')}) for single "
         f"{samples_of(rows)}, drawn by seed {several('seed')} from the {n_data} measured on, the same for every run; "
-        "numbers are places in that sample. Histograms over channels and places on a common grid; values that are "
-        "exactly zero are left out, their share is in the legend. Raw output, before the next layer's quantizer. "
+        "numbers are places in that sample. Over channels and places; smoothed by a Gaussian of standard deviation "
+        f"{widths}, reflected at zero where no value is negative. Values that are exactly zero ({shares}) are left "
+        "out, so that the curves integrate to the rest. Raw output, before the next layer's quantizer. "
         f"Runs: {runs}; training seed {several('train_seed')}. No error is shown: these are single samples."
     )

@@ -13,10 +13,13 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from scipy.interpolate import RegularGridInterpolator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import LINES, colour, style
-from fpq_analysis.records.queries import samples_of
+from fpq_analysis.plots.axes import head, log_ticks, panels
+from fpq_analysis.plots.names import LINES, colour, titles
+from fpq_analysis.plots.style import COLUMNS, WIDTHS, style
+from fpq_analysis.records.queries import ordered, samples_of
 from fpq_analysis.records.terrain import Terrain, terrains
 
 COLOURS = "cividis"  # even in lightness, and much the same for all common forms of colour vision
@@ -26,6 +29,7 @@ STAR = "#D55E00"
 WIDE = 20.0
 SERIES = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 MOST_LEVELS = 15
+FINE = 120  # points along an axis of what is drawn
 WEIGHTS = {
     "dequantized": "the weights Q(w) that the network uses, moved as plain numbers",
     "requantized": "the trained w, rounded again at every point",
@@ -60,18 +64,16 @@ def landscape_figure(records: pd.DataFrame) -> Figure:
     From records of the probe `landscape`; raises `NothingToDraw` if there is no complete landscape with a finite loss.
     """
     planes, lines = by_dimension(records)
-    figure, places = _panels(len(planes) + len(lines), 2.75, 2.6)
-    for place, group in enumerate(lines, len(planes) + 1):
-        _draw_lines(figure.add_subplot(*places, place), group)
+    figure, places = panels(len(planes) + len(lines), _height(len(planes) + len(lines)))
+    for axes, group in zip(places[len(planes) :], lines, strict=True):
+        _draw_lines(axes, group)
     if planes:
         at, wide = levels([terrain.loss for terrain in planes])
         norm = LogNorm(at[0], at[-1]) if wide else Normalize(at[0], at[-1])
-        drawn = [
-            _draw_plane(figure.add_subplot(*places, place), terrain, at, norm)
-            for place, terrain in enumerate(planes, 1)
-        ]
+        drawn = [_draw_plane(axes, terrain, at, norm) for axes, terrain in zip(places, planes, strict=False)]
         beside = [filled.axes for filled in drawn]
-        bar = figure.colorbar(drawn[0], ax=beside, ticks=at, label="Mean loss", pad=0.02, aspect=25)
+        down = places[0].get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
+        bar = figure.colorbar(drawn[0], ax=beside, ticks=at, label="Mean loss", pad=0.02, aspect=25 * down)
         bar.ax.minorticks_off()
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     return figure
@@ -79,6 +81,7 @@ def landscape_figure(records: pd.DataFrame) -> Figure:
 
 def by_dimension(records: pd.DataFrame) -> tuple[list[Terrain], list[list[Terrain]]]:
     """Planes; and lines, those drawn in one way together."""
+    records = ordered(records)
     planes: list[Terrain] = []
     lines: dict[tuple[Any, ...], list[Terrain]] = {}
     for terrain in terrains(records):
@@ -93,24 +96,46 @@ def by_dimension(records: pd.DataFrame) -> tuple[list[Terrain], list[list[Terrai
     return planes, list(lines.values())
 
 
-def _panels(n: int, width: float, height: float) -> tuple[Figure, tuple[int, int]]:
-    across = min(3, n)
-    down = -(-n // across)
-    return Figure(figsize=(width * across + 0.8, height * down + 0.2), layout="constrained"), (down, across)
+def _height(n: int) -> float:
+    """Of a panel, so that a plane beside others is square."""
+    beside = min(n, (1, 3)[COLUMNS.get() - 1])
+    return min(2.5, 0.82 * WIDTHS[COLUMNS.get()] / beside)
+
+
+def smoothed(terrain: Terrain, wide: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finer coordinates of a plane and its loss there, by cubics that run through every point and invent no minimum.
+
+    Piecewise cubic Hermite interpolation (Fritsch & Butland 1984) along both axes, of the loss's logarithm if `wide`.
+    As it is where a loss is not finite, and where it is aliased: between stairs there is nothing smooth.
+    """
+    x, y = terrain.grid
+    if terrain.aliased or not np.isfinite(terrain.loss).all() or min(len(x), len(y)) < 4:
+        return x, y, terrain.loss
+    fine_x, fine_y = (np.unique(np.concatenate([axis, np.linspace(axis[0], axis[-1], FINE)])) for axis in (x, y))
+    loss = np.log(terrain.loss) if wide else terrain.loss
+    found = RegularGridInterpolator((x, y), loss, method="pchip")(tuple(np.meshgrid(fine_x, fine_y, indexing="ij")))
+    return fine_x, fine_y, np.exp(found) if wide else found
 
 
 def _draw_plane(axes: Axes, terrain: Terrain, at: np.ndarray, norm: Normalize) -> Any:
-    x, y = terrain.grid
-    loss = np.ma.masked_invalid(terrain.loss.T)
+    x, y, loss = smoothed(terrain, isinstance(norm, LogNorm))
+    loss = np.ma.masked_invalid(loss.T)
     drawn = axes.contourf(x, y, loss, levels=at, norm=norm, cmap=COLOURS, extend="both")
     lines = axes.contour(x, y, loss, levels=at, colors="black", linewidths=0.4, alpha=0.6)
-    for text in axes.clabel(lines, list(at[::2]), fontsize=6, fmt="%g"):
+    for text in axes.clabel(lines, list(at[::2]), fontsize=6, fmt="%g", inline=False):
         text.set_path_effects(_outline(1.5))
+        across, up = (
+            (place - axis[0]) / (axis[-1] - axis[0]) for place, axis in zip(text.get_position(), (x, y), strict=True)
+        )
+        centre = math.hypot(
+            *((place - 0) / (axis[-1] - axis[0]) for place, axis in zip(text.get_position(), (x, y), strict=True))
+        )
+        text.set_visible(min(across, up, 1 - across, 1 - up) > 0.05 and centre > 0.08)  # neither cut nor under the star
     if np.ma.getmaskarray(loss).any():
         axes.patch.set(hatch="////", edgecolor="0.6", facecolor="white")
     axes.grid(False)
     axes.set_box_aspect(1)
-    axes.set_title(terrain.heading)
+    head(axes, terrain.heading)
     axes.set_xlabel(terrain.names[0])
     axes.set_ylabel(terrain.names[1])
     for axis in (axes.xaxis, axes.yaxis):
@@ -142,30 +167,31 @@ def _outline(width: float) -> list[Any]:
 def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
     methods = sorted({str(line.first["method"]) for line in lines})
     wide = levels([line.loss for line in lines])[1]
+    least = min(float(np.nanmin(line.loss)) for line in lines)
     for line in lines:
         (x,) = line.grid
         color = colour(str(line.first["method"]), methods) if not len(line.networks) else "black"
         axes.plot(x, line.loss, color=color, linestyle=LINES.get(str(line.first["bits"]), "-"), label=line.title)
         low, high = line.loss - line.rise_half, line.loss + line.rise_half
-        # A logarithmic axis has no room below zero.
-        low = np.maximum(low, 0.5 * np.nanmin(line.loss)) if wide else low
-        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         here, half = line.loss[line.centre], line.half[line.centre]
-        reach = [[min(half, 0.5 * here)], [half]] if wide else half
-        axes.errorbar([0], [here], reach, color=color, linewidth=1.0, capsize=2, fmt="none")
+        # A logarithmic axis has no room below zero.
+        low, bottom = (np.maximum(low, 0.5 * least), max(here - half, 0.5 * least)) if wide else (low, here - half)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.errorbar([0], [here], [[here - bottom], [half]], color=color, linewidth=1.0, capsize=2, fmt="none")
         if len(line.networks):
             axes.plot(line.networks["x"], line.networks["value"], "o", color=color, markeredgecolor="white", ms=5)
             _name_networks(axes, line, line.networks["value"])
     if wide:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        log_ticks(axes.yaxis, max(float(np.nanmax(line.loss)) for line in lines) / least)
+    axes.margins(y=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(lines[0].names[0] if len(lines) == 1 else lines[0].names[0].partition(" (")[0])
     axes.set_ylabel("Mean loss")
     if len(lines) > 1:
         axes.legend()
     else:
-        axes.set_title(lines[0].heading)
+        head(axes, lines[0].heading)
 
 
 @style()
@@ -175,9 +201,9 @@ def surface_figure(records: pd.DataFrame) -> Figure:
     From records of the probe `landscape`; raises `NothingToDraw` if there is no complete plane with a finite loss.
     """
     planes, at, height, (low, high) = heights(records)
-    figure, places = _panels(len(planes), 2.9, 2.6)
-    for place, terrain in enumerate(planes, 1):
-        axes: Any = figure.add_subplot(*places, place, projection="3d", computed_zorder=False)
+    figure, places = panels(len(planes), 2.4, across=(1, 2), projection="3d", computed_zorder=False)
+    axes: Any
+    for axes, terrain in zip(places, planes, strict=True):
         _draw_surface(axes, terrain, height, Normalize(low, high))
         axes.set_zlim(low, high if high > low else low + 1)
         if height is np.log10:
@@ -198,23 +224,33 @@ def heights(records: pd.DataFrame) -> tuple[list[Terrain], np.ndarray, Any, tupl
 
 
 def _draw_surface(axes: Any, terrain: Terrain, height: Any, norm: Normalize) -> None:
-    x, y = np.meshgrid(*terrain.grid, indexing="ij")
-    z = height(np.where(np.isfinite(terrain.loss), terrain.loss, np.nan))
-    axes.plot_surface(
-        x, y, z, cmap=COLOURS, norm=norm, rcount=x.shape[0], ccount=x.shape[1], linewidth=0.15, edgecolor="black"
-    )
+    *grid, loss = smoothed(terrain, height is np.log10)
+    x, y = np.meshgrid(*grid, indexing="ij")
+    z = height(np.where(np.isfinite(loss), loss, np.nan))
+    every = 5 if loss.size > terrain.loss.size else 1
+    axes.plot_surface(x, y, z, cmap=COLOURS, norm=norm, rstride=every, cstride=every, linewidth=0.08, edgecolor="black")
     networks = terrain.networks
     if len(networks):
         on_plane = height((networks["value"] - networks["gap"]).to_numpy(float))
         axes.plot(networks["x"], networks["y"], on_plane, "o-" if terrain.trajectory else "o", color=STAR, ms=3, lw=1.2)
-    axes.plot([0], [0], [z[terrain.centre]], "*", color=STAR, markersize=9, markeredgecolor="white", mew=0.8)
-    axes.view_init(elev=32, azim=-55)
-    axes.set_title(terrain.heading, y=0.98)
+    axes.plot(
+        [0],
+        [0],
+        [height(terrain.loss[terrain.centre])],
+        "*",
+        color=STAR,
+        markersize=9,
+        markeredgecolor="white",
+        mew=0.8,
+    )
+    axes.view_init(elev=38, azim=-55)
+    axes.set_box_aspect(None, zoom=0.86)  # so that the axes' names stay inside
+    head(axes, terrain.heading)
     axes.tick_params(labelsize=6, pad=-2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel(terrain.names[0], fontsize=7, labelpad=-7)
-    axes.set_ylabel(terrain.names[1], fontsize=7, labelpad=-7)
+    axes.set_xlabel(terrain.names[0], fontsize=7, labelpad=-5)
+    axes.set_ylabel(terrain.names[1], fontsize=7, labelpad=-5)
     axes.set_zlabel("Mean loss", fontsize=7, labelpad=-6)
 
 
@@ -232,7 +268,9 @@ def landscape_caption(records: pd.DataFrame) -> str:
     seed = f"; seed {several('seed')}" if several("seed") else ""
     about = f"BatchNorm in eval mode; {several('n_data')} {samples_of(records)} without augmentation{seed}."
     if several("dataset"):
-        about += f" Data: {several('dataset')}; network: {several('model')}."
+        about += (
+            f" Data: {titles(records[records['dataset'].notna()], 'dataset')}; network: {titles(records, 'model')}."
+        )
     return " ".join([*map(_how, groups.values()), about, *_warnings(found)])
 
 

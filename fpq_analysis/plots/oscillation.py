@@ -6,14 +6,17 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import line_style, run_label, style
+from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, subjects, value_axis
+from fpq_analysis.plots.names import family_label, line_style, titles
+from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct
+from fpq_analysis.records.seeds import curve, families, interval_words
 from fpq_analysis.text import listed
 
-PANELS = {"near": "Near a rounding threshold", "flipped": "On another level than before"}
+PANELS = {"near": "near a rounding threshold", "flipped": "on another level than before"}
 
 
 def shares(records: pd.DataFrame) -> pd.DataFrame:
@@ -39,10 +42,11 @@ def comparable(records: pd.DataFrame) -> pd.DataFrame:
 
 @style()
 def oscillation_figure(records: pd.DataFrame) -> Figure:
-    """Share of the weights near a threshold, and of those that flipped, against the epoch; a line a run.
+    """Share of the weights near a threshold, and of those that flipped, against the epoch.
 
-    A row of two panels for each network and data set.  The grey line is the share near a threshold if weights lay
-    anywhere in their step with equal chance.  Where a checkpoint is missing, the line of flips is broken.
+    A line for the runs that differ by their seed alone, see `records.seeds.Curve`.  A row of two panels for each
+    network and data set.  The grey line is the share near a threshold if weights lay anywhere in their step with
+    equal chance.  Where a checkpoint is missing, the line of flips is broken.
 
     From records of the probe `oscillation`; raises `NothingToDraw` if they hold none.
     """
@@ -50,27 +54,28 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
     if rows.empty:
         raise NothingToDraw("no oscillation among the records")
     eps = float(records.loc[records["quantity"] == "eps", "value"].iloc[-1])
-    subjects = list(rows.groupby(["model", "dataset"], sort=True))
-    figure = Figure(figsize=(7.6, 2.9 * len(subjects)), layout="constrained")
-    for index, ((model, dataset), subject) in enumerate(subjects):
-        methods = sorted(subject["method"].unique())
-        for place, (quantity, title) in enumerate(PANELS.items()):
-            axes = figure.add_subplot(len(subjects), 2, 2 * index + place + 1)
-            for _, line in subject[subject["quantity"] == quantity].groupby("run", sort=True):
-                line = line.sort_values("epoch")
-                first = line.iloc[0]
-                mark = line_style(first["method"], first["bits"], methods)
-                axes.plot(line["epoch"], line["value"], label=run_label(first, subject), **mark)
+    found = subjects(rows)
+    figure, places = panels(len(PANELS) * len(found), 2.2, across=(1, 2))
+    artists = []
+    for i, (title, part, widths) in enumerate(found):
+        methods = sorted(part["method"].unique())
+        for axes, (quantity, text) in zip(places[len(PANELS) * i :], PANELS.items(), strict=False):
+            shown = part[part["quantity"] == quantity]
+            lines = [(family_label(one, part), curve(one)) for one in families(shown)]
+            value_axis(axes, [one for _, one in lines])
+            for label, one in lines:
+                if one.first["bits"] not in widths:
+                    continue
+                mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+                artists.append(draw_curve(axes, one, mark, label))
             if quantity == "near":
-                axes.axhline(2 * eps, color="0.6", linewidth=0.8, label="if spread evenly")
-            axes.set_ylim(bottom=0)
-            axes.set_title(title if len(subjects) == 1 else f"{title}: {model}, {dataset}")
-            axes.set_xlabel("Epoch")
+                even = axes.axhline(2 * eps, color="0.45", linewidth=0.8, linestyle=":", label="if spread evenly")
+                axes.set_ylim(top=max(axes.get_ylim()[1], 2.1 * eps))
+            epoch_axis(axes)
             axes.set_ylabel("Share of the weights")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-        handles = figure.axes[2 * index].get_legend_handles_labels()
-        axes.legend(*handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+            head(axes, f"{title}\n{text}")
+    legend(figure, [*artists, even])
     return figure
 
 
@@ -84,9 +89,8 @@ def oscillation_caption(records: pd.DataFrame) -> str:
     before = f", {listed(spans, 'or')} epochs earlier" if spans and spans != [1] else ""
     broken = " Lines are broken where a checkpoint is missing." if flips["value"].isna().any() else ""
     return (
-        f"Left: share of the quantized weights less than {eps:g} steps from a rounding threshold. Right: share whose "
+        f"(a) Share of the quantized weights less than {eps:g} steps from a rounding threshold. (b) Share whose "
         f"whole number differs from that at the checkpoint before{before}, whether the weight moved or its step size."
-        f"{broken} All "
-        "quantized weights are counted, so that there is no error; one training run a line. "
-        f"Data: {several('dataset')}; network: {several('model')}; training seed {several('train_seed')}."
-    )
+        f"{broken} All quantized weights are counted, so that one run has no error. Data: {titles(rows, 'dataset')}; "
+        f"network: {titles(rows, 'model')}; training seed {several('train_seed')}. " + interval_words(rows, "")
+    ).strip()

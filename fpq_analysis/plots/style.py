@@ -1,30 +1,45 @@
-"""One style for all figures: sizes, fonts, lines; a method's colour and name are those of `methods.py`."""
+"""One style for all figures: widths, fonts, lines; and writing them to files."""
 
 from __future__ import annotations
 
 import io
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
+from fpq_analysis.errors import UserError
 from fpq_analysis.files import atomic_write
-from fpq_analysis.methods import METHODS, method_label
+from fpq_analysis.plots.names import LABELS
 
-SPARE_COLOURS = ("#8C564B", "#7F7F7F", "#B5A300")  # of methods to which `methods.py` gives none, and unknown ones
-LINES = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
-MARKERS = {"FP": "o", "W4A4": "o", "W2A4": "s", "W2A2": "^", "W8A8": "D"}
+WIDTHS = {1: 3.3, 2: 6.9}  # inches of a figure that fills one column of a page, or two
+COLUMNS: ContextVar[int] = ContextVar("columns", default=2)
 
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+@contextmanager
+def look(columns: int = 2, labels: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Inside, figures are as wide as so many columns of a page, and call things by the names given.
+
+    Args:
+        columns: 1 or 2; see `WIDTHS`.
+        labels: what to call data sets, networks, methods and runs, by the names that the records have.
+
+    Raises:
+        UserError: if there is no such width.
+    """
+    if columns not in WIDTHS:
+        raise UserError(f"A figure is 1 or 2 columns wide, not {columns}.")
+    width, names = COLUMNS.set(columns), LABELS.set(labels or {})
+    try:
+        yield
+    finally:
+        COLUMNS.reset(width)
+        LABELS.reset(names)
 
 
 @contextmanager
@@ -41,131 +56,30 @@ def style() -> Iterator[None]:
         "axes.edgecolor": "#444444",
         "font.family": ["sans-serif"],
         "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "figure.dpi": 150,
-        "grid.color": "#E6E6E6",
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.linewidth": 0.6,
+        **dict.fromkeys(("axes.labelsize", "legend.fontsize"), 7.5),
+        **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7),
+        "figure.dpi": 200,
+        "grid.color": "#EBEBEB",
+        "grid.linewidth": 0.6,
         "grid.linestyle": "-",
         "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 3.5,
+        "lines.linewidth": 1.3,
+        "lines.markersize": 3.6,
+        "lines.markeredgewidth": 0.8,
         "lines.solid_capstyle": "round",
         "pdf.fonttype": 42,  # text stays text in PDF
         "svg.fonttype": "none",
         "text.parse_math": False,  # names of runs, layers and the like are text, with or without a dollar
-        "savefig.bbox": "tight",
+        "savefig.bbox": None,  # as wide as a column, to the point
+        "savefig.dpi": "figure",
+        "hatch.linewidth": 0.7,
+        "hatch.color": "white",
     }
     with mpl.rc_context(ours):
         yield
-
-
-def colour(method: str, methods: list[str]) -> str:
-    """The method's own colour; methods without one share the spare ones, in order."""
-    own = {name: row.colour for name, row in METHODS.items() if row.colour}
-    if method in own:
-        return own[method]
-    spare = [m for m in methods if m not in own]
-    return SPARE_COLOURS[spare.index(method) % len(SPARE_COLOURS)]
-
-
-def at_epoch(text: str, epoch: Any) -> str:
-    """The text with an epoch behind it; a network outside of any run has none, which is the empty text."""
-    return ", ".join(filter(None, [text, f"epoch {epoch}" if epoch != "" else ""]))
-
-
-def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
-    """What a legend or title calls the run of a row: method and bits; where another has the same, its seed or name.
-
-    Args:
-        rows: of all the runs that it stands among.
-    """
-    text = method_label(first["method"], first["bits"])
-    alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
-    runs = alike["run"].nunique()
-    if runs < 2:
-        return text
-    return (
-        f"{text}, seed {first['train_seed']}" if alike["train_seed"].nunique() == runs else f"{text} ({first['run']})"
-    )
-
-
-def line_style(method: str, bits: str, methods: list[str]) -> dict[str, Any]:
-    """How the line of a run is drawn: colour by method, line and marker by bit width."""
-    color = colour(method, methods)
-    return {"color": color, "linestyle": LINES.get(bits, "-"), "marker": MARKERS.get(bits, "o")}
-
-
-def epoch_axis(axes: Axes, ticks: int = 10) -> None:
-    """Label the x axis as one of epochs, with whole numbers, `ticks` at most."""
-    axes.set_xlabel("Epoch (0: before training)")
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
-
-
-def band(axes: Axes, x: Any, value: pd.Series, half: pd.Series, color: str, alpha: float = 0.15) -> None:
-    """The interval value ± half along x, none where half is not known; of a single point a bar."""
-    half = half.fillna(0)
-    if len(value) == 1:
-        axes.errorbar(x, value, half, color=color, linewidth=1.0, capsize=3, fmt="none")
-    else:
-        axes.fill_between(x, value - half, value + half, color=color, alpha=alpha, linewidth=0)
-
-
-def log_if_wide(axes: Axes, low: float, high: float, numbers: str = "{x:g}") -> bool:
-    """Make the y axis logarithmic, with plain numbers, if values span more than a factor of ten; return whether.
-
-    Args:
-        low, high: the least and the largest value.
-        numbers: format of the tick labels, of `x`.
-    """
-    wide = low > 0 and high > 10 * low
-    if wide:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter(numbers))
-    return wide
-
-
-def powers_of_ten(axis: Axis) -> None:
-    """Label a logarithmic axis 10⁻³, 10⁻², ...: in plain text, as mathtext is off."""
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"10{f'{math.log10(x):.0f}'.translate(SUPERSCRIPTS)}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def legend_by_ends(axes: Axes, ends: list[tuple[float, Any]]) -> None:
-    """A legend on the right in the order of the lines' right ends, so that it can be read without matching colours.
-
-    Args:
-        ends: the last value of each line, and its artist.
-    """
-    handles = [line for _, line in sorted(ends, key=lambda end: -end[0])]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def panels(
-    rows: pd.DataFrame, size: tuple[float, float], shared: bool
-) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A new figure with a titled panel for each run, definition and estimator, at most three in a row.
-
-    Args:
-        rows: records, not empty.
-        size: of a panel, in inches.
-        shared: whether all have one y axis.
-
-    Returns:
-        The figure, and of each panel the axes and the rows.
-    """
-    groups = list(rows.groupby(["run", "definition", "estimator"], sort=True))
-    across = min(3, len(groups))
-    down = -(-len(groups) // across)
-    figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
-    found: list[tuple[Axes, pd.DataFrame]] = []
-    for index, ((_, definition, _), panel) in enumerate(groups):
-        axes = figure.add_subplot(down, across, index + 1, sharey=found[0][0] if shared and found else None)
-        title = run_label(panel.iloc[0], rows)
-        axes.set_title(title + (f", {definition}" if rows["definition"].nunique() > 1 else ""))
-        found.append((axes, panel))
-    return figure, found
 
 
 def save(figure: Figure, path: str | Path, caption: str) -> list[Path]:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from fpq_analysis.intervals import Z95
 from fpq_analysis.loss_titles import loss_title
+from fpq_analysis.methods import bits_rank, method_rank
 from fpq_analysis.text import listed
 
 PICTURES = {"digits", "cifar10", "cifar100", "imagefolder"}  # `data.DATASETS`, which would bring torch
@@ -59,6 +60,14 @@ def marked(records: pd.DataFrame) -> pd.DataFrame:
 def half_widths(rows: pd.DataFrame) -> pd.Series:
     """Half of the 95 % interval that each row states, or else 1.96 times its standard error; 0 where it has none."""
     return rows["ci95"].fillna(Z95 * rows["sem_data"]).fillna(Z95 * rows["sem"]).fillna(0.0)
+
+
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """In the one order of figures and tables: method, bits, run, epoch; what these leave equal stays as it was."""
+    kinds = {(str(method), str(bits)) for method, bits in zip(rows["method"], rows["bits"], strict=True)}
+    places = {kind: i for i, kind in enumerate(sorted(kinds, key=lambda k: (method_rank(k[0]), k[0], bits_rank(k[1]))))}
+    place = [places[str(method), str(bits)] for method, bits in zip(rows["method"], rows["bits"], strict=True)]
+    return rows.assign(_place=place).sort_values(["_place", "run", "epoch"], kind="stable").drop(columns="_place")
 
 
 def last_epochs(rows: pd.DataFrame) -> pd.DataFrame:

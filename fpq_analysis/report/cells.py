@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fpq_analysis.plots.style import colour
+from fpq_analysis.plots.names import colour
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
 from fpq_analysis.text import number
