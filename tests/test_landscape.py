@@ -590,7 +590,8 @@ def test_the_figure_shows_what_was_measured(runs):
                 assert terrain.rise_half[i, j] == rows["ci95"][f"rise_{i + 1}_{j + 1}"]
     figure = landscape_figure(frame)
     panels = figure.axes[:3]
-    for axes, terrain in zip(panels, found, strict=True):
+    assert [axes.get_title() for axes in panels] == ["FP", "LSQ W4A4", "FPQ W4A4"]
+    for axes, terrain in zip(panels, (found[0], found[2], found[1]), strict=True):
         path, circles, star = axes.lines
         np.testing.assert_array_equal(path.get_xdata(), terrain.networks["x"])
         np.testing.assert_array_equal(circles.get_ydata(), terrain.networks["y"])

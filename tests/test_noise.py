@@ -421,7 +421,7 @@ def test_figure_shows_prediction_and_measurements():
         assert [text.get_text() for text in axes.get_xticklabels()] == ["1/8", "1/4", "1/2", "1", "2", "4"]
     assert len(figure.legends[0].get_texts()) == 4
     caption = noise_caption(frame)
-    for fact in ("exact", "4 training images", "epoch 2", "95 % interval over the images"):
+    for fact in ("exact", "4 training images", "epoch 2", "95 % interval over the samples"):
         assert fact in caption
     with pytest.raises(NothingToDraw, match="no loss increase"):
         noise_figure(frame[frame["quantity"] == "none"])

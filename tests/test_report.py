@@ -25,7 +25,7 @@ import fpq_analysis
 from fpq_analysis import UserError, measure, records, write_report
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.files import append_jsonl, read_jsonl, write_json
-from fpq_analysis.intervals import half_interval
+from fpq_analysis.intervals import half_interval, over_seeds
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
 from fpq_analysis.probes import PROBES, HessianDensity, HessianEigs, HessianTrace
@@ -603,13 +603,14 @@ def test_training_figure_is_the_mean_over_seeds():
     )
     (axes,) = training_figure(rows).axes
     lines = {line.get_label(): line for line in axes.lines}
-    assert set(lines) == {"FP, epoch 2", "LSQ W4A4", "FPQ W4A4"}
+    assert set(lines) == {"FP, epoch 2", "LSQ W4A4", "FPQ W4A4", "_"}  # the last: single runs
     np.testing.assert_allclose(lines["LSQ W4A4"].get_ydata(), [81, 86, 91])
     np.testing.assert_allclose(lines["FP, epoch 2"].get_ydata(), 91)
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((80, 92))
+    half = over_seeds([80, 81, 82])[1]
+    assert (band.min(), band.max()) == pytest.approx((81 - half, 91 + half))
     assert "3 training runs" in training_caption(rows)
-    assert "each line is one" in training_caption(rows[rows["run"].str.endswith("0")])
+    assert "Each line is one" in training_caption(rows[rows["run"].str.endswith("0")])
     with pytest.raises(NothingToDraw, match="no test accuracy"):
         training_figure(rows[:0])
 
@@ -626,16 +627,22 @@ def test_loss_figure_draws_the_terms_apart():
         columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "term", "value"],
     )
     ce, csd, own = loss_figure(rows).axes
-    assert [axes.get_title() for axes in (ce, csd, own)] == ["Cross-entropy", "Distillation of features (CSD)", "Own"]
-    assert [line.get_label() for line in ce.lines] == ["LSQ W4A4", "FPQ W4A4"]
-    (line,) = csd.lines
+    assert [axes.get_title().replace("\n", " ") for axes in (ce, csd, own)] == [
+        "Cross-entropy",
+        "Distillation of features (CSD)",
+        "Own",
+    ]
+    assert [line.get_label() for line in ce.lines if line.get_label() != "_"] == ["LSQ W4A4", "FPQ W4A4"]
+    (line,) = (line for line in csd.lines if line.get_label() != "_")
     np.testing.assert_allclose(line.get_ydata(), [1.5, 0.75])
     assert "drawn apart" in loss_caption(rows)
     whole = rows[rows["term"] == "loss"]
     (axes,) = loss_figure(whole).axes
     assert axes.get_title() == "Loss"
     off = rows.assign(value=rows["value"].where(rows["term"] != "loss_csd", 0.0))  # a term of weight zero
-    assert "Distillation of features (CSD)" not in [axes.get_title() for axes in loss_figure(off).axes]
+    assert "Distillation of features (CSD)" not in [
+        axes.get_title().replace("\n", " ") for axes in loss_figure(off).axes
+    ]
     assert "apart" not in loss_caption(whole)
     with pytest.raises(NothingToDraw, match="no training loss"):
         loss_figure(rows[:0])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.style import epoch_axis, line_style, log_if_wide, style
-from fpq_analysis.records.queries import distinct
+from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, value_axis
+from fpq_analysis.plots.names import line_style, subject, titles
+from fpq_analysis.plots.style import style
+from fpq_analysis.plots.training import seeds_words, variants
 
 # A column of `train.jsonl` to the title of its panel, in this order; other terms follow by their names.
 TERMS = {
@@ -32,7 +35,7 @@ def loss_terms(rows: pd.DataFrame) -> list[str]:
 def loss_figure(rows: pd.DataFrame) -> Figure:
     """Terms of the training loss, as weighted in it, against the epoch: a panel a term, a line a variant and bits.
 
-    Lines are means over the runs, the training seeds; bands reach from the lowest to the highest of them.  Axes are
+    Lines are means over the runs, the training seeds; from three on with a 95 % Student interval over them.  Axes are
     logarithmic where the values span more than a factor of ten.
 
     Args:
@@ -46,42 +49,32 @@ def loss_figure(rows: pd.DataFrame) -> Figure:
         raise NothingToDraw("no training loss among the rows")
     terms = loss_terms(rows)
     methods = sorted(rows["method"].unique())
-    figure = Figure(figsize=(min(3.2 * len(terms), 9.6) + 1.2, 3.0 * -(-len(terms) // 3)), layout="constrained")
-    lines: dict[str, Line2D] = {}
-    for index, term in enumerate(terms):
-        axes = figure.add_subplot(-(-len(terms) // 3), min(3, len(terms)), index + 1)
-        for name, line in _draw(axes, rows[rows["term"] == term], methods).items():
-            lines.setdefault(name, line)
-        axes.set_title(TERMS.get(term, term.removeprefix("loss_").replace("_", " ").capitalize()))
-        axes.set_ylabel("Mean over the epoch" if index == 0 else "")
-    figure.legend(list(lines.values()), list(lines), loc="outside right center")
+    figure, places = panels(len(terms), 2.0)
+    artists = []
+    for axes, term in zip(places, terms, strict=True):
+        artists += _draw(axes, rows[rows["term"] == term], methods)
+        axes.set_ylabel("Mean over the epoch")
+        head(axes, TERMS.get(term, term.removeprefix("loss_").replace("_", " ").capitalize()))
+    legend(figure, artists)
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, methods: list[str]) -> dict[str, Line2D]:
-    found: dict[str, Line2D] = {}
+def _draw(axes: Axes, rows: pd.DataFrame, methods: list[str]) -> list[Any]:
     several = rows[["model", "dataset"]].drop_duplicates().shape[0] > 1
-    for _, line in rows.groupby(["model", "dataset", "variant", "bits"], sort=False):
-        first = line.iloc[0]
-        text = first["variant"] if first["bits"] == "FP" else f"{first['variant']} {first['bits']}"
-        text += f", {first['model']}, {first['dataset']}" if several else ""
-        at = line.groupby("epoch")["value"].agg(["mean", "min", "max"])
-        look = line_style(first["method"], first["bits"], methods)
-        (found[text],) = axes.plot(at.index, at["mean"], label=text, **look)
-        axes.fill_between(at.index, at["min"], at["max"], color=look["color"], alpha=0.15, linewidth=0)
-    log_if_wide(axes, rows["value"].min(), rows["value"].max())
-    epoch_axis(axes, 6)
-    return found
+    found = [line for _, part in rows.groupby(["model", "dataset"], sort=True) for line in variants(part)]
+    value_axis(axes, [one for _, one in found])
+    artists = []
+    for text, one in found:
+        look = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+        artists.append(draw_curve(axes, one, look, f"{text}, {subject(one.first)}" if several else text))
+    epoch_axis(axes)
+    return artists
 
 
 def loss_caption(rows: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
-    seeds = rows.groupby(["model", "dataset", "variant", "bits"])["run"].nunique().max()
-    runs = "Each line is one training run"
-    if seeds > 1:
-        runs = f"Mean over up to {seeds} training runs, bands from the lowest to the highest of them"
     apart = "Its terms, each as weighted in it, are drawn apart. " if len(loss_terms(rows)) > 1 else ""
     return (
         "Training loss against the epoch: mean over the epoch's batches, as augmented, of the network while it "
-        f"learns. {apart}{runs}. Data: {distinct(rows, 'dataset')}; network: {distinct(rows, 'model')}."
+        f"learns. {apart}{seeds_words(rows)} Data: {titles(rows, 'dataset')}; network: {titles(rows, 'model')}."
     )

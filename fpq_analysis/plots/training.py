@@ -15,7 +15,7 @@ from fpq_analysis.plots.names import LABELS, at_epoch, colour, line_style, title
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.comparison import MIN_SEEDS
 from fpq_analysis.records.queries import ordered
-from fpq_analysis.records.seeds import curve
+from fpq_analysis.records.seeds import Curve, curve
 
 NO_ERROR = {"ci95": None, "sem": None, "sem_data": None, "samples": None, "n_data": 0}  # of the whole test set
 
@@ -46,21 +46,17 @@ def training_figure(rows: pd.DataFrame) -> Figure:
 def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list[Any]:
     methods = sorted(panel["method"].unique())
     quantized = bool((panel["bits"] != "FP").any())
-    panel = ordered(panel.assign(value=100 * panel["test_accuracy"], **NO_ERROR))
-    lines = [curve(line) for _, line in panel.groupby(["method", "variant", "bits"], sort=False)]
+    named = variants(panel.assign(value=100 * panel["test_accuracy"]))
+    lines = [one for _, one in named]
     levels = [quantized and one.first["bits"] == "FP" for one in lines]
     shown = [one.last() if level else one for level, one in zip(levels, lines, strict=True)]
     value_axis(axes, shown, wide=math.inf, zero=False)
     artists = []
-    for level, one in zip(levels, lines, strict=True):
-        method, variant, bits = (str(one.first[column]) for column in ("method", "variant", "bits"))
-        if bits not in widths:
-            continue
-        variant = LABELS.get().get(variant, variant)
+    for level, (text, one) in zip(levels, named, strict=True):
+        method, bits = str(one.first["method"]), str(one.first["bits"])
         if level:
-            artists.append(draw_level(axes, one, colour(method, methods), at_epoch(variant, one.x[-1])))
-        else:
-            text = variant if bits == "FP" else f"{variant} {bits}"
+            artists.append(draw_level(axes, one, colour(method, methods), at_epoch(text, one.x[-1])))
+        elif bits in widths:
             artists.append(draw_curve(axes, one, line_style(method, bits, methods), text))
     epoch_axis(axes)
     axes.set_ylabel("Test accuracy (%)")
@@ -68,15 +64,28 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list
     return artists
 
 
+def variants(rows: pd.DataFrame) -> list[tuple[str, Curve]]:
+    """The mean of the column `value` for each variant and bits, and what legends call it, in the one order."""
+    found = []
+    for _, line in ordered(rows.assign(**NO_ERROR)).groupby(["method", "variant", "bits"], sort=False):
+        variant, bits = (str(line[column].iloc[0]) for column in ("variant", "bits"))
+        variant = LABELS.get().get(variant, variant)
+        found.append((variant if bits == "FP" else f"{variant} {bits}", curve(line)))
+    return found
+
+
+def seeds_words(rows: pd.DataFrame) -> str:
+    """What lines and bands are, as a sentence for a caption."""
+    seeds = rows.groupby(["model", "dataset", "variant", "bits"])["run"].nunique().max()
+    if seeds == 1:
+        return "Each line is one training run."
+    bands = f"; bands: 95 % Student interval over the runs, from {MIN_SEEDS} on" if seeds >= MIN_SEEDS else ""
+    return f"Thick lines: mean over up to {seeds} training runs; thin ones: each of them{bands}."
+
+
 def training_caption(rows: pd.DataFrame) -> str:
     """What a reader must know beside the figure."""
-    seeds = rows.groupby(["model", "dataset", "variant", "bits"])["run"].nunique().max()
-    runs = "each line is one training run"
-    if seeds > 1:
-        runs = f"thick lines: mean over up to {seeds} training runs; thin ones: each of them"
-    if seeds >= MIN_SEEDS:
-        runs += f"; bands: 95 % Student interval over the runs, from {MIN_SEEDS} on"
     return (
-        f"Test accuracy against the epoch, on the whole test set; {runs}. Data: "
+        f"Test accuracy against the epoch, on the whole test set. {seeds_words(rows)} Data: "
         f"{titles(rows, 'dataset')}; network: {titles(rows, 'model')}."
     )
