@@ -80,3 +80,11 @@ def test_noise_in_features_against_weights(trained):
     alone, caveat = noise_in_words(pd.DataFrame(rows[:2]))
     assert "with noise in the features is 1 ± 0.42 lower than that of" in alone
     assert caveat == ONE_RUN
+
+
+def test_a_baseline_of_zero_and_a_value_that_is_none():
+    rows = [row("lsq", "lsq", value=0.0, samples=[0.0] * 4), row("fpq", "fpq", value=1.0, samples=[1.0, 1.0, 1.0, 1.0])]
+    said, _ = in_words(pd.DataFrame(rows))
+    assert said == "The trace of fpq is 1 ± 0 higher than that of lsq at epoch 0 (of 0)."
+    rows.append(row("other", "kd", value=np.nan))
+    assert in_words(pd.DataFrame(rows)) == [said, ONE_RUN]

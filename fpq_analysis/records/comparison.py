@@ -62,7 +62,7 @@ class Difference:
         """The difference of `what` in plain words, with its 95 % interval."""
         half = self.ci95
         where = f"at epoch {self.epoch}"
-        percent = f"{100 * abs(self.value / self.baseline_value):.0f} % of {number(self.baseline_value, 3)}"
+        percent = _percent(self.value, self.baseline_value)
         if abs(self.value) <= half:
             sign = "+" if self.value > 0 else ""
             return (
@@ -130,7 +130,7 @@ class SeedsDifference:
                 half = self.crossed.ci95_images
                 errors = f"over these samples alone, as an interval over seeds takes {MIN_SEEDS} or more"
         base = self.baseline_value
-        percent = f"{100 * abs(value / base):.0f} % of {number(base, 3)}"
+        percent = _percent(value, base)
         how = f"is lower by {number(-value, 3)}" if value < 0 else f"is higher by {number(value, 3)}"
         if abs(value) <= half:
             how = f"does not differ measurably: {'+' if value > 0 else ''}{number(value, 3)}"
@@ -140,12 +140,17 @@ class SeedsDifference:
         )
 
     def _needed(self) -> str:
-        if self.crossed is None or len(self.each) < MIN_SEEDS:
+        if self.crossed is None or len(self.each) < MIN_SEEDS or not self.baseline_value:
             return ""
         needed = self.crossed.seeds_needed(NOTEWORTHY / 100 * abs(self.baseline_value))
         if needed is None:
             return f" To see a difference of {NOTEWORTHY} %, more samples are needed, whatever the number of seeds."
         return f" A difference of {NOTEWORTHY} % would show with {needed} seeds." if needed > len(self.each) else ""
+
+
+def _percent(value: float, base: float) -> str:
+    share = f"{100 * abs(value / base):.0f} % " if base else ""
+    return f"{share}of {number(base, 3)}"
 
 
 def told_apart(ours: Path, theirs: Path) -> tuple[str, str]:

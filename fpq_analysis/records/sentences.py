@@ -27,6 +27,7 @@ def in_words(rows: pd.DataFrame, what: str = "trace", baseline: str = BASELINE) 
     Returns:
         Sentences; where there is nothing to compare, one for each run alone.
     """
+    rows = rows[rows["value"].notna()]
     of_run = rows.drop_duplicates("run", keep="last").set_index("run")
     groups: dict[tuple[str, ...], Seeds] = {}
     for found in against_baseline(rows, baseline):
