@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.errors import UnfitError
-from fpq_analysis.nests import Nest, moved
+from fpq_analysis.nests import Nest, moved, take
 
 # Of (outputs (B, ...), targets): the mean over the B samples.  Targets are a tensor (B, ...), or a nest of them.
 LossFunction = Callable[[Tensor, Nest], Tensor]
 AT_ONCE = 64  # columns of a factor that are written out at a time
+SMALL = 2**10  # outputs of a sample whose factor is written out to be counted
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,13 @@ class Loss:
     def n_factors(self, outputs: Tensor, targets: Nest) -> int:
         """Vectors a sample whose outer products are the Hessian: K times the number of positions."""
         assert self.output_factor is not None
-        try:  # shapes alone
-            columns = self.output_factor(outputs.to("meta"), moved(targets, torch.device("meta")))
-        except Exception:  # what it computes needs numbers
-            columns = self.output_factor(outputs[:1], targets)
+        outputs, targets = take((outputs, targets), slice(1))
+        columns = None
+        if outputs.numel() > SMALL:  # shapes alone; of small ones numbers, as the first of those loads half of torch
+            with suppress(Exception):  # what it computes needs numbers
+                columns = self.output_factor(outputs.to("meta"), moved(targets, torch.device("meta")))
+        if columns is None:
+            columns = self.output_factor(outputs, targets)
         return len(columns) * math.prod(outputs.shape[axis] for axis in self.positions(outputs))
 
     def factors(self, outputs: Tensor, targets: Nest) -> Iterator[Tensor]:
