@@ -13,6 +13,8 @@ import torch.ao.quantization as ao
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpq_analysis.quantizers import in_eval_mode
+
 X = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(12) % 3
 
@@ -398,23 +400,27 @@ class Bounded(Grid):
         return x.abs() <= self.__dict__["maximum"]
 
 
-def pt2e() -> Pair:
-    """A graph, 2-bit weights of which half are beyond the range, inputs of 4 bits; no modules but the quantizers."""
+def pt2e(batch_norm: bool = False) -> Pair:
+    """A graph, 2-bit weights of which half are beyond the range, inputs of 4 bits; no modules but the quantizers.
+
+    With a BatchNorm behind a convolution, the graph rounds the weight times the BatchNorm's slope.
+    """
     from torch.fx import Node
     from torchao.quantization.pt2e import FakeQuantize, MinMaxObserver, MovingAverageMinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
     affine = torch.per_tensor_affine
+    rounded = torch.ops.aten.linear.default, torch.ops.aten.conv2d.default
 
-    class EveryLinear(Quantizer):
+    class EveryLayer(Quantizer):
         def annotate(self, model: Any) -> Any:
             weight = QuantizationSpec(torch.int8, FakeQuantize.with_args(observer=MinMaxObserver), -2, 1, affine)
             inputs = QuantizationSpec(
                 torch.uint8, FakeQuantize.with_args(observer=MovingAverageMinMaxObserver), 0, 15, affine
             )
             for node in model.graph.nodes:
-                if node.target is torch.ops.aten.linear.default:
+                if node.target in rounded:
                     places: dict[Node, Any] = {node.args[0]: inputs, node.args[1]: weight}
                     node.meta["quantization_annotation"] = QuantizationAnnotation(places, _annotated=True)
             return model
@@ -425,21 +431,45 @@ def pt2e() -> Pair:
     dynamic = {"input": {0: torch.export.Dim.DYNAMIC}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(_mlp(), (X,), dynamic_shapes=dynamic).module()
-        model = prepare_qat_pt2e(exported, EveryLinear())
+        net = _conv_net() if batch_norm else _mlp()
+        model = prepare_qat_pt2e(torch.export.export(net.train(), (X,), dynamic_shapes=dynamic).module(), EveryLayer())
         model(X)
-    weights, activations = {}, {}
+    weights, activations, constants, factors = {}, {}, {}, {}
+    if batch_norm:
+        with torch.no_grad():
+            bn = model.get_submodule("1")
+            bn.weight[1] *= -1
+            mean, deviation = bn.running_mean.double(), (bn.running_var.double() + 1e-5).sqrt()
+            constants = {"mean": mean.view(1, -1, 1, 1), "deviation": deviation.view(1, -1, 1, 1)}
+            factors["0.weight"] = (bn.weight.double() / deviation).view(-1, 1, 1, 1)
     for node in model.graph.nodes:
-        if node.target is torch.ops.aten.linear.default:
-            name = node.args[1].args[0].target
+        if node.target in rounded:
+            source = node.args[1].args[0]
+            name = (source if source.op == "get_attr" else source.args[0]).target
             of_input, of_weight = (model.get_submodule(node.args[i].target) for i in (0, 1))
-            limit = 0.7 * float(model.get_parameter(name).detach().abs().median())
+            factor = factors.get(name)
+            scaled = model.get_parameter(name).detach() * (1 if factor is None else factor.float())
+            limit = 0.7 * float(scaled.abs().median())
             of_weight.activation_post_process.min_val.fill_(-limit)
             of_weight.activation_post_process.max_val.fill_(limit)
             scale, zero = of_weight.activation_post_process.calculate_qparams()
             of_weight.scale.copy_(scale), of_weight.zero_point.copy_(zero)
             for fq in (of_input, of_weight):
                 fq.disable_observer()
-            weights[name], activations[name.removesuffix(".weight")] = _grid_of(of_weight), _grid_of(of_input)
+            weights[name] = _grid_of(of_weight, 4 if batch_norm else 0, factor)
+            activations[name.removesuffix(".weight")] = _grid_of(of_input)
     tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
-    return Pair(model, tensors, weights, activations, _run_mlp)
+
+    def run_conv_net(used: Any, rounded: Any, x: Tensor) -> Tensor:
+        x = F.conv2d(rounded("0", x), used("0.weight"))
+        x = (x - constants["mean"]) / constants["deviation"] * used("1.weight").view(1, -1, 1, 1)
+        x = (x + used("1.bias").view(1, -1, 1, 1)).relu()
+        return F.linear(rounded("4", x.flatten(1)), used("4.weight"), used("4.bias"))
+
+    run = run_conv_net if batch_norm else _run_mlp
+    return Pair(in_eval_mode(model), tensors, weights, activations, run)
+
+
+def _conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))

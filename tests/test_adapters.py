@@ -12,12 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpq_analysis import (
+    ForeignRuns,
+    HessianTrace,
     UserError,
     diagnose,
     feature_statistics,
     hessian_eigs,
     hessian_trace,
     landscape,
+    measure,
     noise_response,
     oscillation,
     output_variance,
@@ -48,9 +51,10 @@ FRONT_ENDS = {
     "Brevitas": foreign_nets.brevitas,
     "ModelOpt": foreign_nets.modelopt,
     "pt2e": foreign_nets.pt2e,
+    "pt2e, BatchNorm": lambda: foreign_nets.pt2e(batch_norm=True),
 }
 PACKAGES = {"torchao": "torchao", "torchao, learned": "torchao", "Brevitas": "brevitas", "pt2e": "torchao"}
-PACKAGES |= {"ModelOpt": "modelopt"}
+PACKAGES |= {"ModelOpt": "modelopt", "pt2e, BatchNorm": "torchao"}
 every_front_end = pytest.mark.parametrize("front_end", FRONT_ENDS)
 
 
@@ -78,7 +82,7 @@ def test_curvature_is_that_of_the_network_written_by_hand(front_end, definition)
     found = subject.operator().dense()
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-8 * size)
     trace = hessian_trace(model, (X, Y), definition=definition, n_products=60)
-    if front_end == "pt2e" or (front_end == "Brevitas" and definition == "latent"):  # no layers; dQ/dw is no mask
+    if "pt2e" in front_end or (front_end == "Brevitas" and definition == "latent"):  # no layers; dQ/dw is no mask
         assert abs(trace.value - float(dense.trace())) < 5 * trace.sem + 1e-8 * float(size)
     else:
         assert trace.method == "exact"
@@ -102,8 +106,8 @@ def test_the_adopted_network_is_a_copy_that_computes_the_same(front_end):
     model = build(front_end).model
     before = copy.deepcopy(model.state_dict())
     adopted = adopt(model, X.float())
-    torch.testing.assert_close(adopted(X.float()), model(X.float()), rtol=0, atol=1e-5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.testing.assert_close(adopted(X.float()), model(X.float()), rtol=0, atol=1e-5)
     assert adopt(adopted) is adopted
     assert [name for name, q, is_weight in quantizers(adopted) if q.step_size.isnan().any()] == []
     assert 0.4 < clipped_fraction(adopted) < 0.75
@@ -201,9 +205,9 @@ def test_an_unknown_quantizer_is_refused_with_the_way_to_make_it_known(registry)
 )
 def test_an_adapter_that_disagrees_with_the_forward_pass_is_found_out(registry, wrong, said):
     register_adapter(Ternary)(lambda layer: ternary(layer, **wrong))
-    for measure in (hessian_trace, sharpness, output_variance, feature_statistics):
+    for function in (hessian_trace, sharpness, output_variance, feature_statistics):
         with pytest.raises(UserError, match=rf"disagrees with the forward pass: {said}"):
-            measure(ternary_net(), (X.float(), Y))
+            function(ternary_net(), (X.float(), Y))
 
 
 def test_an_adapter_that_forgets_a_quantizer_of_activations_is_found_out(registry):
@@ -211,6 +215,64 @@ def test_an_adapter_that_forgets_a_quantizer_of_activations_is_found_out(registr
     register_adapter(torch.ao.quantization.FakeQuantizeBase)(lambda module: nn.Identity())
     with pytest.raises(UserError, match=r"disagrees with the forward pass: what 'quant\.activation_post_process'"):
         hessian_trace(model, (X.float(), Y))
+
+
+def test_a_layer_folded_with_its_batch_norm_whose_quantizers_are_off_is_a_float_one():
+    model = build("torch.ao").model.apply(ao.disable_fake_quant)
+    found = [hessian_trace(model, (X.float(), Y), definition=d).value for d in DEFINITIONS]
+    plain = copy.deepcopy(foreign_nets.torch_ao().by_hand("float"))
+    dense = dense_hessian(plain, list(plain.parameters()), X, Y)
+    assert found == pytest.approx([float(dense.trace())] * 3, rel=1e-4)
+
+
+def test_a_graph_in_training_mode_is_measured_as_in_eval_mode():
+    model = build("pt2e, BatchNorm").model
+    before = hessian_trace(model, (X.float(), Y)).value
+    for node in model.graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default:
+            node.update_arg(5, True)
+    model.recompile()
+    assert hessian_trace(model, (X.float(), Y)).value == before
+
+
+def converted(front_end):
+    """A network after its conversion for inference: integers, biases, maybe layers as they were."""
+    if front_end == "torch.ao, one layer":
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+        return ao.quantize_dynamic(net, {"3": ao.default_dynamic_qconfig})
+    if front_end == "torch.ao":
+        return ao.convert(build("torch.ao").model)
+    pytest.importorskip("torchao")
+    if front_end == "pt2e":
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        return convert_pt2e(build("pt2e").model)
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3))
+    quantize_(net, Int8WeightOnlyConfig())
+    return net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("front_end", ["torch.ao", "torch.ao, one layer", "torchao", "pt2e"])
+def test_a_network_that_was_converted_for_inference_is_refused(front_end):
+    model = converted(front_end)
+    for definition in DEFINITIONS:
+        with pytest.raises(UserError, match="is stored as integers: the network was converted for inference"):
+            hessian_trace(model, (X.float(), Y), definition=definition)
+
+
+def test_records_of_another_programs_network_say_that_it_is_quantized(tmp_path):
+    def factory():
+        return foreign_nets.torch_ao().model
+
+    model = factory()
+    (tmp_path / "net").mkdir()
+    torch.save(model.state_dict(), tmp_path / "net" / "epoch_0.pt")
+    np.savez(tmp_path / "data.npz", x=X.float().numpy(), y=Y.numpy())
+    rows = measure(ForeignRuns(tmp_path / "net", factory, tmp_path / "data.npz"), HessianTrace(), device="cpu")
+    assert set(zip(rows["method"], rows["bits"], strict=True)) == {("quantized", "W8A7")}
 
 
 def test_a_quantizer_that_has_seen_no_data_is_said_to_have_no_scale():

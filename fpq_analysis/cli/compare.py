@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,7 @@ def compare(
     seed: Seed = 0,
     data_root: DataRoot = None,
     model: Model = None,
+    model_b: Annotated[str | None, typer.Option(help="The same for run_b, where its network is another.")] = None,
     records: Records = None,
     device: Device = "auto",
     jobs: Jobs = "1",
@@ -72,6 +74,8 @@ def compare(
       fpq-analyze compare checkpoints/demo/fpq-w4a4 checkpoints/demo/lsq-w4a4
 
       fpq-analyze compare checkpoints/fpq-w4a4-s0 checkpoints/lsq-w4a4-s0 --over-seeds
+
+      fpq-analyze compare runs/int8 runs/float --model mynet:int8 --model-b mynet:Net --data digits
     """
     import pandas as pd
 
@@ -80,8 +84,11 @@ def compare(
     from fpq_analysis.records.comparison import by_epoch, told_apart
     from fpq_analysis.records.queries import totals
     from fpq_analysis.runs import source_of
+    from fpq_analysis.runs.foreign import ForeignRuns
     from fpq_analysis.text import number
 
+    if model_b is not None and isinstance(run_b, ForeignRuns):
+        run_b = replace(run_b, model=model_b)
     pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)
     faults: dict[Path, UserError] = {}
@@ -91,21 +98,21 @@ def compare(
         n_data=n_data,
         seed=seed,
         data_root=data_root,
-        model=model,
         records=records,
         device=device,
         jobs=jobs,
         executor=executor,
         on_fault=faults.__setitem__,
     )
-    traces = [totals(measured(run)) for run in (run_a, run_b)]
+    networks = model, model_b or model
+    traces = [totals(measured(run, model=network)) for run, network in zip((run_a, run_b), networks, strict=True)]
     if any(frame.empty for frame in traces):
         fail_all(faults)
     for run, frame in zip(pair, traces, strict=True):
         if frame.empty:
             raise UserError(f"No checkpoint of '{run}' has a finite trace, so there is nothing to compare.")
     found = by_epoch(*(frame.assign(run=name) for frame, name in zip(traces, names, strict=True)))
-    several = _over_seeds(pair, found[-1], measured) if over_seeds else None
+    several = _over_seeds(pair, networks, found[-1], measured) if over_seeds else None
     if json:
         rows = [difference.as_row() for difference in found]
         print_json(pd.DataFrame(rows + ([several.as_row()] if several is not None else [])))
@@ -129,7 +136,12 @@ def compare(
     fail_all(faults)
 
 
-def _over_seeds(pair: list[Path], last: Difference, measured: Callable[..., pd.DataFrame]) -> SeedsDifference:
+def _over_seeds(
+    pair: list[Path],
+    networks: tuple[str | None, str | None],
+    last: Difference,
+    measured: Callable[..., pd.DataFrame],
+) -> SeedsDifference:
     """The differences at one epoch of all pairs of runs with equal seeds."""
     from fpq_analysis.records.comparison import SeedsDifference, by_epoch
     from fpq_analysis.records.queries import totals
@@ -144,7 +156,10 @@ def _over_seeds(pair: list[Path], last: Difference, measured: Callable[..., pd.D
         )
     found = []
     for seed in both:
-        frames = [totals(measured(runs[seed], epochs=str(last.epoch))) for runs in (ours, theirs)]
+        frames = [
+            totals(measured(runs[seed], epochs=str(last.epoch), model=network))
+            for runs, network in zip((ours, theirs), networks, strict=True)
+        ]
         if not any(frame.empty for frame in frames):
             found += by_epoch(*frames)
     if len(found) < 2:

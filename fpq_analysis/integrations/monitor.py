@@ -27,7 +27,6 @@ from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.integrations.sample import draw_sample
 from fpq_analysis.integrations.undisturbed import is_first_process, plain_copy, state_hash, undisturbed
 from fpq_analysis.losses import LossFunction, resolve_loss
-from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.models import model_device
 from fpq_analysis.nests import moved
 from fpq_analysis.pipeline.execute import begin, columns
@@ -35,8 +34,7 @@ from fpq_analysis.pipeline.plan import check_probe, measurement_key, settings_of
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes.point import NEEDS, Point, Probe, Rows
 from fpq_analysis.progress import show_progress
-from fpq_analysis.quantizers import quantizers
-from fpq_analysis.quantizers.spec import FLOAT_BITS
+from fpq_analysis.quantizers import quantization
 from fpq_analysis.runs import versions
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.run import MONITORED
@@ -318,24 +316,6 @@ class CurvatureMonitor:
 
 def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
-
-
-def quantization(model: nn.Module) -> tuple[str, dict[str, Any] | None]:
-    """Which scheme of this package a network is quantized by, and its bits but for the first and last layer's."""
-    found = list(quantizers(model))
-    if not found:
-        return "fp", None
-    kinds = {is_weight: type(quantizer) for _, quantizer, is_weight in found}
-    bits = {"weight_bits": FLOAT_BITS, "act_bits": FLOAT_BITS}
-    for name, of_weight in (("weight_bits", True), ("act_bits", False)):
-        own = [quantizer.bits for _, quantizer, is_weight in found if is_weight is of_weight]
-        if own:
-            bits[name] = Counter(own[1:-1] or own).most_common(1)[0][0]
-    for scheme, row in SCHEMES.items():
-        classes = {True: load_class(row.weight), False: load_class(row.activation)}
-        if all(classes[which] is kind for which, kind in kinds.items()):
-            return scheme, bits
-    return "quantized", bits
 
 
 def _numbers(title: str, rows: Rows) -> dict[str, float]:

@@ -21,7 +21,7 @@ from fpq_analysis.nests import moved, take
 from fpq_analysis.pipeline.plan import network_code
 from fpq_analysis.pipeline.task import Sampling, Task, TaskResult
 from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
-from fpq_analysis.quantizers import adopt
+from fpq_analysis.quantizers import adopt, quantization
 from fpq_analysis.runs import file_hash
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.foreign import ForeignCheckpoint
@@ -83,6 +83,9 @@ class _ActiveMeasurement:
         self._auxiliary = point.auxiliary
         measurement = task.measurement
         common = columns(task.probe, content, task.sampling, task.settings, measurement.key)
+        if isinstance(content, ForeignCheckpoint) and content.quant is None:  # nothing says it but the network
+            scheme, quant = quantization(point.model)
+            common |= {"method": scheme, "bits": _bits(quant)}
         named = "through" in task.probe.needs
         self._common = {**common, "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None}
 
@@ -219,14 +222,13 @@ def images(content: Checkpoint, sampling: Sampling) -> Batch | list[Batch]:
 
 def describe(content: Checkpoint, sampling: Sampling) -> dict[str, Any]:
     """The columns that say which checkpoint a row is about, and what measured it."""
-    quant = content.quant
     name, code = network_code(content.header, sampling.model)
     return {
         "method": content.run["method"],
         "model": name,
         "factory": code,
         "dataset": content.data["name"],
-        "bits": f"W{quant['weight_bits']}A{quant['act_bits']}" if quant else "FP",
+        "bits": _bits(content.quant),
         "train_seed": content.run["seed"],
         "data": content.data["fingerprint"],
         "epoch": content.epoch,
@@ -236,6 +238,10 @@ def describe(content: Checkpoint, sampling: Sampling) -> dict[str, Any]:
         "device": str(pick_device(sampling.device)),
         "dtype": content.dtype,
     }
+
+
+def _bits(quant: dict[str, Any] | None) -> str:
+    return f"W{quant['weight_bits']}A{quant['act_bits']}" if quant else "FP"
 
 
 def columns(probe: Probe, content: Checkpoint, sampling: Sampling, settings: str, key: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fpq_analysis.quantizers.apply import weight_codes as weight_codes
 from fpq_analysis.quantizers.apply import weight_quantizers as weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer as Quantizer
 from fpq_analysis.quantizers.base import widened as widened
+from fpq_analysis.quantizers.copies import in_eval_mode as in_eval_mode
 from fpq_analysis.quantizers.lsq import LSQ as LSQ
 from fpq_analysis.quantizers.lsq_plus import LSQPlus as LSQPlus
 from fpq_analysis.quantizers.lsq_plus import SymmetricLSQ as SymmetricLSQ
@@ -31,6 +32,7 @@ from fpq_analysis.quantizers.others import rounded_weight as rounded_weight
 from fpq_analysis.quantizers.others import rounds_weights as rounds_weights
 from fpq_analysis.quantizers.pact import PACT as PACT
 from fpq_analysis.quantizers.pact import DoReFa as DoReFa
+from fpq_analysis.quantizers.scheme import quantization as quantization
 from fpq_analysis.quantizers.spec import QuantSpec as QuantSpec
 from fpq_analysis.quantizers.views import DEFINITIONS as DEFINITIONS
 from fpq_analysis.quantizers.views import check_definition as check_definition

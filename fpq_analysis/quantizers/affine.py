@@ -103,10 +103,6 @@ class Affine(Quantizer):
         q, inside = _rounded(x, self.scale, self._zero(), self.low, self.high, self.quotient)
         return q != inside
 
-    def used(self, weight: Tensor) -> Tensor:
-        """What the other program's layer computes with, from the value on the grid."""
-        return weight if self.factor is None else weight * self.factor
-
 
 class Dynamic(Quantizer):
     """`affine` with constants that are worked out from each x: of activations, so that it has no step size to speak of.

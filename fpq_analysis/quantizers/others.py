@@ -63,6 +63,13 @@ def live_observer(model: nn.Module) -> str:
 
 def check_definition_applies(model: nn.Module, definition: str) -> None:
     """Raise `UserError` where another package's quantizer, recognised by its class, stands against the definition."""
+    converted = stored_as_integers(model)
+    if converted:
+        raise UserError(
+            f"'{converted}' is stored as integers: the network was converted for inference. These weights have no "
+            "gradient, and the Hessian would be that of the rest alone. Measure the network as it was before it was "
+            "converted, with its fake quantizers."
+        )
     observer = live_observer(model)
     if observer:
         raise UserError(
@@ -72,6 +79,22 @@ def check_definition_applies(model: nn.Module, definition: str) -> None:
     for name, _, package in other_quantizers(model):
         if definition == "float" or (definition == "dequantized" and WEIGHT in name):
             raise UserError(_refusal(f"'{name}' is a quantizer of {package}", definition))
+
+
+def stored_as_integers(model: nn.Module) -> str:
+    """The first weight that a conversion for inference left as integers, by its name; or nothing.
+
+    Tensors that torch calls quantized, those of 8 bits that are no masks, and the packages' own kinds of tensor.
+    """
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        for t in tree_leaves(value):
+            if not isinstance(t, Tensor) or t.ndim < 2:
+                continue
+            packed = t.is_quantized or type(t).__module__.startswith(("torchao.", "modelopt."))
+            if packed or (t.dtype in (torch.int8, torch.uint8) and bool((t.abs() > 1).any())):
+                return name.partition("._packed_params")[0]
+    return ""
 
 
 def rounds_weights(model: nn.Module, x: Tensor) -> bool:
@@ -161,7 +184,7 @@ def _rounds(module: nn.Module, args: Any, kwargs: Any, parameters: Collection[st
 
 
 def _leave_out_quantizers(graph: GraphModule) -> None:
-    for name, module in list(graph.named_children()):
+    for name, module in list(graph._modules.items()):  # one may be there under several names
         if isinstance(module, Quantizer):
             graph.set_submodule(name, nn.Identity())
 

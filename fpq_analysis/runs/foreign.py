@@ -23,7 +23,7 @@ from fpq_analysis.data import OwnData, load_dataset, own_data, parse_normalizati
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.models import MODELS, check_model_name
-from fpq_analysis.quantizers import QuantSpec, quantize
+from fpq_analysis.quantizers import QuantSpec, in_eval_mode, quantize
 from fpq_analysis.references import find
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.checkpoint import Checkpoint
@@ -265,7 +265,7 @@ class ForeignCheckpoint(Checkpoint):
             net = quantize(net, QuantSpec(**{**self.quant, "weight_calibration": "minmax"}))
         state = align(self.state_dict, net.state_dict(), self.path)
         ckpt.load_state(net, state, what=f"'{name}'", whose=f"'{self.path}'", cure=self._cure())
-        return net.eval()
+        return in_eval_mode(net)
 
     def callable(self, net: nn.Module) -> nn.Module:
         """See `Checkpoint`."""

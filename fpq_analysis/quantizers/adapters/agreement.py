@@ -13,8 +13,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fpq_analysis.errors import UserError
-from fpq_analysis.quantizers.affine import Affine
-from fpq_analysis.quantizers.apply import quantizers
 from fpq_analysis.quantizers.base import Quantizer
 
 AGREES = 1e-5  # relative to the largest entry; some kernels hold their scales in float32
@@ -109,8 +107,8 @@ def check_agreement(before: Passed, adopted: nn.Module, inputs: Any) -> None:
 
 def _check_weights(name: str, layer: nn.Module, were: list[Tensor], are: list[Tensor]) -> None:
     if len(were) == len(are) == 1:  # else they are not known one by one, and the outputs have to do
-        own = next((q for name, q, is_weight in quantizers(layer) if is_weight and not name), None)
-        now = own.used(are[0]) if isinstance(own, Affine) else are[0]
+        folded = getattr(layer, "folded", None)
+        now = are[0] if folded is None else are[0] * folded
         _check(f"the weight that '{name}' uses", were[0], now, 0.0, 0.0)
 
 

@@ -79,6 +79,7 @@ def _plain(module: Any, kind: type[nn.Module], factor: Tensor | None = None) -> 
     weight = module.weight.detach()
     quantizer = affine(module.weight_fake_quant, weight if factor is None else weight * factor, factor)
     del module.weight_fake_quant
+    module.folded = factor  # what the layer multiplied its weight by
     return plain_layer(module, kind, quantizer)
 
 
