@@ -70,9 +70,11 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame) -> None:
         method, bits = str(one.first["method"]), str(one.first["bits"])
         place += 1.0 if method in middles else 1.5
         middles.setdefault(method, []).append(place)
-        (value,), half = one.value, one.half
+        (value,), (low,), (high,) = one.value, one.low, one.high
+        floor, ceiling = axes.get_ylim()
+        errors = [[value - max(low, floor)], [min(high, ceiling) - value]]
         axes.bar(place, value, 0.9, color=colour(method, methods), hatch=HATCHES.get(bits, "\\\\\\"), linewidth=0)
-        axes.errorbar(place, value, half, color="0.15", capsize=2, linewidth=0.9, fmt="none", path_effects=halo)
+        axes.errorbar(place, value, errors, color="0.15", capsize=2, linewidth=0.9, fmt="none", path_effects=halo)
         if len(one.runs) > 1:
             each = [float(run["value"].iloc[0]) for run in one.runs]
             spots = place + 0.25 * np.linspace(-1, 1, len(each))

@@ -71,7 +71,7 @@ def _draw(axes: Axes, panel: pd.DataFrame, color: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(sorted(panel["size"].unique())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: fraction(size)))
-    axes.set_xlabel("Width of the noise, in steps")
+    axes.set_xlabel("Noise, in steps")
     axes.set_ylabel("Increase of the loss")
 
 
