@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 import fpq_analysis
@@ -28,6 +29,7 @@ from fpq_analysis.files import append_jsonl, read_jsonl, write_json
 from fpq_analysis.intervals import half_interval, over_seeds
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
+from fpq_analysis.plots.style import COLUMNS, WIDTHS
 from fpq_analysis.probes import PROBES, HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, live, pictures
@@ -301,6 +303,14 @@ def test_a_caption_that_was_there_is_not_repeated(measured, monkeypatch):
     monkeypatch.setattr(Drawing, "caption", lambda self, frame: "Equal.")
     drawn, _ = pictures.pictures(read_study(measured))
     assert [one.caption for one in drawn[:2]] == ["Equal.", f"The same as '{drawn[0].title}', drawn otherwise."]
+
+
+def test_figures_are_as_narrow_as_their_height_allows():
+    def widths(*heights):
+        return pictures.fitting(lambda: Figure(figsize=(WIDTHS[COLUMNS.get()], heights[COLUMNS.get() - 1])))
+
+    assert widths(3.0, 2.0).get_size_inches()[0] == WIDTHS[1]
+    assert widths(7.0, 3.0).get_size_inches()[0] == WIDTHS[2]
 
 
 def test_narrow_figures_stand_in_pairs():

@@ -15,6 +15,7 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.files import write_text
 from fpq_analysis.methods import method_label
 from fpq_analysis.plots import FIGURES
+from fpq_analysis.plots.names import title
 from fpq_analysis.records.queries import samples_of
 from fpq_analysis.report import provenance, tables
 from fpq_analysis.report.cautions import cautions
@@ -135,8 +136,8 @@ def typeset(text: str) -> str:
 
 
 def _title(study: Study) -> str:
-    networks = _few([run.model for run in study.runs], "networks")
-    data = _few([run.dataset for run in study.runs], "data sets")
+    networks = _few([title(run.model) for run in study.runs], "networks")
+    data = _few([title(run.dataset) for run in study.runs], "data sets")
     return f"{networks} on {data}: {listed(method_label(run.method) for run in study.runs)}"
 
 
@@ -168,7 +169,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
 def _data(run: Run) -> str:
     data = run.data
     counts = [f"{data[key]:,} {what}" for key, what in (("n_train", "training"), ("n_test", "test")) if key in data]
-    return f"{run.dataset} ({', '.join(counts)} images)" if counts else str(run.dataset)
+    return f"{title(run.dataset)} ({', '.join(counts)} images)" if counts else title(run.dataset)
 
 
 def _dates(study: Study) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw, going_on
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
-from fpq_analysis.plots.style import rendered
+from fpq_analysis.plots.style import look, rendered
 from fpq_analysis.report.comparisons import variant
 from fpq_analysis.report.headings import title
 from fpq_analysis.report.study import Study
@@ -25,8 +26,9 @@ from fpq_analysis.runs import number_of
 MAX_SVG = 300_000  # bytes
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-ZOOM = 1.55  # CSS pixels a point on a wide screen: text of 9 points as large as the page's
-LEAST = 0.85  # and on a narrow one: rather than draw text smaller still, the card scrolls sideways
+TALL = 5.5  # inches: figures are one column wide, which a phone shows whole, unless they would be taller than this
+ZOOM = 1.8  # CSS pixels a point on a wide screen: text of 7.5 points nearly as large as that of captions
+LEAST = 1.2  # and on a narrow one: rather than draw text smaller still, the card scrolls sideways
 # Points: up to this width two figures stand side by side on a wide screen, and a figure beside its caption.
 PAIRED, ALONE = 430, 560
 
@@ -80,7 +82,7 @@ def pictures(study: Study) -> tuple[list[Picture], dict[Drawing, str]]:
             continue
         with going_on(lambda fault: study.faults.append(str(fault)), drawing.title):
             try:
-                figure = drawing.draw(frame)
+                figure = fitting(partial(drawing.draw, frame))
             except NothingToDraw as reason:
                 missing[drawing] = str(reason)
                 continue
@@ -99,10 +101,11 @@ def training_pictures(study: Study) -> list[Picture]:
     drawn = []
     accuracies = _training_rows(study, "test_accuracy").rename(columns={"value": "test_accuracy"})
     if len(accuracies):
-        drawn.append(picture("Learning curves", "training", training_figure(accuracies), training_caption(accuracies)))
+        figure = fitting(partial(training_figure, accuracies))
+        drawn.append(picture("Learning curves", "training", figure, training_caption(accuracies)))
     losses = _training_rows(study, "loss")
     if len(losses):
-        drawn.append(picture("Training loss", "losses", loss_figure(losses), loss_caption(losses)))
+        drawn.append(picture("Training loss", "losses", fitting(partial(loss_figure, losses)), loss_caption(losses)))
     return drawn
 
 
@@ -133,6 +136,16 @@ def side_by_side(pictures: list[Picture]) -> list[Picture]:
         else:
             found.append(one)
     return found
+
+
+def fitting(draw: Callable[[], Figure]) -> Figure:
+    """The figure as wide as one column of a page, or as two where that would be too tall."""
+    with look(columns=1):
+        figure = draw()
+    if figure.get_size_inches()[1] > TALL:
+        with look(columns=2):
+            figure = draw()
+    return figure
 
 
 def picture(name: str, file: str, figure: Figure, caption: str, heading: str = "") -> Picture:

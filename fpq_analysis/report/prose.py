@@ -9,6 +9,7 @@ import pandas as pd
 
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import METHODS, method_label
+from fpq_analysis.plots.names import title
 from fpq_analysis.records.queries import eigenvalues, mean_loss, samples_of, totals
 from fpq_analysis.report.study import Study, seeds_in_words
 from fpq_analysis.runs import Run
@@ -78,8 +79,8 @@ def _data(study: Study) -> str:
         size = about.get("size")
         shape = f" of {size} × {size} pixels" if size else ""
         classes = f" in {len(about['classes'])} classes" if about.get("classes") else ""
-        parts.append(f"{name} ({listed(facts)} images{shape}{classes})")
-    models = listed(run.model for run in study.runs)
+        parts.append(f"{title(name)} ({listed(facts)} images{shape}{classes})")
+    models = listed(title(run.model) for run in study.runs)
     return f"The data were {listed(parts)}; the network{'s were' if ' and ' in models else ' was'} {models}."
 
 
