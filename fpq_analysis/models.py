@@ -6,7 +6,10 @@ out-of-place modules, so that a hook on any layer sees exactly that layer's outp
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -272,7 +275,9 @@ def call_factory(factory: Callable[..., Any], name: str, num_classes: int | None
     given = {k: v for k, v in wanted.items() if v is not None and (takes_any or k in taken)}
     while True:
         try:
-            model = factory(**given)
+            with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # stdout is for numbers
+                warnings.simplefilter("once", UserWarning)  # and not again for each checkpoint
+                model = factory(**given)
             break
         except (Exception, SystemExit) as error:  # the user's code: anything can happen
             refused = [k for k in given if k not in taken and _refuses(error, k)]

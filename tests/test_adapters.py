@@ -225,6 +225,17 @@ def test_a_layer_folded_with_its_batch_norm_whose_quantizers_are_off_is_a_float_
     assert found == pytest.approx([float(dense.trace())] * 3, rel=1e-4)
 
 
+def test_layers_that_modelopt_leaves_in_floating_point_are_plain_ones():
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    torch.manual_seed(0)
+    parts = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+    model = mtq.quantize(nn.Sequential(*parts), copy.deepcopy(mtq.INT8_DEFAULT_CFG), lambda net: net(X.float())).eval()
+    assert type(model[1]) is not nn.BatchNorm2d
+    adopted = adopt(model, X.float())
+    assert [type(adopted[i]) for i in (1, 3)] == [nn.BatchNorm2d, nn.MaxPool2d]
+    assert hessian_trace(model, (X.float(), Y)).method == "exact"
+
+
 def test_a_graph_in_training_mode_is_measured_as_in_eval_mode():
     model = build("pt2e, BatchNorm").model
     before = hessian_trace(model, (X.float(), Y)).value

@@ -637,3 +637,25 @@ def test_find_state_is_not_fooled():
     assert find_state({"loss": torch.ones(1), "epoch": 3}) == ({}, ())
     assert find_state({"model": None, "net": {"w": torch.ones(1)}})[1] == ("net",)
     assert find_state(None) == ({}, ())
+
+
+def linear_that_prints():
+    print("a network of one layer")
+    warnings.warn("not a good one", stacklevel=1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_runs_of_different_networks_are_compared_and_what_factories_print_is_not_among_the_rows(tmp_path):
+    save(tmp_path / "a" / "epoch_1.pt")
+    save(tmp_path / "b" / "epoch_1.pt", linear_that_prints().state_dict())
+    given = ["--model", NET, "--data", "digits", "--n-data", 16, "--device", "cpu", "--json"]
+    other = ["--model-b", "tests.test_foreign:linear_that_prints"]
+    (row,) = map(json.loads, call("compare", tmp_path / "a", tmp_path / "b", *given, *other).stdout.splitlines())
+    settings = {"a": NET, "b": linear_that_prints}
+    mine, theirs = (
+        measure(ForeignRuns(tmp_path / run, network, "digits"), HessianTrace(), **FAST).query("layer == 'all'")
+        for run, network in settings.items()
+    )
+    found = [frame[frame["quantity"] == "trace"]["value"].item() for frame in (mine, theirs)]
+    assert row["value"] == pytest.approx(found[0] - found[1], rel=1e-6)
+    assert row["baseline_value"] == pytest.approx(found[1], rel=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
+from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import TensorQuantizer
 from torch import Tensor, nn
 
@@ -40,13 +40,13 @@ class WithinMaximum(Affine):
         return x.abs() > self.maximum
 
 
-@register_adapter(QuantLinearConvBase)
+@register_adapter(QuantInputBase)
 def layer(module: Any) -> nn.Module:
-    """A convolution or linear layer whose input, weight and output may be quantized."""
-    kind = next((k for k in QUANTIZABLE if isinstance(module, k)), None)
-    if kind is None:
+    """A layer whose input and output may be quantized, and of a convolution or linear layer the weight."""
+    kind = next((k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules.")), nn.Module)
+    if kind is nn.Module or ("weight_quantizer" in module._modules and not issubclass(kind, QUANTIZABLE)):
         raise UnknownQuantizerError(f"it is a {type(module).__name__}")
-    parts = [module._modules.pop(f"{name}_quantizer") for name in ("weight", "input", "output")]
+    parts = [module._modules.pop(f"{name}_quantizer", None) for name in ("weight", "input", "output")]
     weight, inputs, output = map(_quantizer, parts)
     for name in [name for name in vars(module) if name.startswith("_dm_")]:
         del module.__dict__[name]
