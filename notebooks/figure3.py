@@ -12,7 +12,7 @@
 # # Figure 3: the range of every channel, float above and quantized below
 #
 # One ReLU layer: the range of each output channel over images, its middle half as a box, and its *mean* as an orange line,
-# for the float network and a quantized one.
+# for the float network and a quantized one; below, by how much each mean differs, with its error.
 
 # %%
 # %matplotlib inline

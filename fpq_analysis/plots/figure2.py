@@ -15,10 +15,9 @@ from fpq_analysis.methods import BASELINE, METHODS
 from fpq_analysis.plots.axes import band, draw_curve, epoch_axis, head, kinds, legend, outer, panels, value_axis
 from fpq_analysis.plots.names import subject, titles
 from fpq_analysis.plots.style import style
-from fpq_analysis.records.queries import distinct, mean_loss, norms, ordered, samples_of
+from fpq_analysis.records.queries import distinct, mean_loss, norms, ordered, samples_of, trained_in_noise
 from fpq_analysis.records.seeds import Curve, curve, families, interval_words
 
-TRAINED = {"noise-features": "features", "noise-weights": "weights"}
 # In the colours of the methods that are trained in such noise.
 LOOKS: dict[str, dict[str, Any]] = {
     "features": {"color": METHODS["noise-features"].colour, "marker": "o", "label": "noise in the features"},
@@ -74,11 +73,6 @@ def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, Lines]]:
 def _lines(panel: pd.DataFrame) -> Lines:
     arms = [(arm, panel[panel["arm"] == arm]) for arm in LOOKS]
     return [(arm, curve(family)) for arm, rows in arms if len(rows) for family in families(rows)]
-
-
-def trained_in_noise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of the runs that were trained in noise, the arm of that noise."""
-    return rows[rows["method"].map(TRAINED) == rows["arm"]]
 
 
 def _with_noise(rows: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from fpq_analysis.methods import bits_rank, method_rank
 from fpq_analysis.text import listed
 
 PICTURES = {"digits", "cifar10", "cifar100", "imagefolder"}  # `data.DATASETS`, which would bring torch
+TRAINED_IN = {"noise-features": "features", "noise-weights": "weights"}
 AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
 
 
@@ -43,6 +44,11 @@ def norms(records: pd.DataFrame, quantity: str = "grad_norm_minibatch") -> pd.Da
     rows = records[(records["layer"] == "all") & records["quantity"].str.startswith(f"{quantity}@")]
     rows = rows[rows["value"].notna()]
     return rows.assign(arm=[name.rpartition("@")[2] for name in rows["quantity"]])
+
+
+def trained_in_noise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of `norms`, where runs were trained in noise, the rows of the noise they were trained in."""
+    return rows[rows["method"].map(TRAINED_IN) == rows["arm"]]
 
 
 def responses(records: pd.DataFrame) -> pd.DataFrame:

@@ -6,14 +6,13 @@ import pandas as pd
 
 from fpq_analysis.methods import BASELINE, method_label
 from fpq_analysis.records.comparison import Difference, SeedsDifference, against_baseline, difference
-from fpq_analysis.records.queries import half_widths, last_epochs, norms
+from fpq_analysis.records.queries import half_widths, last_epochs, norms, ordered, trained_in_noise
 from fpq_analysis.text import number
 
 ONE_RUN = (
     "Intervals are over the samples, for these training runs; how the methods differ, rather than these runs of them, "
     "takes several training seeds."
 )
-TRAINED_IN = {"noise-features": "features", "noise-weights": "weights"}
 Seeds = dict[object, list[Difference]]  # the differences of each training seed
 
 
@@ -27,7 +26,7 @@ def in_words(rows: pd.DataFrame, what: str = "trace", baseline: str = BASELINE) 
     Returns:
         Sentences; where there is nothing to compare, one for each run alone.
     """
-    rows = rows[rows["value"].notna()]
+    rows = ordered(rows[rows["value"].notna()])
     of_run = rows.drop_duplicates("run", keep="last").set_index("run")
     groups: dict[tuple[str, ...], Seeds] = {}
     for found in against_baseline(rows, baseline):
@@ -55,8 +54,8 @@ def noise_in_words(records: pd.DataFrame, quantity: str = "grad_norm_minibatch")
         records: of the probe `gradnorm`.
         quantity: as for `plots.figure2`.
     """
-    rows = last_epochs(norms(records, quantity))
-    trained = rows[rows["method"].map(TRAINED_IN) == rows["arm"]]
+    rows = ordered(last_epochs(norms(records, quantity)))
+    trained = trained_in_noise(rows)
     own = [] if len(trained) else ["run"]
     groups: dict[tuple[str, ...], Seeds] = {}
     for key, pair in (trained if len(trained) else rows).groupby(
