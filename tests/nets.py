@@ -191,16 +191,7 @@ def dense_hessian(model: nn.Module, parameters: list[Tensor], x: Tensor, y: Any,
         if not flat.requires_grad:
             return torch.zeros(len(flat), len(flat)).to(flat)
         eye = torch.eye(len(flat)).to(flat)
-        try:
-            rows = torch.autograd.grad(
-                flat, parameters, eye, retain_graph=True, is_grads_batched=True, allow_unused=True
-            )
-        except RuntimeError:  # of what cannot be batched, such as a custom Function, one by one
-            rows = [torch.stack(found) for found in zip(*(_row(flat, parameters, one) for one in eye), strict=True)]
+        rows = torch.autograd.grad(flat, parameters, eye, is_grads_batched=True, allow_unused=True)
     zeros = [flat.new_zeros(len(flat), p.numel()) for p in parameters]
     parts = [zero if row is None else row.reshape(zero.shape) for row, zero in zip(rows, zeros, strict=True)]
     return torch.cat(parts, 1).detach()
-
-
-def _row(flat: Tensor, parameters: list[Tensor], one: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(flat, parameters, one, retain_graph=True, materialize_grads=True)
