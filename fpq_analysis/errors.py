@@ -68,6 +68,16 @@ def refused(path: object, error: OSError, what: str = "written") -> UserError:
     return UserError(f"'{path}' cannot be {what}: {error.strerror or error}. {cure}")
 
 
+class NoMemoryError(UserError):
+    """There is not enough memory, and nothing is left that could give way."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was wanting: NumPy and CUDA have classes for it, the CPU's allocator has words."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def explained(error: Exception, about: str = "") -> UserError:
     """Any exception as one to be shown; what nobody foresaw is a fault of the program, and says so.
 
@@ -81,7 +91,7 @@ def explained(error: Exception, about: str = "") -> UserError:
     if isinstance(error, OSError) and error.errno is not None:
         text = f"{where}{error.strerror}{f' ({error.filename!r})' if error.filename else ''}. "
         found = UserError(text + CURES.get(error.errno, "Is the disk in order?"))
-    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+    elif out_of_memory(error):
         found = UserError(f"{where}out of memory. Measure on fewer samples (--n-data), or end what else is running.")
     elif "pickle" in str(error):
         found = UserError(

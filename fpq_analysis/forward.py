@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import UserError, out_of_memory
 from fpq_analysis.nests import Nest, by_field, described
 from fpq_analysis.ranks.wrapped import unwrapped
 from fpq_analysis.references import find
@@ -134,7 +134,7 @@ def running(inputs: Nest) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the user's code: anything can happen
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         what = str(error).strip().split("\n")[0][:200].rstrip(".")
         raise UserError(

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from fpq_analysis import QuantSpec, UserError, calibrate, quantize
 from fpq_analysis.cli import app
-from fpq_analysis.doctor import COLUMNS, diagnose, forecast_measurements
+from fpq_analysis.doctor import COLUMNS, advice, diagnose, forecast_measurements, forecast_workers
+from fpq_analysis.doctor.workers import WORKERS_COLUMNS
 from tests.nets import FunctionalGelu, Tied, tiny
 from tests.words import words
 
@@ -398,6 +400,37 @@ def test_forecast():
     assert curved["seconds"].isna().tolist() == [True, False, False, False]
 
 
+def test_forecast_of_several_processes(monkeypatch):
+    monkeypatch.setattr("fpq_analysis.doctor.workers.cores", lambda: 8)
+    before = torch.get_num_threads()
+    frame = forecast_workers(tiny().eval(), (IMAGES, LABELS), device="cpu")
+    assert torch.get_num_threads() == before
+    assert [tuple(row) for row in frame[["device", "processes", "threads"]].to_numpy()] == [
+        ("cpu", 1, 8),
+        ("cpu", 4, 2),
+        ("cpu", 8, 1),
+    ]
+    assert frame["memory MB"].is_monotonic_increasing
+    smooth = forecast_workers(FunctionalGelu(), (VECTORS, CLASSES), device="cpu")
+    assert smooth["seconds"].notna().all()
+
+
+def test_advice(monkeypatch):
+    monkeypatch.setattr("fpq_analysis.doctor.workers.shutil.which", lambda name: None)
+
+    def said(*rows):
+        return advice(pd.DataFrame(rows, columns=WORKERS_COLUMNS))
+
+    one, four = ("cpu", 1, 8, 4.0, 500.0, 3000.0), ("cpu", 4, 2, 1.5, 2000.0, 3000.0)
+    assert "--device cpu --jobs 4 (4 processes, 1.5 s a checkpoint, 2000 of 3000 MB)" in said(one, four)
+    assert "--device cpu (one process, 4 s" in said(one, ("cpu", 4, 2, 1.5, 3500.0, 3000.0))  # no room for four
+    assert "--device cpu (one process" in said(one, ("cpu", 4, 2, 3.9, 2000.0, 3000.0))  # not worth it
+    assert "--device cuda:0" in said(("cuda:0", 1, 8, 0.1, 500.0, 80000.0), one, four)
+    assert "Not one process fits: it would take 500 MB on cpu, of which 400 are free" in said((*one[:5], 400.0))
+    monkeypatch.setattr("fpq_analysis.doctor.workers.shutil.which", lambda name: "/usr/bin/sbatch")
+    assert "--executor slurm" in said(one, four)
+
+
 def call(*arguments, code=0):
     result = CliRunner().invoke(app, ["doctor", *map(str, arguments)], env={"COLUMNS": "80"})
     assert result.exit_code == code, result.output + repr(result.exception)
@@ -413,6 +446,7 @@ def test_command_on_a_good_run(tiny_runs):
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
     assert "0 faults" in words(result.stderr)
     assert "Hessian-vector product" in words(result.stdout)
+    assert "For many checkpoints: --device cpu" in words(result.stdout)
     lines = call(tiny_runs / "fpq-w4a4" / "epoch_0001.pt", *OPTIONS, "--json").stdout.splitlines()
     rows = [json.loads(line) for line in lines]
     assert {row["status"] for row in rows if "check" in row} <= {"ok", "note"}  # of many clipped weights, if need be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,20 +49,24 @@ def doctor(
 
       fpq-analyze doctor runs/own --model mynet:make --data cifar10
     """
-    from fpq_analysis.doctor import FAULT, NOTE, diagnose_checkpoint
+    from fpq_analysis.doctor import FAULT, NOTE, advice, diagnose_checkpoint
 
-    findings, costs = diagnose_checkpoint(
+    findings, costs, workers = diagnose_checkpoint(
         checkpoint, n_data=n_data, seed=seed, data_root=data_root, model=model, device=device
     )
     faults, notes = (int((findings["status"] == status).sum()) for status in (FAULT, NOTE))
     if json:
         print_json(findings)
         print_json(costs)
+        print_json(workers)
     else:
         _print_findings(findings)
         if not costs.empty:
             echo()
             _print_forecast(costs, n_data)
+            echo()
+            _print_workers(workers)
+            echo(textwrap.fill(advice(workers), width=80))
     log(f"{len(findings)} checks: {faults} faults, {notes} notes.")
     if faults:
         raise typer.Exit(1)
@@ -79,8 +84,17 @@ def _print_findings(findings: pd.DataFrame) -> None:
 
 
 def _print_forecast(costs: pd.DataFrame, n_data: int) -> None:
-    table = new_table({f"Forecast for {n_data} samples": "left", "Seconds": "right", "Peak MB": "right"})
-    for name, seconds, peak in costs.itertuples(index=False):
+    heads = {f"Forecast for {n_data} samples": "left", "Device": "left", "Seconds": "right", "Peak MB": "right"}
+    table = new_table(heads)
+    for device, name, seconds, peak in costs.itertuples(index=False):
         figures = [f"{value:.3g}" if value == value else "-" for value in (seconds, peak)]
-        table.add_row(str(name), *figures)
+        table.add_row(str(name), str(device), *figures)
+    print_table(table)
+
+
+def _print_workers(workers: pd.DataFrame) -> None:
+    heads = {"Many checkpoints": "left", "Device": "left", "Threads each": "right", "Seconds each": "right"}
+    table = new_table({**heads, "MB of all": "right", "Free MB": "right"})
+    for device, processes, threads, seconds, *memory in workers.itertuples(index=False):
+        table.add_row(f"--jobs {processes}", str(device), str(threads), f"{seconds:.3g}", *(f"{m:.0f}" for m in memory))
     print_table(table)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpq_analysis.devices import free_memory
-from fpq_analysis.errors import UserError
+from fpq_analysis.errors import NoMemoryError, out_of_memory
 from fpq_analysis.nests import size, split
 from fpq_analysis.progress import tick
 from fpq_analysis.ranks import n_ranks, neighbours
@@ -30,18 +30,19 @@ def map_batches(
     rounds start with what fitted.  `work` must leave nothing behind when it fails, and add up over parts of a batch.
 
     Raises:
-        UserError: if there is not enough memory for a single sample.
+        NoMemoryError: if there is not enough for a single sample.
     """
-    done = 0
+    done, before = 0, list(batches)
     while done < len(batches):
         try:
             result = work(batches[done])
-        except RuntimeError as error:
-            if not _out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             most = (size(batches[done]) + 1) // 2
             if size(batches[done]) == 1:
-                raise UserError(
+                batches[:] = before  # where others make room, it is tried again
+                raise NoMemoryError(
                     "There is not enough memory for a single sample. Use a machine with more of it, smaller inputs, or "
                     "fewer probes at a time."
                 ) from None
@@ -54,11 +55,6 @@ def map_batches(
         batches[done:] = [part for batch in batches[done:] for part in split(batch, most)]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it; the CPU's allocator has only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class GraphStore:

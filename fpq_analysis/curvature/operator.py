@@ -84,6 +84,12 @@ class CurvatureOperator(ABC):
         """(n, n)."""
         return (self.size, self.size)
 
+    def release(self) -> bool:
+        """Let go of the graphs that are kept, and keep fewer from now on; whether there were any."""
+        taken = self._graphs.taken
+        self._graphs.clear()
+        return taken > 0
+
     def matvec(self, v: Tensor) -> Tensor:
         """A v for a flat vector (n,)."""
         return self.products(v[None])[0]

@@ -7,8 +7,20 @@ they run the model on a few samples, look at what autograd makes of it, and name
 All of it happens on copies: the model, its mode, buffers, gradients and hooks, and the random state are untouched.
 """
 
-from fpq_analysis.doctor.diagnosis import diagnose, diagnose_checkpoint
+from fpq_analysis.doctor.diagnosis import Diagnosis, diagnose, diagnose_checkpoint
 from fpq_analysis.doctor.forecast import forecast_measurements
 from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, OK
+from fpq_analysis.doctor.workers import advice, forecast_workers
 
-__all__ = ["COLUMNS", "FAULT", "NOTE", "OK", "diagnose", "diagnose_checkpoint", "forecast_measurements"]
+__all__ = [
+    "COLUMNS",
+    "FAULT",
+    "NOTE",
+    "OK",
+    "Diagnosis",
+    "advice",
+    "diagnose",
+    "diagnose_checkpoint",
+    "forecast_measurements",
+    "forecast_workers",
+]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -17,6 +18,7 @@ from fpq_analysis.devices import pick_device
 from fpq_analysis.doctor.checks import AS_FOUND, ESSENTIAL, RUNNING, STANDING, weights
 from fpq_analysis.doctor.forecast import FORECAST_COLUMNS, forecast_measurements
 from fpq_analysis.doctor.model_under_test import COLUMNS, FAULT, NOTE, Finding, prepare, same_random_state, short
+from fpq_analysis.doctor.workers import WORKERS_COLUMNS, devices, forecast_workers
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
@@ -79,6 +81,20 @@ def _frame(found: dict[str, Finding]) -> pd.DataFrame:
     return pd.DataFrame([(name, *finding) for name, finding in found.items()], columns=COLUMNS)
 
 
+class Diagnosis(NamedTuple):
+    """What `diagnose_checkpoint` found.
+
+    Attributes:
+        findings: see `diagnose`.
+        costs: see `forecast_measurements`, with a column `device` before the others; empty if there is a fault.
+        workers: see `forecast_workers`; empty likewise.
+    """
+
+    findings: pd.DataFrame
+    costs: pd.DataFrame
+    workers: pd.DataFrame
+
+
 def diagnose_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -87,17 +103,15 @@ def diagnose_checkpoint(
     data_root: str | None = None,
     model: str | None = None,
     device: str = "auto",
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`diagnose` and `forecast_measurements` for a checkpoint file, or for the last one of a run.
+) -> Diagnosis:
+    """`diagnose`, `forecast_measurements` and `forecast_workers` for a checkpoint file, or for the last one of a run.
 
     Args:
         path: of one of ours; for another program's, a `ForeignRuns` with the file, or the run, as its folder.
         n_data: training images, drawn by `seed`, to check on and to forecast for.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
-
-    Returns:
-        The checks; and the forecast, empty if there is a fault.
+        device: to check on; the forecast is for this one, or with `auto` for each that there is.
 
     Raises:
         UserError: if the file or the data are not there, or the file does not fit the model.
@@ -109,18 +123,22 @@ def diagnose_checkpoint(
         if not existing:
             raise UserError(f"'{file}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
         file = existing[max(existing)]
-    no_forecast = pd.DataFrame(columns=FORECAST_COLUMNS)
+    no_forecast = pd.DataFrame(columns=["device", *FORECAST_COLUMNS]), pd.DataFrame(columns=WORKERS_COLUMNS)
     with naming(f"'{file}'"):
         content = source.read_checkpoint(file)
         finite = weights(content.state_dict)
         if finite.status == FAULT:  # which no model can be built from
-            return _frame({"weights": finite}), no_forecast
+            return Diagnosis(_frame({"weights": finite}), *no_forecast)
         net = content.callable(content.build(model)).to(where)
         try:
             batch = content.sample(n_data, seed, data_root)
         except UnfitError as error:
-            return _frame({"data": Finding(FAULT, error.finding, error.cure)}), no_forecast
+            return Diagnosis(_frame({"data": Finding(FAULT, error.finding, error.cure)}), *no_forecast)
         frame = diagnose(net, batch, device=where, seed=seed)
         if (frame["status"] == FAULT).any():
-            return frame, no_forecast
-        return frame, forecast_measurements(net, batch, device=where, seed=seed)
+            return Diagnosis(frame, *no_forecast)
+        costs = [forecast_measurements(net, batch, device=one, seed=seed) for one in devices(device)]
+        for one, of_device in zip(devices(device), costs, strict=True):
+            of_device.insert(0, "device", str(one))
+        workers = forecast_workers(net, batch, device=device, seed=seed)
+        return Diagnosis(frame, pd.concat(costs, ignore_index=True), workers)

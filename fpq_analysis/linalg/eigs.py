@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import NoMemoryError, UserError, did_you_mean
 from fpq_analysis.linalg.lanczos import Lanczos
 from fpq_analysis.linalg.matrix import Matrix, random_normal
-from fpq_analysis.linalg.rows import combined, norms
+from fpq_analysis.linalg.rows import combined, no_room, norms
 
 WHICH = ("LA", "SA", "LM")
 # The most bytes that the basis may take.
@@ -84,14 +84,29 @@ def eigenpairs(
     if not 1 <= k <= n:
         raise UserError(f"{k} eigenvalues were asked of a matrix with {n} rows.")
     roomiest = MAX_BASIS_BYTES // (n * matrix.dtype.itemsize) if max_basis is None else max_basis
-    most = min(n, max(roomiest, k + GUARDS + 2))
+    fewest = min(n, k + GUARDS + 2)
+    most = min(n, max(roomiest, fewest))
     first = random_normal(matrix, 1, generator)[0]
     if start is not None:
         first = start.to(first) + FRESH * first / float(norms(first[None]))
     lanczos = Lanczos(matrix, start=first, most=most)
     trial = 0
+    values, coefficients = torch.zeros(0), torch.zeros(0, 0)
     while True:
-        lanczos.extend(1)
+        try:
+            lanczos.extend(1)
+        except NoMemoryError:  # for the product: the basis gives way
+            most = max(fewest, lanczos.capacity // 2)
+            if most >= lanczos.capacity:
+                raise
+            if len(lanczos) > most:
+                lanczos.restart(coefficients, values)
+            lanczos.shrink(most)
+            continue
+        if lanczos.full:  # from now on it is restarted here
+            most = len(lanczos)
+            if most < fewest:
+                raise no_room(most, n)
         values, coefficients, residuals = lanczos.ritz()
         floor = 50 * torch.finfo(matrix.dtype).eps * float(values.abs().max())
         kept = _order(values, which)[: k + GUARDS]

@@ -30,10 +30,14 @@ MAX_BASIS_BYTES = 2**31
 
 
 class Subspace(Protocol):
-    """An orthonormal basis `q` (m, n) with A Q^T known; a new row costs `COST` products; `ended` if there is none."""
+    """An orthonormal basis `q` (m, n) with A Q^T known.
+
+    A new row costs `COST` products; there is none if it has `ended`, and no memory for one if it is `full`.
+    """
 
     COST: int
     ended: bool
+    full: bool
 
     def __len__(self) -> int: ...
     @property
@@ -118,7 +122,7 @@ def deflated_hutchinson(
         missing = more_draws(len(draws), estimate.value, estimate.sem, tol)
         growth = min(rank, largest - rank, room // subspace.COST)
         worth = used + missing < before and missing > subspace.COST * growth
-        if growth > 0 and worth and not subspace.ended and len(draws) == FIRST:
+        if growth > 0 and worth and not (subspace.ended or subspace.full) and len(draws) == FIRST:
             before = used + missing
             subspace.extend(growth)
             draws = _projected(v.clone(), av.clone(), subspace, blocks)

@@ -18,7 +18,7 @@ class Sketch:
 
     Attributes:
         q, z: (m, n); z is the products of the rows of q.
-        ended: the range is exhausted.
+        ended: the range is exhausted; full: memory ran out before the last `extend` was done.
         n_products: products so far; COST: products a row.
     """
 
@@ -29,7 +29,7 @@ class Sketch:
         self.generator = generator
         self._basis = Basis(matrix.size, matrix.dtype, matrix.device)
         self.z = self._basis.rows
-        self.ended = False
+        self.ended = self.full = False
         self.n_products = 0
 
     def __len__(self) -> int:
@@ -41,10 +41,11 @@ class Sketch:
         return self._basis.rows
 
     def extend(self, rows: int) -> None:
-        """Grow the basis by `rows`; by fewer where the range ends."""
+        """Grow the basis by `rows`; by fewer where the range or the memory ends."""
         before = len(self)
         rows = min(rows, self.matrix.size - before)
-        self._basis.reserve(before + rows)
+        self.full = not self._basis.reserve(before + rows)
+        rows = min(rows, self._basis.capacity - before)
         self._basis.extend(self.matrix.products(random_signs(self.matrix, rows, self.generator)))
         new = self.q[before:]
         self.ended = len(new) < rows

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpq_analysis.linalg.matrix import Matrix, check_symmetric, random_normal
+from fpq_analysis.linalg.matrix import Matrix, check_symmetric, give_way, random_normal
 from fpq_analysis.linalg.rows import Basis, block_sums, combined, inner, norms
 
 LEFT = 4  # components along a row below so many units in the last place are not removed
@@ -34,6 +34,7 @@ class Lanczos:
 
     Attributes:
         ended: the Krylov space is exhausted; an invariant subspace was found.
+        full: memory ran out before the last `extend` was done.
         n_products: products so far; COST: products a row.
     """
 
@@ -52,7 +53,7 @@ class Lanczos:
             start = random_normal(matrix, 1, generator)[0]
         self.matrix = matrix
         self.n_products = 0
-        self.ended = False
+        self.ended = self.full = False
         self.beta = 0.0  # length of the next vector, before normalisation
         # The last row is the next vector, which has no product yet.
         self._basis = Basis(matrix.size, start.dtype, start.device, most=(most or matrix.size) + 1)
@@ -69,22 +70,30 @@ class Lanczos:
         """(m, n), a view."""
         return self._basis.rows[: len(self)]
 
-    def reserve(self, rows: int) -> None:
-        """Make room for a basis of so many rows."""
-        self._basis.reserve(min(rows, self.matrix.size) + 1)
+    @property
+    def capacity(self) -> int:
+        """Rows that there is memory for."""
+        return self._basis.capacity - 1
+
+    def reserve(self, rows: int) -> bool:
+        """Make room for so many rows, at the expense of what the matrix keeps; False where it is for fewer."""
+        rows = min(rows, self.matrix.size) + 1
+        return self._basis.reserve(rows) or (give_way(self.matrix) and self._basis.reserve(rows))
 
     def extend(self, steps: int) -> None:
-        """Grow the basis by `steps` rows; by fewer where the space ends.
+        """Grow the basis by `steps` rows; by fewer where the space or the memory ends.
 
         Raises:
             UserError: if the matrix turns out not to be finite or not symmetric.
         """
-        steps = min(steps, self.matrix.size - len(self))
-        self.reserve(len(self) + steps)
-        for _ in range(steps):
-            if self.ended:
-                break
-            self._step()
+        stop = min(len(self) + steps, self.matrix.size)
+        if stop >= self._basis.capacity:
+            self.reserve(max(stop, min(2 * len(self), self._basis.most - 1)))
+        self.full = False
+        while len(self) < stop and not self.ended and not self.full:
+            self.full = len(self) + 1 >= self._basis.capacity
+            if not self.full:
+                self._step()
 
     def _step(self) -> None:
         basis, m = self._basis, len(self)
@@ -131,6 +140,10 @@ class Lanczos:
         self._basis.keep(going_on if len(self._basis) > len(self) else going_on[:k, :-1])
         self._h = values.double().diag()
         self._due = self.beta * coefficients[-1].double()
+
+    def shrink(self, rows: int) -> None:
+        """Give back the memory of all but so many rows."""
+        self._basis.shrink(max(rows, len(self)) + 1)
 
     def append_random(self, generator: torch.Generator) -> None:
         """Continue with a random vector orthogonal to the basis, unless that spans the whole space."""

@@ -29,6 +29,11 @@ class Matrix(Protocol):
         ...
 
 
+def give_way(matrix: Matrix) -> bool:
+    """Let a matrix that has a method `release` free what it keeps for later products; whether that was anything."""
+    return bool(getattr(matrix, "release", bool)())
+
+
 class DenseMatrix:
     """A matrix `a`, (n, n), in memory, that counts its products."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fpq_analysis.errors import NoMemoryError, out_of_memory
+
 # Length of the pieces that are summed in the rows' own dtype; longer ones are no faster, and less exact.
 PIECE = 4096
 SHORT = 512  # the same for PyTorch's own sums, which are less exact
@@ -59,6 +61,14 @@ def combined(coefficients: Tensor, rows: Tensor) -> Tensor:
     return coefficients.to(rows) @ rows
 
 
+def no_room(rows: int, size: int) -> NoMemoryError:
+    """What to say where a basis of more rows is needed than there is memory for."""
+    return NoMemoryError(
+        f"There is no memory for more than {rows} vectors of {size:,} numbers, and more are needed. Ask for fewer "
+        "eigenvalues, steps or products, restrict the variables to some layers, or use a larger machine."
+    )
+
+
 class Basis:
     """Orthonormal rows in one block of memory with room for more.
 
@@ -81,23 +91,59 @@ class Basis:
         self.most = size + 1 if most is None else most
         if capacity is None:
             capacity = max(2, min(FIRST_CAPACITY, FIRST_BYTES // (size * dtype.itemsize)))
-        self._memory = torch.empty(min(capacity, self.most), size, dtype=dtype, device=device)
-        self.rows = self._memory[:0]
+        self._size, self._dtype, self._device = size, dtype, device
+        self._memory = self._empty(0)
+        self.rows = self._memory
+        self.reserve(min(capacity, self.most))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for so many rows in all."""
-        if capacity > len(self._memory):
-            larger = self._memory.new_empty(capacity, self._memory.shape[1])
-            larger[: len(self)] = self.rows
-            self._memory, self.rows = larger, larger[: len(self)]
+    @property
+    def capacity(self) -> int:
+        """Rows that there is memory for."""
+        return len(self._memory)
+
+    def reserve(self, capacity: int) -> bool:
+        """Make room for so many rows in all; where memory runs out, for fewer, and it is False.
+
+        Then no more is taken than can be had twice, as products want memory, too.
+        """
+        wanted = capacity
+        while capacity > self.capacity:
+            try:
+                if capacity < wanted:
+                    self._empty(2 * capacity)
+                larger = self._empty(capacity)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                capacity = (capacity + self.capacity) // 2
+            else:
+                larger[: len(self)] = self.rows
+                self._memory, self.rows = larger, larger[: len(self)]
+        return self.capacity >= wanted
+
+    def shrink(self, capacity: int) -> None:
+        """Give back the memory of all but so many rows, which are no fewer than there are."""
+        rows, self._memory = self.rows, self._memory[:0]
+        self._memory = self._empty(capacity)
+        self._memory[: len(rows)] = rows
+        self.rows = self._memory[: len(rows)]
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty(rows, self._size, dtype=self._dtype, device=self._device)
 
     def room(self) -> Tensor:
-        """(1, n): memory of the next row, to be computed in place."""
-        if len(self) == len(self._memory):
+        """(1, n): memory of the next row, to be computed in place.
+
+        Raises:
+            NoMemoryError: if there is none.
+        """
+        if len(self) == self.capacity:
             self.reserve(max(len(self) + 1, min(2 * len(self), self.most)))
+        if len(self) == self.capacity:
+            raise no_room(len(self), self._size)
         return self._memory[len(self) : len(self) + 1]
 
     def accept(self) -> None:

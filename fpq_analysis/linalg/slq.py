@@ -16,6 +16,7 @@ import torch
 
 from fpq_analysis.linalg.lanczos import Lanczos
 from fpq_analysis.linalg.matrix import Matrix
+from fpq_analysis.linalg.rows import no_room
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def spectral_measure(
     for _ in range(n_draws):
         lanczos = Lanczos(matrix, generator=generator)
         lanczos.extend(n_steps)
+        if lanczos.full:  # fewer steps would be another rule
+            raise no_room(len(lanczos), matrix.size)
         products += lanczos.n_products
         x, w = lanczos.quadrature()
         # A run that found an invariant subspace early has fewer nodes: pad with nodes of weight zero.
