@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", default="W4A4", help="of LSQ and FPQ (W4A4)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (cpu)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="networks that are trained by torch.compile")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
     if min(args.batch_size, args.steps, args.rounds) < 1:
@@ -79,6 +80,7 @@ class Runner:
             batch_size=args.batch_size,
             lr=LR,
             bf16=args.bf16,
+            compile=args.compile,
         )
         self.data = data
         self.teacher = teacher if quantized else None
@@ -87,6 +89,8 @@ class Runner:
         if spec is not None:
             self.model = quantize(self.model, spec)
             calibrate(self.model, data.normalize(data.train.images[:100]), spec.act_calibration)
+        if args.compile:
+            self.model.compile()
         self.method = regularizers(self.config, self.model, self.teacher)
         self.optimizer = make_optimizer(self.config, self.model)
         self.epoch = 0

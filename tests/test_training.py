@@ -483,6 +483,36 @@ def test_a_batch_in_parts_is_the_batch(tmp_path):
         TrainConfig(batch_size=3, accumulate=2)
 
 
+def compiled_by(call, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", call(self._call_impl)))
+
+
+@pytest.mark.parametrize("method", ["fp", "lsq"])
+def test_a_compiled_network_is_trained_alike(method, tiny_runs, tmp_path, monkeypatch):
+    """Of Inductor's kernels, which round in another way and take a minute, nothing is tested here."""
+    calls = []
+    compiled_by(lambda call: calls.append(call) or torch.compile(call, backend="eager"), monkeypatch)
+    quantized = {"bits": "W4A4", "init": str(tiny_runs / "fp")} if method == "lsq" else {}
+    for compile_ in (False, True):
+        config = TrainConfig(
+            model="tests.nets:tiny", method=method, epochs=1, batch_size=240, lr=0.01, compile=compile_, **quantized
+        )
+        train(config, tmp_path / str(compile_), device="cpu", log=quiet)
+    one, other = (read_checkpoint(tmp_path / name / "epoch_0001.pt").state_dict for name in ("False", "True"))
+    assert len(calls) == 1
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_network_that_cannot_be_compiled_is_told_so(tmp_path, monkeypatch):
+    def fail(*given):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler is here")
+
+    compiled_by(lambda call: fail, monkeypatch)
+    with pytest.raises(UserError, match=r"cannot be compiled here \(no compiler is here\)\. Leave --compile out"):
+        train(TrainConfig(model="tests.nets:tiny", epochs=1, compile=True), tmp_path, device="cpu", log=quiet)
+
+
 def test_bf16_trains(tiny_runs, tmp_path, monkeypatch):
     """Convolutions are computed in bfloat16; weights and what is kept of them are in float32."""
     seen = set()

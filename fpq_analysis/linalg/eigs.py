@@ -99,7 +99,7 @@ def eigenpairs(
             most = max(fewest, lanczos.capacity // 2)
             if most >= lanczos.capacity:
                 raise
-            if len(lanczos) > most:
+            if len(lanczos) >= most:
                 lanczos.restart(coefficients, values)
             lanczos.shrink(most)
             continue

@@ -125,7 +125,8 @@ class Basis:
         return self.capacity >= wanted
 
     def shrink(self, capacity: int) -> None:
-        """Give back the memory of all but so many rows, which are no fewer than there are."""
+        """Give back the memory of all but so many rows, no fewer than there are, and have no more from now on."""
+        self.most = capacity
         rows, self._memory = self.rows, self._memory[:0]
         self._memory = self._empty(capacity)
         self._memory[: len(rows)] = rows

@@ -49,6 +49,7 @@ class TrainConfig(MethodSettings, RunSettings):
         1, "Parts of a batch, one after the other, for less memory; BatchNorm sees a part.", within="positive"
     )
     bf16: bool = setting(False, "Networks under bfloat16 autocast; quantizers and losses stay in float32.")
+    compile: bool = setting(False, "Compile the network (torch.compile): a minute or more at the start, faster steps.")
     seed: int = setting(0, "Seed of initial weights, shuffles, augmentation and noise.", within="seed")
 
     def __post_init__(self) -> None:

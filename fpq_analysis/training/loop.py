@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,8 @@ def _train(
     model = model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.to(where, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    if config.compile:
+        model.compile()
     optimizer = make_optimizer(config, model)
     if done == NOTHING:
         on_first(lambda: begin(run, config, data, teacher_hash))
@@ -217,7 +219,8 @@ def _train_epoch(
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             with torch.inference_mode():
                 wanted = guide(x).float() if guide is not None else None
-            logits = model(x).float()
+            with compiling():
+                logits = model(x).float()
         terms = {"ce": F.cross_entropy(logits, y)}
         for part in method:
             terms |= part.losses(logits, wanted)
@@ -288,6 +291,18 @@ def _train_epoch(
     }
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, what `torch.compile` cannot do is said in a sentence."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._"):  # its own exceptions are of several kinds
+            raise
+        why = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"The network cannot be compiled here ({why}). Leave --compile out.") from error
+
+
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.SGD:
     """SGD in two groups: weight decay would pull a step size towards zero, that is towards clipping everything.
 
@@ -325,7 +340,8 @@ def accuracy(model: nn.Module, data: Dataset, split: Split) -> float:
     """Share of `split` that the model gets right, in eval mode; the mode is restored."""
     training = model.training
     model.eval()
-    correct = sum((model(x).argmax(1) == y).sum() for x, y in evaluation_batches(data, split))
+    with compiling():
+        correct = sum((model(x).argmax(1) == y).sum() for x, y in evaluation_batches(data, split))
     model.train(training)
     return int(correct) / len(split)
 
