@@ -236,6 +236,15 @@ def test_layers_that_modelopt_leaves_in_floating_point_are_plain_ones():
     assert hessian_trace(model, (X.float(), Y)).method == "exact"
 
 
+def test_quantizers_in_a_row_of_modelopt_are_refused_in_words():
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    row = [{"num_bits": 4, "axis": 0}, {"num_bits": 8, "axis": None}]
+    config = {"quant_cfg": {"*weight_quantizer": row, "*input_quantizer": {"enable": False}}, "algorithm": "max"}
+    model = mtq.quantize(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), config, lambda net: net(X.float())).eval()
+    with pytest.raises(UserError, match="register_adapter"):
+        hessian_trace(model, (X.float(), Y))
+
+
 def test_a_graph_in_training_mode_is_measured_as_in_eval_mode():
     model = build("pt2e, BatchNorm").model
     before = hessian_trace(model, (X.float(), Y)).value

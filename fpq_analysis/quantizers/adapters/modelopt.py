@@ -63,10 +63,12 @@ def quantizer(module: Any) -> nn.Module:
 
 
 def _quantizer(module: Any) -> WithinMaximum | None:
+    if module is not None and type(module) is not TensorQuantizer:
+        raise UnknownQuantizerError(f"it is quantized by a {type(module).__name__}")
     if module is None or not module.is_enabled:
         return None
     bits, maximum = module.num_bits, module.amax
-    if type(module) is not TensorQuantizer or not isinstance(bits, int) or not module.fake_quant or maximum is None:
+    if not isinstance(bits, int) or not module.fake_quant or maximum is None:
         raise UnknownQuantizerError("it is quantized otherwise than to integers within a known maximum")
     if module.block_sizes or module.pre_quant_scale is not None or module.bias or module.rotate_is_enabled:
         raise UnknownQuantizerError("its values are scaled, rotated or shifted, or taken by blocks")
