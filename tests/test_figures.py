@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from fpq_analysis import UserError, draw_figures
 from fpq_analysis.cli import app
 from fpq_analysis.plots import FIGURES
 from fpq_analysis.probes import PROBES
+from tests.words import words
 
 FEW = {"n_data": 512, "device": "cpu", "model": "tests.nets:tiny"}
 
@@ -76,3 +78,23 @@ def test_the_command(drawn, tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "figure5.png").exists()
     assert CliRunner().invoke(app, [*arguments[:1], "density", *arguments[2:]]).exit_code == 1
+
+
+def test_the_command_takes_width_labels_and_runs(drawn, tmp_path):
+    root, _ = drawn
+    arguments = ["figures", "5", "--ckpt-dir", str(root / "runs"), "--out", str(tmp_path), "--no-measure"]
+    more = ["--width", "1", "--label", "digits=CIFAR-10 (JPEG)", "--runs", "fp", "--runs", "lsq*"]
+    done = CliRunner().invoke(app, [*arguments, *more])
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "figure5.png") as picture:
+        assert picture.width == 660  # 3.3 inches
+    caption = (tmp_path / "figure5.txt").read_text()
+    assert "CIFAR-10 (JPEG)" in caption
+    assert "digits" not in caption
+    shown = draw_figures(root / "runs", "5", tmp_path, measure=False, runs="fpq*", log=lambda line: None)
+    assert shown["path"].notna().all()
+    none = draw_figures(root / "runs", "5", tmp_path, measure=False, runs="nothing*", log=lambda line: None)
+    assert "no run's name fits 'nothing*'; measured were fp, fpq-w4a4, lsq-w4a4" in none["note"].item()
+    assert "says no name" in words(CliRunner().invoke(app, [*arguments, "--label", "digits"]).output)
+    with pytest.raises(UserError, match="1 or 2 columns"):
+        draw_figures(root / "runs", "5", tmp_path, measure=False, columns=3, log=lambda line: None)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -38,13 +39,13 @@ from fpq_analysis.pipeline.execute import images
 from fpq_analysis.pipeline.plan import plan
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.plots import landscape_caption, landscape_figure, surface_figure
-from fpq_analysis.plots.landscape import levels
+from fpq_analysis.plots.landscape import levels, smoothed
 from fpq_analysis.plots.landscape_html import surface_html
 from fpq_analysis.probes.landscape import directions
 from fpq_analysis.probes.landscape.grid import LossGrid
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import latent_derivatives, view
-from fpq_analysis.records.terrain import terrains
+from fpq_analysis.records.terrain import Terrain, terrains
 from fpq_analysis.runs.checkpoint import read_checkpoint
 from tests.nets import tiny
 from tests.words import words
@@ -606,6 +607,25 @@ def test_the_figure_shows_what_was_measured(runs):
     surfaces = surface_figure(frame)
     assert len(surfaces.axes) == 3
     assert surfaces.axes[0].get_zlabel() == "Mean loss"
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_contours_run_through_every_point_and_invent_no_minimum(wide):
+    dice = np.random.default_rng(0)
+    x, y = np.linspace(-1, 1, 7), np.linspace(-2, 1, 5)
+    terrain = made_up(x, y, dice.exponential(1, (7, 5)) + 0.1)
+    fine_x, fine_y, loss = smoothed(terrain, wide)
+    rows, columns = np.searchsorted(fine_x, x), np.searchsorted(fine_y, y)
+    np.testing.assert_allclose(loss[np.ix_(rows, columns)], terrain.loss)
+    assert loss.min() == pytest.approx(terrain.loss.min())
+    assert loss.max() == pytest.approx(terrain.loss.max())
+    for rough in (replace(terrain, aliased=True), made_up(x, y, np.where(terrain.loss > 1, np.nan, terrain.loss))):
+        assert smoothed(rough, wide)[2] is rough.loss
+
+
+def made_up(x, y, loss):
+    nothing = np.zeros_like(loss)
+    return Terrain("", (x, y), loss, nothing, nothing, nothing, ("", ""), pd.DataFrame(), False, 0.0, False, 0.0, {})
 
 
 def test_lines_are_drawn_with_their_bands(runs):

@@ -216,11 +216,13 @@ def _show(
     frames: Mapping[str, pd.DataFrame], settings: Settings, show: Mapping[str, Callable[[pd.DataFrame], None]]
 ) -> list[UserError]:
     """Tables, unless rows were asked for, and figures; what went wrong."""
+    from fpq_analysis.records.queries import ordered
+
     faults: list[UserError] = []
     for name, frame in frames.items():
         if not settings.json:
             with going_on(faults.append, f"The table of {name}"):
-                show[name](shorten_runs(frame))
+                show[name](shorten_runs(ordered(frame)))
     for name, frame in frames.items():
         faults += draw(name, frame, settings.figures)
     return faults

@@ -6,7 +6,7 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, subjects, value_axis
@@ -73,7 +73,7 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
                 axes.set_ylim(top=max(axes.get_ylim()[1], 2.1 * eps))
             epoch_axis(axes)
             axes.set_ylabel("Share of the weights")
-            axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
             head(axes, f"{title}\n{text}")
     legend(figure, [*artists, even])
     return figure

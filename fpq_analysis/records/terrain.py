@@ -60,10 +60,16 @@ def terrains(records: pd.DataFrame) -> list[Terrain]:
     """The landscapes that are complete; a point whose loss is not finite counts as there."""
     whole = records[records["layer"] == "all"]
     found = [terrain for _, rows in whole.groupby("key", sort=False) if (terrain := _terrain(rows)) is not None]
-    titles = [terrain.title for terrain in found]
-    return [
-        replace(one, title=f"{one.title} ({one.first['run']})") if titles.count(one.title) > 1 else one for one in found
-    ]
+    return [replace(one, title=one.title + _apart(one, found)) for one in found]
+
+
+def _apart(one: Terrain, found: list[Terrain]) -> str:
+    """What tells a landscape from those of equal title: the training seed, or else the run's name."""
+    alike = [other for other in found if other.title == one.title]
+    if len(alike) < 2:
+        return ""
+    seeds = len({other.first["train_seed"] for other in alike}) == len(alike)
+    return f", seed {one.first['train_seed']}" if seeds else f" ({one.first['run']})"
 
 
 def _terrain(rows: pd.DataFrame) -> Terrain | None:
