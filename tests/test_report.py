@@ -29,7 +29,7 @@ from fpq_analysis.files import append_jsonl, read_jsonl, write_json
 from fpq_analysis.intervals import half_interval, over_seeds
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.plots import FIGURES, Drawing, loss_caption, loss_figure, training_caption, training_figure
-from fpq_analysis.plots.style import COLUMNS, WIDTHS
+from fpq_analysis.plots.style import COLUMNS, WIDTHS, look, rendered
 from fpq_analysis.probes import PROBES, HessianDensity, HessianEigs, HessianTrace
 from fpq_analysis.records.queries import totals
 from fpq_analysis.report import citations, findings, live, pictures
@@ -738,3 +738,25 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         result = call("report", "--ckpt-dir", str(tmp_path), "--serve", "--port", str(port), code=1)
     assert f"Port {port} of this machine cannot be had" in words(result.stderr)
     assert "--port 0" in words(result.stderr)
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's, of axes without room
+@pytest.mark.parametrize("columns", [1, 2])
+def test_the_loss_of_many_runs_keeps_room_for_its_lines(columns):
+    rows = pd.DataFrame(
+        [
+            (f"run{i}", f"LSQ (lr {i})", "lsq", "net", "data", "W4A4", epoch, term, 1.0 / epoch)
+            for i in range(100)
+            for epoch in (1, 2)
+            for term in ("loss_ce", "loss_csd")
+        ],
+        columns=["run", "variant", "method", "model", "dataset", "bits", "epoch", "term", "value"],
+    )
+    with look(columns=columns):
+        figure = loss_figure(rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][23:] == ["and 77 more"]
+    rendered(figure, "svg")
+    box = legend.get_window_extent()
+    assert not any(axes.get_window_extent().overlaps(box) for axes in figure.axes)
+    assert all(axes.get_window_extent().height > 50 for axes in figure.axes)

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fpq_analysis.methods import bits_rank
@@ -25,6 +26,8 @@ WIDE = 10.0  # values that span more than this factor get a logarithmic axis
 NARROW = 2.4  # inches of a panel that has no room for long names
 MARKED = 12  # points of a line that get a marker, about
 GLYPH = 0.06  # inches, of a letter in a title or legend, about
+ENTRY = 0.16  # inches, of a line of a legend
+NAMED = 24  # lines that a legend names at most
 
 
 def panels(n: int, height: float, across: tuple[int, int] = (1, 3), **options: Any) -> tuple[Figure, list[Axes]]:
@@ -111,17 +114,26 @@ def outer(places: Sequence[Axes], *, x: bool = True) -> None:
 
 
 def legend(figure: Figure, artists: Iterable[Any], most: int = 4) -> None:
-    """One legend for the whole figure, of each label the first artist: to the right of many, else below."""
+    """One legend for the whole figure, of each label the first artist: to the right of many, else below.
+
+    The figure becomes as high as the legend needs; of very many lines it names some, and says how many more there are.
+    """
     by_label: dict[str, Any] = {}
     for artist in artists:
         by_label.setdefault(str(artist.get_label()), artist)
     if not by_label:
         return
+    if len(by_label) > NAMED:
+        named = dict(list(by_label.items())[: NAMED - 1])
+        more = f"and {len(by_label) - len(named)} more"
+        by_label = named | {more: Line2D([], [], linestyle="", label=more)}
     if COLUMNS.get() == 2 and len(by_label) > most:
+        figure.set_figheight(max(figure.get_figheight(), ENTRY * len(by_label) + 0.3))
         figure.legend(handles=list(by_label.values()), loc="outside right center", handlelength=2.4)
         return
     room = figure.get_figwidth() / (0.4 + 0.9 * GLYPH * max(map(len, by_label)))
     columns = max(1, min(len(by_label), int(room)))
+    figure.set_figheight(figure.get_figheight() + ENTRY * max(0, -(-len(by_label) // columns) - 2))
     figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 

@@ -66,14 +66,14 @@ class Table:
     def told(self) -> Table:
         """The table as it is shown: of columns whose cells are all equal a note says the value, once."""
         columns = list(zip(*self.rows, strict=True))
-        alike = [
-            i for i, cells in enumerate(columns) if i > 0 and len(cells) > 1 and cells.count(cells[0]) == len(cells)
-        ]
+        several = range(1, len(columns)) if len(self.rows) > 1 else ()
+        alike = [i for i in several if columns[i].count(columns[i][0]) == len(self.rows)]
         if not alike:
             return self
         kept = [i for i in range(len(self.heads)) if i not in alike]
-        values = "; ".join(f"{self.heads[i]}: {columns[i][0].text}" for i in alike if columns[i][0].text != NONE)
-        unknown = ", ".join(self.heads[i] for i in alike if columns[i][0].text == NONE)
+        texts = [(self.heads[i], columns[i][0].text) for i in alike]
+        values = "; ".join(f"{head}: {text}" for head, text in texts if text not in ("", NONE))
+        unknown = ", ".join(head for head, text in texts if text == NONE)
         said = [f"The same in all rows: {values}." if values else "", f"Of no row known: {unknown}." if unknown else ""]
         return Table(
             self.name,
