@@ -7,10 +7,13 @@ place, `module:name`, so that reading the catalogue loads no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fpq_analysis.choices import check_definition
+from fpq_analysis.errors import UserError
 from fpq_analysis.settings import documented, setting
 
 
@@ -92,6 +95,12 @@ class VarianceSettings:
     sds: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.5), "Of the noise, with commas; may be repeated.")
     n_draws: int = setting(8, "Draws of the noise per sample.")
 
+    def __post_init__(self) -> None:
+        if not self.sds or not all(0 < sd < math.inf for sd in self.sds):
+            raise UserError(f"The noise's standard deviations are {list(self.sds)}; give one or more above zero.")
+        if self.n_draws < 3:
+            raise UserError(f"n_draws is {self.n_draws}; a variance with its error needs at least 3 draws an image.")
+
 
 @documented
 @dataclass(frozen=True)
@@ -101,6 +110,13 @@ class GradNormSettings:
     definition: str = setting("dequantized", "dequantized, latent or float.")
     n_draws: int = setting(8, "Of noise in the weights; a quarter in features.")
     batch_size: int = setting(256, "Of the minibatches.")
+
+    def __post_init__(self) -> None:
+        check_definition(self.definition)
+        if self.n_draws < 2:
+            raise UserError(f"n_draws is {self.n_draws}; an error needs at least 2 draws of the noise.")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; a minibatch has at least one sample.")
 
 
 @documented
@@ -125,6 +141,12 @@ class NoiseSettings:
     )
     n_draws: int = setting(8, "Pairs of opposite noise for each sample.")
 
+    def __post_init__(self) -> None:
+        if not all(0 < size < math.inf for size in self.sizes):
+            raise UserError(f"Sizes of noise are numbers above zero, in steps; got {', '.join(map(str, self.sizes))}.")
+        if self.n_draws < 2:
+            raise UserError("An error needs at least 2 draws a sample (n_draws).")
+
 
 @documented
 @dataclass(frozen=True)
@@ -132,6 +154,12 @@ class OscillationSettings:
     """Of `oscillation`."""
 
     eps: float = setting(0.1, "What counts as near a threshold, in steps.")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < 0.5:
+            raise UserError(
+                f"eps is {self.eps}, and must lie between 0 and 0.5: a weight is never further from a threshold."
+            )
 
 
 # By name, in the order of figures and commands.

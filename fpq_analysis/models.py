@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.choices import check_model_name
+from fpq_analysis.errors import UserError
 from fpq_analysis.references import find, where
 
 
@@ -211,15 +212,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
 }
-
-
-def check_model_name(name: str) -> None:
-    """Raise `UserError` unless `name` is one of `MODELS` or has the form `package.module:factory`."""
-    if name not in MODELS and ":" not in name:
-        raise UserError(
-            f"Unknown model '{name}'{did_you_mean(name, MODELS)}. The built-in models are {', '.join(MODELS)}; "
-            "for your own network give package.module:factory."
-        )
 
 
 def build_model(name: str, num_classes: int, in_channels: int, *, allow_import: bool = True) -> nn.Module:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fpq_analysis import QuantSpec, UserError, calibrate, hessian_trace, quantize
+from fpq_analysis.choices import DEFINITIONS
 from fpq_analysis.curvature import NotExactError, as_batches, certify, per_sample_traces
 from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY
 from fpq_analysis.losses.softmax import draw, factor
-from fpq_analysis.quantizers import DEFINITIONS, variables, view
+from fpq_analysis.quantizers import variables, view
 from tests.nets import OUTSIDE, Product, dense_hessian, networks, tiny
 
 

@@ -14,7 +14,7 @@ import fpq_analysis
 
 PACKAGE = Path(fpq_analysis.__file__).parent
 ANYWHERE = {"errors", "devices", "intervals", "progress", "text", "files", "schema", "settings", "__version__"}
-ANYWHERE |= {"nests", "batch", "forward", "references", "ranks", "loss_titles"}
+ANYWHERE |= {"choices", "nests", "batch", "forward", "references", "ranks", "loss_titles"}
 # Room: what it may import of the package, beside itself and what may be imported anywhere.  Only rooms above it.
 ROOMS = {
     "methods": set(),

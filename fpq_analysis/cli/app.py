@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fpq_analysis.choices import check_model_name
 from fpq_analysis.cli.options import option, with_options
 from fpq_analysis.errors import UserError, explained
 from fpq_analysis.progress import show_progress
+from fpq_analysis.references import find
 from fpq_analysis.text import printable
 
 if TYPE_CHECKING:
@@ -126,6 +128,14 @@ HOW_TO_READ = {  # name: type, default, help
 }
 
 
+def check_there(checkpoint: Path) -> None:
+    """Raise `UserError` if there is no such file or folder, or nothing in it: before torch is loaded."""
+    if not checkpoint.exists():
+        raise UserError(f"No checkpoint '{checkpoint}'.")
+    if checkpoint.is_dir() and next(checkpoint.rglob("*.*"), None) is None:
+        raise UserError(f"'{checkpoint}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
+
+
 def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options that say how checkpoints of another program are to be read.
 
@@ -171,6 +181,11 @@ def _source(
             "--data is for checkpoints of another program, whose network must be named too: --model "
             "package.module:factory. A run of fpq-analyze says both itself."
         )
+    if not folder.exists():
+        raise UserError(f"There is no '{folder}'. A file or folder of checkpoints is wanted.")
+    check_model_name(model)
+    if ":" in model:
+        find(model, "model")
     from fpq_analysis.quantizers import QuantSpec
     from fpq_analysis.runs.foreign import ForeignRuns, foreign_runs, left_out
 

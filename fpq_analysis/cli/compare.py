@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fpq_analysis.choices import check_definition
 from fpq_analysis.cli.app import (
     DataRoot,
     Device,
@@ -31,6 +32,7 @@ from fpq_analysis.cli.app import (
     reads_foreign,
 )
 from fpq_analysis.errors import UserError
+from fpq_analysis.pipeline.engines.engine import check_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,19 +79,21 @@ def compare(
 
       fpq-analyze compare runs/int8 runs/float --model mynet:int8 --model-b mynet:Net --data digits
     """
+    from fpq_analysis.runs import source_of
+
+    check_definition(definition)
+    check_engine(executor, jobs)
+    if model_b is not None and not isinstance(run_b, Path):
+        run_b = replace(run_b, model=model_b)
+    pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     import pandas as pd
 
     from fpq_analysis.pipeline.run import measure
     from fpq_analysis.probes import HessianTrace
     from fpq_analysis.records.comparison import by_epoch, told_apart
     from fpq_analysis.records.queries import totals
-    from fpq_analysis.runs import source_of
-    from fpq_analysis.runs.foreign import ForeignRuns
     from fpq_analysis.text import number
 
-    if model_b is not None and isinstance(run_b, ForeignRuns):
-        run_b = replace(run_b, model=model_b)
-    pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
     names = told_apart(*pair)
     faults: dict[Path, UserError] = {}
     measured = partial(

@@ -13,6 +13,7 @@ from fpq_analysis.cli.app import (
     Device,
     Json,
     app,
+    check_there,
     echo,
     guarded,
     log,
@@ -49,6 +50,7 @@ def doctor(
 
       fpq-analyze doctor runs/own --model mynet:make --data cifar10
     """
+    check_there(Path(checkpoint))
     from fpq_analysis.doctor import FAULT, NOTE, advice, diagnose_checkpoint
 
     findings, costs, workers = diagnose_checkpoint(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, guarded, log, print_json
+from fpq_analysis.cli.app import Json, app, check_there, guarded, log, print_json
 
 
 @app.command()
@@ -30,6 +30,7 @@ def export(
 
       fpq-analyze export checkpoints/fpq/epoch_0010.pt --to safetensors --out fpq.safetensors
     """
+    check_there(checkpoint)
     from fpq_analysis.runs import export as exports
 
     frame = exports.export(checkpoint, to, out=out, model=model)

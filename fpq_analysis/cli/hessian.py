@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fpq_analysis.choices import DEFINITIONS, check_k, check_known, check_trace
 from fpq_analysis.cli.app import echo, new_table, print_table
-from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, some_epochs
+from fpq_analysis.cli.measuring import Settings, check_runs, measure_and_show, measuring_command, some_epochs
 from fpq_analysis.errors import UserError
+from fpq_analysis.pipeline.task import Sampling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,25 +49,33 @@ def hessian(
 
       fpq-analyze hessian --ckpt-dir runs/own --model mynet:make --data cifar10
     """
-    from fpq_analysis.probes import GaussNewtonTrace, HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
-    from fpq_analysis.quantizers import DEFINITIONS
-
     if engine not in ("builtin", "pyhessian"):
         raise UserError(f"Unknown engine '{engine}'. Known: builtin, pyhessian.")
     if engine == "pyhessian" and method != "auto":
         raise UserError("PyHessian knows one method, Hutchinson's; leave --method out with --engine pyhessian.")
-    traces: dict[str, type[HessianTrace]] = {"hessian": HessianTrace, "gauss-newton": GaussNewtonTrace}
-    if operator not in traces:
-        raise UserError(f"Unknown operator '{operator}'. Known: {', '.join(traces)}.")
+    check_known("operator", operator, ("hessian", "gauss-newton"))
     if operator != "hessian" and (top_k or density or sharpness):
         raise UserError(
             f"--operator {operator} measures the trace alone; --top-k, --density and --sharpness are of the Hessian. "
             "From Python, hessian_eigs and spectral_density take operator=."
         )
+    kinds = DEFINITIONS if definition == "all" else [definition]
+    method = "pyhessian" if engine == "pyhessian" else method
+    for kind in kinds:
+        check_trace(method, kind, operator, tol, n_products, n_labels)
+    if top_k:
+        check_k(top_k)
+    if n_data is None and tol is None:
+        n_data = 1024
+    Sampling(n_data)  # refuses too few
+    check_runs(settings)
+    from fpq_analysis.probes import GaussNewtonTrace, HessianDensity, HessianEigs, HessianTrace, Probe, Sharpness
+
+    traces: dict[str, type[HessianTrace]] = {"hessian": HessianTrace, "gauss-newton": GaussNewtonTrace}
     trace = partial(traces[operator], tol=tol, n_products=n_products, n_labels=n_labels)
     probes: list[Probe] = []
-    for kind in DEFINITIONS if definition == "all" else [definition]:
-        probes.append(trace(kind, "pyhessian" if engine == "pyhessian" else method))
+    for kind in kinds:
+        probes.append(trace(kind, method))
         if top_k:
             probes.append(HessianEigs(kind, top_k))
         if density:
@@ -80,8 +90,6 @@ def hessian(
         "hessian_density": print_moments,
         "sharpness": _print_sharpness,
     }
-    if n_data is None and tol is None:
-        n_data = 1024
     measure_and_show(probes, replace(settings, n_data=n_data), show)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fpq_analysis.cli.app import Json, app, echo, guarded, log, new_table, print_json, print_table
+from fpq_analysis.cli.app import Json, app, check_there, echo, guarded, log, new_table, print_json, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ def inspect(
 
       fpq-analyze inspect checkpoints/fpq
     """
+    check_there(checkpoint)
     from fpq_analysis.runs import inspection
 
     if checkpoint.is_dir():

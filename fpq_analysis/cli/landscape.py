@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fpq_analysis.cli.app import echo, log, new_table, print_table
-from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command
+from fpq_analysis.cli.measuring import Settings, check_runs, measure_and_show, measuring_command
 from fpq_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,11 +55,13 @@ def landscape(
 
       fpq-analyze landscape --through checkpoints/lsq --through checkpoints/fpq
     """
-    from fpq_analysis.probes.landscape import LandscapeSettings
-
     ends = through or []
     if ends and plane not in (None, "checkpoints"):
         raise UserError(f"--plane {plane} and --through are two planes; leave one of them out.")
+    if not ends:
+        check_runs(settings)
+    from fpq_analysis.probes.landscape import LandscapeSettings
+
     probe = LandscapeSettings(
         "checkpoints" if ends else plane or "random",
         weights,

@@ -113,7 +113,9 @@ def measuring_command(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**options: Any) -> None:
-            command(Settings(**{name: options.pop(name) for name in offered}, **fixed), **options)
+            settings = Settings(**{name: options.pop(name) for name in offered}, **fixed)
+            _check(settings)
+            command(settings, **options)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         _, *own = (one.replace(kind=kind) for one in inspect.signature(command, eval_str=True).parameters.values())
@@ -126,6 +128,34 @@ def measuring_command(
         return command
 
     return decorate
+
+
+def _check(settings: Settings) -> None:
+    """Raise `UserError` for what can be known to be wrong with the shared options before torch is loaded."""
+    from fpq_analysis.choices import check_loss_name, check_model_name
+    from fpq_analysis.pipeline.engines.engine import check_engine
+    from fpq_analysis.pipeline.task import Sampling
+    from fpq_analysis.references import find
+    from fpq_analysis.text import parse_shard
+
+    Sampling(settings.n_data, settings.seed)
+    if settings.shard:
+        parse_shard(settings.shard)
+    check_engine(settings.executor, settings.jobs)
+    check_loss_name(settings.loss)
+    if settings.model is not None:
+        check_model_name(settings.model)
+    for name, what in ((settings.loss, "loss"), (settings.model or "", "model")):
+        if ":" in name:
+            find(name, what)
+
+
+def check_runs(settings: Settings) -> None:
+    """Raise `UserError` if there is nothing to measure, before torch is loaded; after a command's own options."""
+    from fpq_analysis.runs import find_runs
+
+    if isinstance(settings.ckpt_dir, Path):
+        find_runs(settings.ckpt_dir, monitored=True)
 
 
 def measure_and_show(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fpq_analysis.cli.app import echo
-from fpq_analysis.cli.measuring import Settings, measure_and_show, measuring_command, print_quantities
+from fpq_analysis.cli.measuring import Settings, check_runs, measure_and_show, measuring_command, print_quantities
 from fpq_analysis.cli.options import numbers, options_of
 from fpq_analysis.measures import MEASURES, Measure
 from fpq_analysis.methods import load_class
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 def _register(name: str, row: Measure) -> None:
     def command(settings: Settings, **options: Any) -> None:
+        given = {key: numbers(key, x) if isinstance(x, list) else x for key, x in options.items()}
+        row.settings(**given)  # refuses what makes no sense, before torch is loaded
+        check_runs(settings)
         from fpq_analysis.probes import PROBES
 
-        probe = PROBES[name](**{key: numbers(key, x) if isinstance(x, list) else x for key, x in options.items()})
+        probe = PROBES[name](**given)
         measure_and_show([probe], settings, {name: partial(_show, row)})
 
     command.__name__ = row.command

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fpq_analysis.choices import check_model_name
 from fpq_analysis.cli.app import (
     Device,
     Engine,
@@ -24,7 +25,8 @@ from fpq_analysis.cli.app import (
 from fpq_analysis.cli.options import options_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import MethodSettings
-from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.pipeline.engines.engine import check_engine
+from fpq_analysis.training.config import TrainConfig, check_init
 from fpq_analysis.training.tensorboard import check_tensorboard
 
 if TYPE_CHECKING:
@@ -71,6 +73,9 @@ def train(
     where: dict[str, Any] = {"device": device, "download": download, "tensorboard": tensorboard}
     if config is not None:
         _refuse_beside_config(ctx)
+        check_engine(executor, jobs)
+        if not config.exists():
+            raise UserError(f"No file '{config}'. The sweeps that come with the program are in configs/.")
         from fpq_analysis.training import read_sweep
 
         sweep = read_sweep(config, out=out)
@@ -84,6 +89,8 @@ def train(
         raise UserError("--jobs and --executor are for the many runs of a sweep: --config sweep.toml")
     if shard is not None:
         raise UserError("--shard is a part of a sweep, and needs the sweep's file: --config sweep.toml")
+    check_model_name(options["model"])
+    check_init(options["init"])
     settings = TrainConfig(**options)
     run = out or Path("checkpoints") / settings.name
     if dry_run:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fpq_analysis.choices import check_known
 from fpq_analysis.cli.app import echo, fail, fail_all, log
 from fpq_analysis.cli.measuring import Settings, draw, measuring_command, shorten_runs
 from fpq_analysis.errors import UserError, going_on
+from fpq_analysis.measures import MEASURES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,17 +43,19 @@ def watch(
 
       fpq-analyze watch runs/own --model mynet:make --data cifar10 --timeout 3600
     """
+    names = list(dict.fromkeys(name.strip() for name in probes.split(",")))
+    known = [name for name, row in MEASURES.items() if row.probe]
+    for name in names:
+        check_known("measurement", name, known)
+    folder = Path(settings.ckpt_dir)
+    if not folder.is_dir():
+        raise UserError(f"No folder '{folder}' to watch. Make it, or name the one that the training writes to.")
     import fpq_analysis.pipeline.watch as pipeline
     from fpq_analysis.cli.hessian import print_traces
-    from fpq_analysis.errors import did_you_mean
     from fpq_analysis.probes import PROBES
     from fpq_analysis.records.queries import totals
     from fpq_analysis.report.page import write_report
 
-    names = list(dict.fromkeys(name.strip() for name in probes.split(",")))
-    for name in names:
-        if name not in PROBES:
-            raise UserError(f"Unknown measurement '{name}'{did_you_mean(name, PROBES)}. Known: {', '.join(PROBES)}.")
     faults: dict[Path, UserError] = {}
 
     def redraw(frame: pd.DataFrame) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.choices import check_loss_name
+from fpq_analysis.errors import UserError
 from fpq_analysis.losses.binary_cross_entropy import BINARY_CROSS_ENTROPY, binary_cross_entropy
 from fpq_analysis.losses.cross_entropy import CROSS_ENTROPY, cross_entropy
 from fpq_analysis.losses.distillation import DISTILLATION
@@ -51,11 +52,7 @@ def resolve_loss(loss: str | LossFunction) -> Loss:
     if isinstance(loss, str):
         if ":" in loss:
             return resolve_loss(find(loss, "loss"))
-        if loss not in LOSSES:
-            raise UserError(
-                f"Unknown loss '{loss}'{did_you_mean(loss, LOSSES)}. Known: {', '.join(LOSSES)}; or give a function "
-                "(outputs, targets) to the mean."
-            )
+        check_loss_name(loss)
         return LOSSES[loss]
     known = _of_pytorch(loss)
     if known is not None:

@@ -17,6 +17,7 @@ from fpq_analysis import records as rec
 from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, going_on, raise_fault
 from fpq_analysis.plots import FIGURES, Drawing
 from fpq_analysis.plots.style import look
+from fpq_analysis.runs import source_of
 
 PAPER = tuple(name for name in FIGURES if name.isdigit())
 ALL = "all"
@@ -73,6 +74,8 @@ def draw_figures(
         raise UserError(f"No folder '{root}'. Give a run, or a folder of runs; 'fpq-analyze train' makes one.")
     report = on_fault or raise_fault
     patterns = ["*"] if runs is None else [runs] if isinstance(runs, str) else list(runs)
+    if measure:
+        source_of(ckpt_dir).find_runs(root)
     where = {"n_data": n_data, "seed": seed, "device": device, "data_root": data_root, "model": model}
     drawn = []
     frames: dict[tuple[str, bool], pd.DataFrame] = {}  # several figures may be of one measurement

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fpq_analysis.choices import check_definition, check_operator
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
@@ -21,9 +22,8 @@ from fpq_analysis.linalg import SpectralMeasure, spectral_measure
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import Result
-from fpq_analysis.probes.subject import check_operator, prepare
+from fpq_analysis.probes.subject import prepare
 from fpq_analysis.progress import Progress
-from fpq_analysis.quantizers import check_definition
 from fpq_analysis.ranks import same_on_all_ranks
 
 N_DRAWS = 5

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis.choices import MOST_PRODUCTS, check_definition, check_k, check_operator
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.errors import UserError
@@ -25,12 +26,10 @@ from fpq_analysis.linalg.eigs import check_which
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows
 from fpq_analysis.probes.result import MOST, Result
-from fpq_analysis.probes.subject import check_operator, prepare
+from fpq_analysis.probes.subject import prepare
 from fpq_analysis.progress import Progress
-from fpq_analysis.quantizers import check_definition, clipped_fraction
+from fpq_analysis.quantizers import clipped_fraction
 from fpq_analysis.ranks import same_on_all_ranks
-
-N_PRODUCTS = 1000
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +110,7 @@ def hessian_eigs(
     device: str | torch.device | None = None,
     micro_batch: int | None = None,
     forward: ForwardFunction | None = None,
-    n_products: int = N_PRODUCTS,
+    n_products: int = MOST_PRODUCTS,
 ) -> EigenEstimate:
     """The k largest, smallest, or largest-in-magnitude eigenvalues of the Hessian of the mean loss.
 
@@ -168,18 +167,12 @@ def hessian_eigs(
 
 
 def _check_settings(
-    k: int, which: str, definition: str, operator: str, tol: float, n_products: int = N_PRODUCTS
+    k: int, which: str, definition: str, operator: str, tol: float, n_products: int = MOST_PRODUCTS
 ) -> None:
     check_which(which)
     check_definition(definition)
     check_operator(operator)
-    if k < 1:
-        raise UserError(f"k is {k}; ask for at least one eigenvalue.")
-    if k > n_products:
-        raise UserError(
-            f"k is {k}, and each eigenvalue takes a product or more, of which at most {n_products} are made. Ask for "
-            "fewer eigenvalues; how all of them are spread is what the spectral density shows (--density)."
-        )
+    check_k(k, n_products)
     if not 0 < tol < 1:
         raise UserError(f"tol is {tol}, and must be between 0 and 1 (0.001 for a relative residual of 0.1 %).")
 

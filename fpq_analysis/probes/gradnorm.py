@@ -30,7 +30,6 @@ from fpq_analysis import nests
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.curvature.sampling import layer_of
-from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.losses import LossFunction
@@ -41,7 +40,6 @@ from fpq_analysis.probes.result import Measurement
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.progress import Progress
-from fpq_analysis.quantizers import check_definition
 from fpq_analysis.ranks import added, gathered, same_on_all_ranks, share
 
 SHOWN = tuple(
@@ -114,13 +112,6 @@ class GradNorm(GradNormSettings):
     name = "gradnorm"
     version = 2  # part of a record's key: raise it when the numbers change
     needs = ()
-
-    def __post_init__(self) -> None:
-        check_definition(self.definition)
-        if self.n_draws < 2:
-            raise UserError(f"n_draws is {self.n_draws}; an error needs at least 2 draws of the noise.")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; a minibatch has at least one sample.")
 
     def __call__(self, point: Point) -> Rows:
         """Rows: the layers' norms, then the model's; the clean norm over all data is last."""

@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.curvature.batches import Batch
-from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg.estimate import degrees_of_freedom
@@ -127,12 +126,6 @@ class NoiseResponse(NoiseSettings):
     name = "noise"
     version = 3  # part of a record's key: raise it when the numbers change
     needs = ("quantizers",)
-
-    def __post_init__(self) -> None:
-        if not all(0 < size < math.inf for size in self.sizes):
-            raise UserError(f"Sizes of noise are numbers above zero, in steps; got {', '.join(map(str, self.sizes))}.")
-        if self.n_draws < 2:
-            raise UserError("An error needs at least 2 draws a sample (n_draws).")
 
     def __call__(self, point: Point) -> Rows:
         """Rows: every layer's, then the whole network's; its increase at size 1 is last."""

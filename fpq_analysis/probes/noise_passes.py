@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis.choices import N_LABELS
 from fpq_analysis.curvature import NotExactError
 from fpq_analysis.curvature.batches import full_precision
 from fpq_analysis.curvature.certificate import certify_features
@@ -23,7 +24,7 @@ from fpq_analysis.curvature.memory import map_batches
 from fpq_analysis.errors import UserError
 from fpq_analysis.losses import draw_uniforms
 from fpq_analysis.nests import Nest, leaves, moved, size
-from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
+from fpq_analysis.probes.sample_traces import exact_or_sampled
 from fpq_analysis.probes.subject import Subject
 from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import FeatureNoise, Quantizer, quantizers

@@ -43,7 +43,7 @@ def oscillation(model: nn.Module, previous: nn.Module, *, eps: float = Oscillati
     Raises:
         UserError: for an `eps` out of range, a model without quantized weights, or two that are not one network.
     """
-    _check(eps)
+    OscillationSettings(eps)  # refuses what makes no sense
     shares = _rows(_counts(model, previous, eps))
     setting = {"layer": "all", "quantity": "eps", "value": eps, "n_weights": 0}
     exact = {"estimator": "counted", "sem": 0.0, "sem_data": 0.0, "ci95": 0.0, "n_data": 0}
@@ -64,9 +64,6 @@ class Oscillation(OscillationSettings):
     version = 3  # part of a record's key: raise it when the numbers change
     needs = ("quantizers", "previous")
 
-    def __post_init__(self) -> None:
-        _check(self.eps)
-
     def __call__(self, point: Point) -> Rows:
         """Rows: the layers' shares; then the network's, and before its last, `eps` and `previous`.
 
@@ -77,11 +74,6 @@ class Oscillation(OscillationSettings):
         if point.previous_epoch is not None:
             rows.insert(-1, {**rows[-2], "quantity": "previous", "value": point.previous_epoch})
         return [{column: value for column, value in row.items() if column != "n_weights"} for row in rows]
-
-
-def _check(eps: float) -> None:
-    if not 0 < eps < 0.5:
-        raise UserError(f"eps is {eps}, and must lie between 0 and 0.5: a weight is never further from a threshold.")
 
 
 @torch.no_grad()

@@ -14,10 +14,8 @@ from fpq_analysis.probes.subject import Subject
 from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import latent_derivatives, weight_quantizers
 
-BY_SAMPLE = ("exact", "sampled")
 # Above this many passes `auto` draws labels: the exact sum then costs more than the error over the data is worth.
 MAX_EXACT_PASSES = 19  # of the cross-entropy of 20 classes
-N_LABELS = 4
 
 
 HOLDS = "the certificate holds", "proven piecewise linear in every parameter"

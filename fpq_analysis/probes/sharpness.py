@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fpq_analysis.choices import N_LABELS, N_PRODUCTS, check_definition
 from fpq_analysis.curvature import NotExactError, certify, per_sample_traces
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.exact import exact_passes
@@ -49,11 +50,11 @@ from fpq_analysis.nests import size
 from fpq_analysis.probes.grid_codes import Flip, Grid, likely_worst_flips, random_flips
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Measurement
-from fpq_analysis.probes.sample_traces import N_LABELS, exact_or_sampled
+from fpq_analysis.probes.sample_traces import exact_or_sampled
 from fpq_analysis.probes.subject import Subject, check_finite, prepare
-from fpq_analysis.probes.trace import N_PRODUCTS, ROOT
+from fpq_analysis.probes.trace import ROOT
 from fpq_analysis.progress import Progress
-from fpq_analysis.quantizers import Quantizer, check_definition, quantizers
+from fpq_analysis.quantizers import Quantizer, quantizers
 from fpq_analysis.ranks import added, gathered, same_on_all_ranks, share
 
 RHO = 0.05  # usual for CIFAR-10

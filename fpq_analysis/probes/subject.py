@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fpq_analysis.choices import check_operator
 from fpq_analysis.curvature import (
     CurvatureOperator,
     FisherOperator,
@@ -21,7 +22,7 @@ from fpq_analysis.curvature import (
 )
 from fpq_analysis.curvature.batches import Batch, full_precision, merged
 from fpq_analysis.curvature.sampling import layer_of
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction, running, with_forward
 from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device, model_precision
@@ -30,8 +31,6 @@ from fpq_analysis.probes.fit import Fit, examine
 from fpq_analysis.quantizers import adopt, check_definition_applies, check_plain, quantizers, rounds_weights, variables
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.ranks import check_same
-
-OPERATORS = ("hessian", "gauss-newton", "fisher")
 
 
 @dataclass(frozen=True)
@@ -165,12 +164,6 @@ def _check_weights(model: nn.Module) -> None:
                 f"The parameter '{name}' is complex, and curvature here is that in real variables. Write it as its "
                 "real and imaginary parts (torch.view_as_real)."
             )
-
-
-def check_operator(kind: str) -> None:
-    """Raise `UserError` unless it is one of `OPERATORS`."""
-    if kind not in OPERATORS:
-        raise UserError(f"Unknown operator '{kind}'{did_you_mean(kind, OPERATORS)}. Known: {', '.join(OPERATORS)}.")
 
 
 def check_finite(value: float, what: str) -> None:

@@ -16,30 +16,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from fpq_analysis.choices import BY_SAMPLE, N_LABELS, N_PRODUCTS, check_trace
 from fpq_analysis.curvature import NotExactError, SampleTraces, as_batches
 from fpq_analysis.curvature.batches import Batch, full_precision
 from fpq_analysis.curvature.memory import freed_memory_kept
 from fpq_analysis.curvature.operator import CurvatureOperator
 from fpq_analysis.curvature.pyhessian_engine import pyhessian_trace_samples
 from fpq_analysis.curvature.sampling import ALL, layer_blocks
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction
 from fpq_analysis.intervals import half_interval
 from fpq_analysis.linalg import Estimate, Lanczos, Sketch, deflated_hutchinson, hutchinson, xnystrace, xtrace
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.probes.point import Point, Rows, stored
 from fpq_analysis.probes.result import Result
-from fpq_analysis.probes.sample_traces import BY_SAMPLE, N_LABELS, by_sample
+from fpq_analysis.probes.sample_traces import by_sample
 from fpq_analysis.probes.split_trace import split_trace
-from fpq_analysis.probes.subject import Subject, check_finite, check_operator, prepare
+from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.progress import Progress
-from fpq_analysis.quantizers import check_definition, clipped_fraction
+from fpq_analysis.quantizers import clipped_fraction
 from fpq_analysis.ranks import same_on_all_ranks
 from fpq_analysis.records.queries import AT_CHANCE
 
-BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhessian")
-TRACE_METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT, "split")
-N_PRODUCTS = 100
 MAX_PRODUCTS = 100_000
 ROOT = "(model)"  # the layer's name when the model is a single layer
 
@@ -192,7 +190,7 @@ def hessian_trace(
     Raises:
         UserError: for a method that does not apply to the model, unknown names, or a result that is not finite.
     """
-    _check_settings(method, definition, operator, tol, n_products, n_labels)
+    check_trace(method, definition, operator, tol, n_products, n_labels)
     where: dict[str, Any] = {
         "loss": loss,
         "parameters": parameters,
@@ -239,30 +237,6 @@ def hessian_trace(
         at_chance=subject.fit.at_chance,
         operator=operator,
     )
-
-
-def _check_settings(
-    method: str, definition: str, operator: str, tol: float | None, n_products: int, n_labels: int
-) -> None:
-    if method not in TRACE_METHODS:
-        raise UserError(
-            f"Unknown method '{method}'{did_you_mean(method, TRACE_METHODS)}. Known: {', '.join(TRACE_METHODS)}."
-        )
-    check_definition(definition)
-    check_operator(operator)
-    if method == "xnystrace" and operator == "hessian":
-        raise UserError(
-            "xnystrace is for positive semidefinite matrices, and a Hessian need not be one. Use method='xtrace', or "
-            "operator='gauss-newton'."
-        )
-    if method == "split" and (operator != "hessian" or tol is not None):
-        raise UserError("The method 'split' is for the Hessian, with a fixed number of products (n_products).")
-    if method == "pyhessian" and operator != "hessian":
-        raise UserError("PyHessian knows the Hessian only; leave the operator out.")
-    if tol is not None and not tol > 0:
-        raise UserError(f"tol is {tol}, and must be above zero (0.01 for one per cent).")
-    if min(n_products, n_labels) < 2:
-        raise UserError("An error needs at least 2 products (n_products) and 2 labels a sample (n_labels).")
 
 
 def _from_samples(traces: SampleTraces) -> dict[str, Any]:
@@ -355,7 +329,7 @@ class HessianTrace:
     operator = "hessian"
 
     def __post_init__(self) -> None:
-        _check_settings(self.method, self.definition, self.operator, self.tol, self.n_products, self.n_labels)
+        check_trace(self.method, self.definition, self.operator, self.tol, self.n_products, self.n_labels)
 
     def __call__(self, point: Point) -> Rows:
         """Rows: see `TraceEstimate.rows`."""

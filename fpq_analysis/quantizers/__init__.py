@@ -34,8 +34,6 @@ from fpq_analysis.quantizers.pact import PACT as PACT
 from fpq_analysis.quantizers.pact import DoReFa as DoReFa
 from fpq_analysis.quantizers.scheme import quantization as quantization
 from fpq_analysis.quantizers.spec import QuantSpec as QuantSpec
-from fpq_analysis.quantizers.views import DEFINITIONS as DEFINITIONS
-from fpq_analysis.quantizers.views import check_definition as check_definition
 from fpq_analysis.quantizers.views import latent_derivatives as latent_derivatives
 from fpq_analysis.quantizers.views import variables as variables
 from fpq_analysis.quantizers.views import view as view

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.choices import check_definition
+from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers.adapters import adopt
 from fpq_analysis.quantizers.apply import quantizer_parameters, quantizers, weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.copies import eval_copy
-
-DEFINITIONS = ("dequantized", "latent", "float")
 
 
 def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
@@ -83,15 +82,6 @@ def _own_class(layer: nn.Module) -> None:
     shared = type(layer)
     members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     layer.__class__ = type(shared.__name__, shared.__bases__, members)
-
-
-def check_definition(definition: str) -> None:
-    """Raise `UserError` unless `definition` is one of `DEFINITIONS`."""
-    if definition not in DEFINITIONS:
-        raise UserError(
-            f"Unknown definition '{definition}'{did_you_mean(definition, DEFINITIONS)} of a quantized network's "
-            f"Hessian. Known: {', '.join(DEFINITIONS)}."
-        )
 
 
 def variables(model: nn.Module) -> dict[str, Tensor]:

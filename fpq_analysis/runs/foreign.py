@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.batch import Batch
+from fpq_analysis.choices import check_model_name
 from fpq_analysis.data import OwnData, load_dataset, own_data, parse_normalization
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction, with_forward
-from fpq_analysis.models import MODELS, check_model_name
+from fpq_analysis.models import MODELS
 from fpq_analysis.quantizers import QuantSpec, in_eval_mode, quantize
 from fpq_analysis.references import find
 from fpq_analysis.runs import checkpoint as ckpt

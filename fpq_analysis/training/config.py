@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fpq_analysis.errors import UserError
@@ -63,12 +64,12 @@ class TrainConfig(MethodSettings, RunSettings):
         if method.quantized:
             if self.bits is None:
                 raise UserError(f"The method '{self.method}' needs a bit width: --bits W4A4, for example.")
-            _ = self.spec  # refuses what is no bit width
             if self.init is None:
                 raise UserError(
                     f"The method '{self.method}' starts from a trained float network: --init RUN, a folder made by "
                     f"'fpq-analyze train --method fp --model {self.model} --data {self.data}'."
                 )
+            _ = self.spec  # refuses what is no bit width
             for regularizer in method.regularizers:
                 load_class(regularizer).check(self)
         elif self.bits is not None or self.quantizer is not None:
@@ -96,3 +97,9 @@ class TrainConfig(MethodSettings, RunSettings):
         method = self.method + (f"-{self.quantizer}" if self.quantizer else "")
         parts = [self.model.replace(":", "."), self.data, method, (self.bits or "").lower(), f"s{self.seed}"]
         return "-".join(part for part in parts if part)
+
+
+def check_init(init: str | None) -> None:
+    """Raise `UserError` if the run to start from is not there."""
+    if init is not None and not Path(init).is_dir():
+        raise UserError(f"No run '{init}' to start from. Train one first: fpq-analyze train --method fp")

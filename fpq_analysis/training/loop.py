@@ -35,7 +35,7 @@ from fpq_analysis.ranks.leading import leading, together
 from fpq_analysis.runs import Run
 from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.text import duration
-from fpq_analysis.training.config import TrainConfig
+from fpq_analysis.training.config import TrainConfig, check_init
 from fpq_analysis.training.projection import ScaleProjection
 from fpq_analysis.training.regularizer import Regularizer, regularizers
 from fpq_analysis.training.resume import (
@@ -353,8 +353,7 @@ def _start(config: TrainConfig, data: Dataset) -> tuple[nn.Module, nn.Module | N
             torch.manual_seed(config.seed)
             return build_model(config.model, data.num_classes, data.channels), None, None
     teacher_run = Run(Path(config.init))
-    if not teacher_run.path.is_dir():
-        raise UserError(f"No run '{config.init}' to start from. Train one first: fpq-analyze train --method fp")
+    check_init(config.init)
     epochs = teacher_run.checkpoints
     if not epochs:
         raise UserError(f"'{config.init}' holds no checkpoint to start from. --init wants the folder of one float run.")

@@ -89,8 +89,7 @@ def open_engine(
     Raises:
         UserError: for an unknown name, no number, or see `Engine.open`.
     """
-    if jobs != "auto" and (not str(jobs).isdecimal() or int(jobs) < 1):
-        raise UserError(f"--jobs {jobs} is no number of processes. Write 1 or more, or auto.")
+    check_engine(executor, jobs)
     count = None if jobs == "auto" else int(jobs)
     from fpq_analysis.ranks.leading import leading  # torch, which processes do not want before they are set up
 
@@ -98,8 +97,21 @@ def open_engine(
         executor = "ranks" if leading() else "serial" if count == 1 else "processes"
     elif leading():
         raise UserError("All ranks measure each checkpoint together; leave --executor out, or torchrun.")
+    name, address = _parts(executor)
+    return _kind(name).open(address, Resources(count, device, Path(folder), batch))
+
+
+def check_engine(executor: str | None, jobs: int | str) -> None:
+    """Raise `UserError` for no number of jobs, an unknown name, or an engine whose package is not installed."""
+    if jobs != "auto" and (not str(jobs).isdecimal() or int(jobs) < 1):
+        raise UserError(f"--jobs {jobs} is no number of processes. Write 1 or more, or auto.")
+    if executor is not None:
+        _kind(_parts(executor)[0])
+
+
+def _parts(executor: str) -> tuple[str, str]:
     name, address = re.fullmatch(r"([^:]*)(?::(?://)?(.*))?", executor, re.DOTALL).groups()  # type: ignore[union-attr]
-    return _kind(name).open(address or "", Resources(count, device, Path(folder), batch))
+    return name, address or ""
 
 
 def not_installed(name: str, error: ImportError) -> UserError:
