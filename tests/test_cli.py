@@ -147,8 +147,8 @@ def test_a_malicious_checkpoint_among_good_ones(runs, tmp_path):
         (["hessian", "--ckpt-dir", "nowhere"], "No folder 'nowhere'"),
         (["hessian", "--ckpt-dir", "."], "holds no checkpoints"),
         (["hessian", "--engine", "pyhesian"], "Unknown engine"),
-        (["hessian", "--n-data", "1"], "at least 2 images"),
-        (["hessian", "--n-data", "0"], "at least 2 images"),
+        (["hessian", "--n-data", "1"], "at least 2 samples"),
+        (["hessian", "--n-data", "0"], "at least 2 samples"),
         (["train", "--method", "lsq", "--bits", "W4"], "W4"),
         (["hessian", "--method", "exakt"], "did you mean 'exact'"),
         (["train", "--method", "lsq", "--bits", "W0A4", "--init", "x"], "0-bit weights"),
@@ -412,7 +412,7 @@ class Watch:
 sys.meta_path.insert(0, Watch())
 main()
 """
-    command = [sys.executable, "-c", code, "hessian", "--ckpt-dir", str(tmp_path)]
+    command = [sys.executable, "-c", code, "demo"]
     for chosen, expected in (("", "found 10000"), ("7", "found 7")):
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         environment |= {"GOMP_SPINCOUNT": chosen} if chosen else {}

@@ -19,6 +19,7 @@ from fpq_analysis.choices import check_model_name
 from fpq_analysis.cli.options import option, with_options
 from fpq_analysis.errors import UserError, explained
 from fpq_analysis.progress import show_progress
+from fpq_analysis.quantspec import QuantSpec
 from fpq_analysis.references import find
 from fpq_analysis.text import printable
 
@@ -148,6 +149,8 @@ def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[...
         def run(**options: Any) -> None:
             reading = {name: options.pop(name) for name in HOW_TO_READ}
             for folder in folders:
+                if reading["data"] is not None and not options.get("through") and not options[folder].exists():
+                    raise UserError(f"There is no '{options[folder]}'. A file or folder of checkpoints is wanted.")
                 options[folder] = _source(options[folder], options["model"], options["data_root"], **reading)
             command(**options)
 
@@ -181,17 +184,14 @@ def _source(
             "--data is for checkpoints of another program, whose network must be named too: --model "
             "package.module:factory. A run of fpq-analyze says both itself."
         )
-    if not folder.exists():
-        raise UserError(f"There is no '{folder}'. A file or folder of checkpoints is wanted.")
     check_model_name(model)
     if ":" in model:
         find(model, "model")
-    from fpq_analysis.quantizers import QuantSpec
+    quant = QuantSpec.parse(bits) if bits else None
     from fpq_analysis.runs.foreign import ForeignRuns, foreign_runs, left_out
 
     for path in [path for run in foreign_runs(folder) for path in left_out(run)]:
         log(f"'{path}' is left out: it has no number in its name, as others beside it have.")
-    quant = QuantSpec.parse(bits) if bits else None
     return ForeignRuns(folder, model, data, data_root, image_size, normalize, quant, transform, forward)
 
 

@@ -26,6 +26,7 @@ from fpq_analysis.cli.options import options_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import MethodSettings
 from fpq_analysis.pipeline.engines.engine import check_engine
+from fpq_analysis.quantspec import QuantSpec
 from fpq_analysis.training.config import TrainConfig, check_init
 from fpq_analysis.training.tensorboard import check_tensorboard
 
@@ -90,6 +91,8 @@ def train(
     if shard is not None:
         raise UserError("--shard is a part of a sweep, and needs the sweep's file: --config sweep.toml")
     check_model_name(options["model"])
+    if options["bits"] is not None:
+        QuantSpec.parse(options["bits"])  # refuses what is no bit width
     check_init(options["init"])
     settings = TrainConfig(**options)
     run = out or Path("checkpoints") / settings.name

@@ -33,7 +33,7 @@ from fpq_analysis.quantizers.others import rounds_weights as rounds_weights
 from fpq_analysis.quantizers.pact import PACT as PACT
 from fpq_analysis.quantizers.pact import DoReFa as DoReFa
 from fpq_analysis.quantizers.scheme import quantization as quantization
-from fpq_analysis.quantizers.spec import QuantSpec as QuantSpec
 from fpq_analysis.quantizers.views import latent_derivatives as latent_derivatives
 from fpq_analysis.quantizers.views import variables as variables
 from fpq_analysis.quantizers.views import view as view
+from fpq_analysis.quantspec import QuantSpec as QuantSpec

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.quantizers.base import Quantizer, widened
-from fpq_analysis.quantizers.spec import FLOAT_BITS, QuantSpec
+from fpq_analysis.quantspec import FLOAT_BITS, QuantSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)

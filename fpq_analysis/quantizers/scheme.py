@@ -10,7 +10,7 @@ from torch import nn
 from fpq_analysis.methods import SCHEMES, load_class
 from fpq_analysis.quantizers.apply import quantizers
 from fpq_analysis.quantizers.others import other_quantizers
-from fpq_analysis.quantizers.spec import FLOAT_BITS
+from fpq_analysis.quantspec import FLOAT_BITS
 
 
 def quantization(model: nn.Module) -> tuple[str, dict[str, Any] | None]:

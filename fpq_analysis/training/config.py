@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.methods import METHODS, SCHEMES, MethodSettings, load_class
+from fpq_analysis.quantspec import QuantSpec
 from fpq_analysis.settings import check_settings, documented, setting
-
-if TYPE_CHECKING:
-    from fpq_analysis.quantizers import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,12 @@ class TrainConfig(MethodSettings, RunSettings):
         if method.quantized:
             if self.bits is None:
                 raise UserError(f"The method '{self.method}' needs a bit width: --bits W4A4, for example.")
+            _ = self.spec  # refuses what is no bit width
             if self.init is None:
                 raise UserError(
                     f"The method '{self.method}' starts from a trained float network: --init RUN, a folder made by "
                     f"'fpq-analyze train --method fp --model {self.model} --data {self.data}'."
                 )
-            _ = self.spec  # refuses what is no bit width
             for regularizer in method.regularizers:
                 load_class(regularizer).check(self)
         elif self.bits is not None or self.quantizer is not None:
@@ -80,8 +77,6 @@ class TrainConfig(MethodSettings, RunSettings):
     @property
     def spec(self) -> QuantSpec | None:
         """The quantization of this run, None for a float one."""
-        from fpq_analysis.quantizers import QuantSpec
-
         if self.bits is None:
             return None
         return QuantSpec.parse(

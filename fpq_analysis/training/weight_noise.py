@@ -10,7 +10,7 @@ from torch import nn
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers import WeightNoise
-from fpq_analysis.quantizers.spec import FLOAT_BITS
+from fpq_analysis.quantspec import FLOAT_BITS
 from fpq_analysis.training.config import TrainConfig
 from fpq_analysis.training.regularizer import Regularizer
 
