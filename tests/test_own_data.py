@@ -324,6 +324,24 @@ def test_compare_says_how_many_samples_there_were(here):
     assert "40 samples" in " ".join(result.output.split())
 
 
+def test_compare_and_doctor_take_the_loss(here):
+    options = ["--model", "ownmodule:Net", "--data", "ownmodule:regression", "--n-data", "16", "--device", "cpu"]
+    shutil.copytree("Net", "Other")
+    for call in (["compare", "Net", "Other"], ["doctor", "Net"]):
+        result = CliRunner().invoke(app, [*call, *options, "--loss", "squared_error"])
+        assert result.exit_code == 0, result.output
+        assert CliRunner().invoke(app, [*call, *options]).exit_code == 1  # it is no cross-entropy
+
+
+def test_the_table_says_that_an_interval_is_over_probes(here):
+    options = ["--ckpt-dir", "Net", "--model", "ownmodule:Net", "--data", "ownmodule:make", "--n-data", "16"]
+    result = CliRunner().invoke(app, ["hessian", *options, "--device", "cpu", "--method", "hutchinson"])
+    assert "± 95 %: over the random probes, for these samples." in result.output
+    result = CliRunner().invoke(app, ["hessian", *options, "--device", "cpu"])
+    assert "± 95 %: over the samples measured on" in result.output
+    assert "probes" not in result.output
+
+
 def test_a_regression_with_a_loss_of_ones_own(here):
     model = find("ownmodule:Net", "model")
     targets = find("ownmodule:regression", "data")()[1]

@@ -412,6 +412,14 @@ def test_samples_are_images_where_they_are_known_to_be():
     assert "on 64 samples without augmentation" in caption5(pd.DataFrame(rows).assign(dataset="mine:patients"))
 
 
+def test_an_interval_over_probes_is_none_over_samples():
+    rows = pd.DataFrame([row(epoch=epoch) for epoch in (0, 1)])
+    assert "95 % interval over the samples, not" in caption5(rows)
+    rows.loc[0, "sem_data"] = math.nan
+    assert "over the samples, or, where single ones are not seen, the random probes" in caption5(rows)
+    assert "95 % interval over the random probes, for these samples" in caption5(rows.assign(sem_data=math.nan))
+
+
 def test_a_network_at_chance_before_training_is_no_caution():
     frame = pd.DataFrame({"status": ["ok", AT_CHANCE, AT_CHANCE, "aliased"], "epoch": [3, 0, 3, 0]})
     assert list(marked(frame).index) == [2, 3]

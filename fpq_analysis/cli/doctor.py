@@ -12,6 +12,7 @@ from fpq_analysis.cli.app import (
     DataRoot,
     Device,
     Json,
+    Loss,
     app,
     check_there,
     echo,
@@ -35,6 +36,7 @@ def doctor(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file, or a run: its last checkpoint.")],
     data_root: DataRoot = None,
     model: Annotated[str | None, typer.Option(help="For your own network: package.module:factory.")] = None,
+    loss: Loss = "cross_entropy",
     device: Device = "auto",
     n_data: Annotated[int, typer.Option(help="Samples to check on, and to forecast for.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the samples and of the directions.")] = 0,
@@ -54,7 +56,7 @@ def doctor(
     from fpq_analysis.doctor import FAULT, NOTE, advice, diagnose_checkpoint
 
     findings, costs, workers = diagnose_checkpoint(
-        checkpoint, n_data=n_data, seed=seed, data_root=data_root, model=model, device=device
+        checkpoint, n_data=n_data, seed=seed, data_root=data_root, model=model, loss=loss, device=device
     )
     faults, notes = (int((findings["status"] == status).sum()) for status in (FAULT, NOTE))
     if json:

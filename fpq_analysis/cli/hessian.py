@@ -97,7 +97,7 @@ def print_traces(frame: pd.DataFrame) -> None:
     """The whole-network traces, a row a checkpoint; of long runs the first, the last and some between."""
     from fpq_analysis.records.comparison import against_baseline
     from fpq_analysis.records.queries import totals
-    from fpq_analysis.text import number
+    from fpq_analysis.text import listed, number
 
     rows = totals(frame)
     if rows.empty:
@@ -122,8 +122,10 @@ def print_traces(frame: pd.DataFrame) -> None:
     print_table(table)
     if rows["sem_data"].notna().any():
         echo("± 95 %: over the samples measured on, not over training runs.")
-    if rows["sem_data"].isna().any():
-        echo("± 95 % of hutchinson and pyhessian: over the probes, for these samples.")
+    by_probes = rows[rows["sem_data"].isna()]
+    if len(by_probes):
+        which = "" if len(by_probes) == len(rows) else f" of {listed(sorted(by_probes['estimator'].unique()))}"
+        echo(textwrap.fill(f"± 95 %{which}: over the random probes, for these samples.", width=80))
     echo("Loss, Acc.: on these samples. Clip: weights outside their quantizer's grid.")
     _warn_of_chance(frame)
     differences = against_baseline(rows)

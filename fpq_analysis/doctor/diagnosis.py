@@ -102,6 +102,7 @@ def diagnose_checkpoint(
     seed: int = 0,
     data_root: str | None = None,
     model: str | None = None,
+    loss: str | LossFunction = "cross_entropy",
     device: str = "auto",
 ) -> Diagnosis:
     """`diagnose`, `forecast_measurements` and `forecast_workers` for a checkpoint file, or for the last one of a run.
@@ -111,6 +112,7 @@ def diagnose_checkpoint(
         n_data: training images, drawn by `seed`, to check on and to forecast for.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
+        loss: as for `diagnose`, or `package.module:name`.
         device: to check on; the forecast is for this one, or with `auto` for each that there is.
 
     Raises:
@@ -134,11 +136,11 @@ def diagnose_checkpoint(
             batch = content.sample(n_data, seed, data_root)
         except UnfitError as error:
             return Diagnosis(_frame({"data": Finding(FAULT, error.finding, error.cure)}), *no_forecast)
-        frame = diagnose(net, batch, device=where, seed=seed)
+        frame = diagnose(net, batch, loss=loss, device=where, seed=seed)
         if (frame["status"] == FAULT).any():
             return Diagnosis(frame, *no_forecast)
-        costs = [forecast_measurements(net, batch, device=one, seed=seed) for one in devices(device)]
+        costs = [forecast_measurements(net, batch, loss=loss, device=one, seed=seed) for one in devices(device)]
         for one, of_device in zip(devices(device), costs, strict=True):
             of_device.insert(0, "device", str(one))
-        workers = forecast_workers(net, batch, device=device, seed=seed)
+        workers = forecast_workers(net, batch, loss=loss, device=device, seed=seed)
         return Diagnosis(frame, pd.concat(costs, ignore_index=True), workers)

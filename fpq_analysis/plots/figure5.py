@@ -23,7 +23,7 @@ from fpq_analysis.plots.axes import (
 )
 from fpq_analysis.plots.names import at_epoch, colour, line_style, titles
 from fpq_analysis.plots.style import style
-from fpq_analysis.records.queries import distinct, mean_loss, samples_of, totals
+from fpq_analysis.records.queries import distinct, interval_over, mean_loss, samples_of, totals
 from fpq_analysis.records.seeds import curve, interval_words
 
 
@@ -81,5 +81,5 @@ def caption5(records: pd.DataFrame) -> str:
         f"estimator: {several('estimator')}), BatchNorm in eval mode, on {several('n_data')} {samples_of(rows)} "
         f"without augmentation (sample seed {several('seed')}; the same samples for every line). Data: "
         f"{titles(rows, 'dataset')}; network: {titles(rows, 'model')}; training seed {several('train_seed')}. "
-        + interval_words(rows)
+        + interval_words(rows, interval_over(rows))
     )

@@ -86,6 +86,14 @@ def mean_loss(rows: pd.DataFrame) -> str:
     return f"mean {listed((loss_title(name) for name in sorted(rows['loss'].unique())), 'or')}"
 
 
+def interval_over(rows: pd.DataFrame) -> str:
+    """What a run's own intervals in these rows are over: the data where that error is known, otherwise the probes."""
+    unknown = rows["sem_data"].isna()
+    if unknown.all():
+        return "the random probes, for these samples"
+    return "the samples, or, where single ones are not seen, the random probes" if unknown.any() else "the samples"
+
+
 def samples_of(rows: pd.DataFrame) -> str:
     """What the rows were measured on: `training images` of a known data set, `samples` of what a user handed over."""
     return "training images" if set(rows["dataset"]) <= PICTURES else "samples"

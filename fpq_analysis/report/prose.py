@@ -79,7 +79,7 @@ def _data(study: Study) -> str:
         size = about.get("size")
         shape = f" of {size} × {size} pixels" if size else ""
         classes = f" in {len(about['classes'])} classes" if about.get("classes") else ""
-        parts.append(f"{title(name)} ({listed(facts)} images{shape}{classes})")
+        parts.append(title(name) + (f" ({listed(facts)} images{shape}{classes})" if facts else ""))
     models = listed(title(run.model) for run in study.runs)
     return f"The data were {listed(parts)}; the network{'s were' if ' and ' in models else ' was'} {models}."
 

@@ -82,14 +82,14 @@ def provenance_tables(study: Study) -> list[Table]:
             "Data",
             ["Data", "Training", "Test", "Fingerprint"],
             sets,
-            ["The fingerprint is the same only if every image and label is."],
+            ["The fingerprint is the same only if every sample is."],
         ),
         Table("Checkpoints", ["Run", "Started (UTC)", "SHA-256 of the last checkpoint"], runs),
     ]
     if measured:
         heads = ["Measurement", "Definition", "Estimator", "Checkpoints", "Images", "Seed", "Settings", "Time"]
         note = (
-            "Settings: hash of the measurement, its version and options, images and seed; equal hashes are comparable."
+            "Settings: hash of the measurement, its version and options, samples and seed; equal hashes are comparable."
         )
         tables.append(Table("Records", heads, measured, [note]))
     return tables
