@@ -178,6 +178,12 @@ def test_bands_and_bars_end_on_the_axis(key, half, spread):
         assert max(ends) <= high + 1e-9 * (high - low)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("key", ["1", "5", "oscillation"])
+def test_nothing_but_zeros_has_an_axis(key):
+    FIGURES[key].draw(measured(key, FEW, seeds=1).assign(value=0.0, ci95=0.0))
+
+
 def test_a_single_point_keeps_its_bar():
     """It lost its end at the upper edge of the panel."""
     figure = figure5(pd.DataFrame([row(value=10.0, ci95=9.0)]))

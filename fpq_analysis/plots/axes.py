@@ -164,7 +164,7 @@ def value_axis(axes: Axes, curves: Sequence[Curve], wide: float = WIDE, *, zero:
         reach = top - (min(bottom, 0.0) if zero else bottom) or 1.0
         floor, ceiling = max(np.nanmin(low), bottom - reach), min(np.nanmax(high), top + reach)
         floor = min(0.0, floor) if zero else floor
-        pad = 0.05 * (ceiling - floor)
+        pad = 0.05 * (ceiling - floor) or 1.0
         axes.set_ylim(0.0 if zero and floor == 0 else floor - pad, ceiling + pad)
         if ceiling >= 1000:
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
