@@ -130,6 +130,12 @@ def test_figure5_shows_every_quantized_run_with_its_band(frame):
     assert axes.get_yscale() == "linear"
 
 
+def test_figure5_tells_the_definitions_of_one_run_apart(frame):
+    rows = frame[(frame["run"] == frame["run"].iloc[-1])]
+    (axes,) = figure5(pd.concat([rows.assign(definition=d) for d in ("dequantized", "latent", "float")])).axes
+    assert len({line.get_linestyle() for line in axes.lines}) == 3
+
+
 def test_figure5_of_float_runs_alone_is_a_trajectory(frame):
     (axes,) = figure5(frame[frame["method"] == "fp"]).axes
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [5, 6, 7])

@@ -26,6 +26,9 @@ from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, interval_over, mean_loss, samples_of, totals
 from fpq_analysis.records.seeds import curve, interval_words
 
+# Where one run is measured in several definitions, these tell its lines apart, and not the bit width.
+LINES = {"dequantized": "-", "latent": "--", "float": ":"}
+
 
 @style()
 def figure5(records: pd.DataFrame) -> Figure:
@@ -65,7 +68,10 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list
             artists.append(draw_level(axes, one, colour(method, methods), at_epoch(text, one.x[-1])))
         else:
             shift = apart * (place - (len(found) - 1) / 2)
-            artists.append(draw_curve(axes, one, line_style(method, bits, methods), text, shift=shift))
+            look = line_style(method, bits, methods)
+            if panel["definition"].nunique() > 1:
+                look["linestyle"] = LINES.get(one.first["definition"], "-")
+            artists.append(draw_curve(axes, one, look, text, shift=shift))
     epoch_axis(axes)
     axes.set_ylabel("Trace of the Hessian")
     head(axes, title)
