@@ -13,7 +13,6 @@ from fpq_analysis.choices import DEFINITIONS, check_k, check_known, check_trace
 from fpq_analysis.cli.app import echo, new_table, print_table
 from fpq_analysis.cli.measuring import Settings, check_runs, measure_and_show, measuring_command, some_epochs
 from fpq_analysis.errors import UserError
-from fpq_analysis.pipeline.task import Sampling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +48,8 @@ def hessian(
 
       fpq-analyze hessian --ckpt-dir runs/own --model mynet:make --data cifar10
     """
+    from fpq_analysis.pipeline.task import Sampling
+
     if engine not in ("builtin", "pyhessian"):
         raise UserError(f"Unknown engine '{engine}'. Known: builtin, pyhessian.")
     if engine == "pyhessian" and method != "auto":
