@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fpq_analysis.choices import DEFINITIONS
 from fpq_analysis.data import load_dataset, training_sample
-from fpq_analysis.quantizers import DEFINITIONS
 from fpq_analysis.records import load
 
 HERE = Path(__file__).parent

@@ -26,9 +26,9 @@ from fpq_analysis import (
     output_variance,
     sharpness,
 )
+from fpq_analysis.choices import DEFINITIONS
 from fpq_analysis.probes.subject import prepare
 from fpq_analysis.quantizers import (
-    DEFINITIONS,
     Affine,
     adopt,
     clipped_fraction,
