@@ -119,3 +119,10 @@ def test_a_scheduler_that_does_not_answer_is_said(monkeypatch):
     monkeypatch.setattr("fpq_analysis.pipeline.engines.dask.PATIENCE", 0.5)
     with pytest.raises(UserError, match="No Dask scheduler answers"):
         open_engine("dask://127.0.0.1:9")
+
+
+def test_an_address_without_a_port_is_told_before_there_is_a_client(monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("fpq_analysis.pipeline.engines.dask.Client", None)
+    with pytest.raises(UserError, match="missing port number"):
+        open_engine("dask://x")

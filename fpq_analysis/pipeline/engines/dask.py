@@ -21,6 +21,7 @@ try:
     import dask
     from distributed import Client, LocalCluster
     from distributed.client import FutureCancelledError
+    from distributed.comm.addressing import parse_address, parse_host_port
     from distributed.scheduler import KilledWorker
 except ImportError as error:
     raise not_installed("dask", error) from error
@@ -62,6 +63,10 @@ class DaskEngine(Engine):
         if not place:
             raise UserError("--executor dask wants the scheduler's address, dask://HOST:PORT, or dask://local.")
         try:
+            # A client of an address without a port fails, and then waits for itself for forty seconds.
+            scheme, location = parse_address(place)
+            if scheme != "inproc":
+                parse_host_port(location)
             return cls(Client(place, timeout=PATIENCE, set_as_default=False), takes)
         except (OSError, ValueError) as error:
             raise UserError(
