@@ -12,8 +12,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Of commands, files and pages: what these print and write is the same on every processor.
-NOT_OF_NUMBERS := cli dask engines execution extending factories figures files guard hostile inspection monitor notebooks pages pipeline ranks report \
-	rooms runs slurm sweeps tables text training watch
+NOT_OF_NUMBERS := blocks cli dask docstrings engines execution extending factories figures files folder guard \
+	hostile inspection misuse monitor notebooks pages pipeline plots progress ranks references report rooms runs \
+	sentences slurm sweeps tables tensorboard text training watch
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 
 .PHONY: demo test test-portable test-slurm coverage notebooks check docs dist clean
