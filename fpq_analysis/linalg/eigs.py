@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpq_analysis.errors import NoMemoryError, UserError, did_you_mean
+from fpq_analysis.errors import NoMemoryError, UserError, did_you_mean, out_of_memory
 from fpq_analysis.linalg.lanczos import Lanczos
 from fpq_analysis.linalg.matrix import Matrix, random_normal
 from fpq_analysis.linalg.rows import combined, no_room, norms
@@ -125,7 +125,13 @@ def eigenpairs(
         if fresh:
             lanczos.append_random(generator)
         trial = trial + 1 if found and (fresh or trial) else 0
-    vectors = combined(coefficients[:, :k].T, lanczos.q)
+    try:
+        vectors = combined(coefficients[:, :k].T, lanczos.q)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        lanczos.restart(coefficients[:, :k], values[:k])  # in the memory of the basis, which is not needed any more
+        vectors = lanczos.q[:k]
     # The smaller of the wanted ones converge last, and get more weight.
     largest = float(values.abs().max())
     weights = 1 / values[:k].abs().clamp(min=1e-3 * largest or 1.0)
