@@ -204,7 +204,8 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
         runs = ForeignRuns(folder / "run", "resnet20", str(folder / "data.npz"))
         for processes in (1, 2):
             with open_engine(None, processes, device="cpu") as engine:
-                measure(runs, HessianTrace(), n_data=16, epochs="0,1,2,3", records=folder / "warm", executor=engine)
+                warm = folder / f"warm-{processes}"  # of its own, or the workers would find all done
+                measure(runs, HessianTrace(), n_data=16, epochs="0,1,2,3", records=warm, executor=engine)
                 start = time.perf_counter()
                 frame = measure(runs, HessianTrace(), n_data=16, records=folder / str(processes), executor=engine)
                 spent = time.perf_counter() - start
