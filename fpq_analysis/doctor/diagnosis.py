@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -139,8 +139,9 @@ def diagnose_checkpoint(
         frame = diagnose(net, batch, loss=loss, device=where, seed=seed)
         if (frame["status"] == FAULT).any():
             return Diagnosis(frame, *no_forecast)
-        costs = [forecast_measurements(net, batch, loss=loss, device=one, seed=seed) for one in devices(device)]
-        for one, of_device in zip(devices(device), costs, strict=True):
-            of_device.insert(0, "device", str(one))
-        workers = forecast_workers(net, batch, loss=loss, device=device, seed=seed)
-        return Diagnosis(frame, pd.concat(costs, ignore_index=True), workers)
+        how: dict[str, Any] = {"loss": loss, "seed": seed}
+        costs = {str(one): forecast_measurements(net, batch, device=one, **how) for one in devices(device)}
+        workers = forecast_workers(net, batch, device=device, alone=costs, **how)
+        for one, of_device in costs.items():
+            of_device.insert(0, "device", one)
+        return Diagnosis(frame, pd.concat(costs.values(), ignore_index=True), workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import psutil
@@ -28,6 +28,7 @@ def forecast_workers(
     device: str = "auto",
     seed: int = 0,
     forward: ForwardFunction | None = None,
+    alone: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """What several processes would take for each of many checkpoints, on each device that there is.
 
@@ -37,23 +38,28 @@ def forecast_workers(
     Args:
         batches, loss, seed, forward: as for `forecast_measurements`.
         device: `auto` for every kind that is here, or one of them.
+        alone: by device, what `forecast_measurements` found for this process, which then is not timed once more.
 
     Returns:
         device; processes; threads of each; seconds a checkpoint, for the exact trace or, where it does not hold, five
         eigenvalues; memory MB that all of them take where they compute, and how much is free there.
     """
     threads = torch.get_num_threads()
+    known = alone or {}
     rows = []
     for where in devices(device):
         most = cores() if where.type == "cpu" else max(1, count_gpus())
         several = {1, 2 ** (most.bit_length() // 2), most}
         for processes in sorted(several):
             each = max(1, cores() // processes)
-            torch.set_num_threads(min(each, threads))
-            try:
-                costs = forecast_measurements(model, batches, loss=loss, device=where, seed=seed, forward=forward)
-            finally:
-                torch.set_num_threads(threads)
+            if str(where) in known and each >= threads:
+                costs = known[str(where)]
+            else:
+                torch.set_num_threads(min(each, threads))
+                try:
+                    costs = forecast_measurements(model, batches, loss=loss, device=where, seed=seed, forward=forward)
+                finally:
+                    torch.set_num_threads(threads)
             row = costs.iloc[0 if pd.notna(costs["seconds"].iloc[0]) else 2]
             taken, free = row["peak MB"], free_memory(where) / 2**20
             if where.type == "cpu":  # a process holds what this one does: libraries, data, weights
