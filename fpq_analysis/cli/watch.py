@@ -12,6 +12,7 @@ from fpq_analysis.cli.app import echo, fail, fail_all, log
 from fpq_analysis.cli.measuring import Settings, draw, measuring_command, shorten_runs
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.measures import MEASURES
+from fpq_analysis.runs.run import check_watched
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +48,7 @@ def watch(
     known = [name for name, row in MEASURES.items() if row.probe]
     for name in names:
         check_known("measurement", name, known)
-    folder = Path(settings.ckpt_dir)
-    if not folder.is_dir():
-        raise UserError(f"No folder '{folder}' to watch. Make it, or name the one that the training writes to.")
+    check_watched(Path(settings.ckpt_dir))
     import fpq_analysis.pipeline.watch as pipeline
     from fpq_analysis.cli.hessian import print_traces
     from fpq_analysis.probes import PROBES

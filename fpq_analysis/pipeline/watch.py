@@ -23,6 +23,7 @@ from fpq_analysis.pipeline.run import run
 from fpq_analysis.pipeline.task import Sampling
 from fpq_analysis.probes.point import Probe
 from fpq_analysis.runs import Source, source_of
+from fpq_analysis.runs.run import check_watched
 from fpq_analysis.runs.stamps import read_stamps
 
 INTERVAL = 10.0  # seconds
@@ -75,8 +76,7 @@ def watch(
     Raises:
         UserError: if at the end there is no checkpoint, or one cannot be measured; for a folder that does not exist.
     """
-    if not Path(ckpt_dir).is_dir():
-        raise UserError(f"No folder '{Path(ckpt_dir)}' to watch. Make it, or name the one that the training writes to.")
+    check_watched(Path(ckpt_dir))
     if interval <= 0 or (timeout is not None and timeout < 0):
         raise UserError("The interval must be above zero, and the timeout not below (0: one look), in seconds.")
     every = list(probes) if isinstance(probes, Sequence) and not isinstance(probes, str) else [probes]

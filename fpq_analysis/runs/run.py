@@ -276,6 +276,12 @@ def find_runs(folder: str | Path, *, monitored: bool = False) -> list[Path]:
     return runs
 
 
+def check_watched(folder: str | Path) -> None:
+    """Raise `UserError` unless there is such a folder, in which runs may appear."""
+    if not Path(folder).is_dir():
+        raise UserError(f"No folder '{folder}' to watch. Make it, or name the one that the training writes to.")
+
+
 def monitored_runs(folder: str | Path) -> set[Path]:
     """The runs at or below `folder` that a monitor measured while they were trained."""
     return {path.parent.parent for path in Path(folder).rglob(MONITORED)}
