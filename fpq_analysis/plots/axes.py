@@ -87,11 +87,16 @@ def letters() -> Iterable[str]:
         yield from (n * letter for letter in string.ascii_lowercase)
 
 
+def _across(axes: Axes) -> int:
+    """Panels side by side in the figure that these axes are of."""
+    grid = axes.get_subplotspec()
+    return grid.get_gridspec().ncols if grid is not None else 1
+
+
 def head(axes: Axes, text: str) -> None:
     """The panel's title, in as many lines as it takes to stay above the panel."""
     figure: Any = axes.figure
-    grid = axes.get_subplotspec()
-    across = grid.get_gridspec().ncols if grid is not None else 1
+    across = _across(axes)
     beside = 1.3 if COLUMNS.get() == 2 and across > 1 else 0.0  # for a legend
     room = (figure.get_figwidth() - beside) / across - 0.75
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, max(12, int(room / GLYPH)))]
@@ -103,8 +108,7 @@ def head(axes: Axes, text: str) -> None:
 def outer(places: Sequence[Axes], *, x: bool = True) -> None:
     """Labels of axes that all panels share, at the left and, with `x`, below the lowest of each column only."""
     for i, axes in enumerate(places):
-        grid = axes.get_subplotspec()
-        across = grid.get_gridspec().ncols if grid is not None else 1
+        across = _across(axes)
         if i % across:
             axes.set_ylabel("")
             axes.tick_params(labelleft=False)
@@ -140,8 +144,7 @@ def legend(figure: Figure, artists: Iterable[Any], most: int = 4) -> None:
 def epoch_axis(axes: Axes, ticks: int = 6) -> None:
     """Label the x axis as one of epochs, with whole numbers, `ticks` at most."""
     figure: Any = axes.figure
-    grid = axes.get_subplotspec()
-    narrow = grid is not None and figure.get_figwidth() / grid.get_gridspec().ncols < NARROW
+    narrow = figure.get_figwidth() / _across(axes) < NARROW
     axes.set_xlabel("Epoch" if narrow else "Epoch (0: before training)")
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
 
