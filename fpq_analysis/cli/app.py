@@ -137,6 +137,13 @@ def check_there(checkpoint: Path) -> None:
         raise UserError(f"'{checkpoint}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
 
 
+def check_model(name: str) -> None:
+    """Raise `UserError` unless it is the name of a network that is there; for one of the user's own before torch is."""
+    check_model_name(name)
+    if ":" in name:
+        find(name, "model")
+
+
 def reads_foreign(*folders: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options that say how checkpoints of another program are to be read.
 
@@ -184,9 +191,7 @@ def _source(
             "--data is for checkpoints of another program, whose network must be named too: --model "
             "package.module:factory. A run of fpq-analyze says both itself."
         )
-    check_model_name(model)
-    if ":" in model:
-        find(model, "model")
+    check_model(model)
     quant = QuantSpec.parse(bits) if bits else None
     from fpq_analysis.runs.foreign import ForeignRuns, foreign_runs, left_out
 

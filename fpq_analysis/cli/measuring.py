@@ -30,6 +30,7 @@ from fpq_analysis.cli.app import (
     Seed,
     ShardOf,
     app,
+    check_model,
     echo,
     fail,
     fail_all,
@@ -132,7 +133,7 @@ def measuring_command(
 
 def _check(settings: Settings) -> None:
     """Raise `UserError` for what can be known to be wrong with the shared options before torch is loaded."""
-    from fpq_analysis.choices import check_loss_name, check_model_name
+    from fpq_analysis.choices import check_loss_name
     from fpq_analysis.pipeline.engines.engine import check_engine
     from fpq_analysis.pipeline.task import Sampling
     from fpq_analysis.references import find
@@ -144,10 +145,9 @@ def _check(settings: Settings) -> None:
     check_engine(settings.executor, settings.jobs)
     check_loss_name(settings.loss)
     if settings.model is not None:
-        check_model_name(settings.model)
-    for name, what in ((settings.loss, "loss"), (settings.model or "", "model")):
-        if ":" in name:
-            find(name, what)
+        check_model(settings.model)
+    if ":" in settings.loss:
+        find(settings.loss, "loss")
 
 
 def check_runs(settings: Settings) -> None:
