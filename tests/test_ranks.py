@@ -366,8 +366,19 @@ def net(num_classes=10, in_channels=1):
 """
 
 
+# Python imports a module of this name as it starts. The second rank of the second start comes first to the store in
+# which ranks find each other, and must not take what the first start left there.
+LATE = """
+import os, time
+
+if (os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == ("0", "1"):
+    time.sleep(3)
+"""
+
+
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(tiny_runs, tmp_path, monkeypatch):
     (tmp_path / "factory.py").write_text(FACTORY)
+    (tmp_path / "sitecustomize.py").write_text(LATE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     where = ["--ckpt-dir", tiny_runs / "fp", "--records", "records", "--model", "factory:net", "--n-data", "9"]

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.ranks.division import over_ranks, undivided
@@ -69,11 +71,15 @@ def launched(work: Callable[[], T]) -> T:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
     on_devices = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # NCCL wants one for each
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_devices else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
+    store, rank, ranks = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps one store over its restarts: without a name of its own, a rank would find addresses of dead ones.
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=ranks)
+    signal.signal(signal.SIGTERM, stop)
     try:
         return lead(work)
     finally:
