@@ -15,7 +15,7 @@ from fpq_analysis import UserError, records
 from fpq_analysis.intervals import crossed, over_seeds
 from fpq_analysis.methods import METHODS, bits_rank, method_rank
 from fpq_analysis.plots import FIGURES, figure1, figure2, figure5, look
-from fpq_analysis.plots.names import line_style
+from fpq_analysis.plots.names import Looks
 from fpq_analysis.plots.style import WIDTHS
 from fpq_analysis.records.queries import ordered
 from fpq_analysis.records.seeds import curve, families, interval_words
@@ -159,8 +159,32 @@ def test_panels_have_the_one_order(key):
 
 
 def test_looks_differ_by_more_than_colour():
-    looks = [line_style(method, bits, []) for method, bits in KINDS]
+    runs = list(families(measured("5", [*KINDS, ("theirs", "W4A4"), ("ours", "W4A4")], seeds=1)))
+    looks = [Looks(runs).line(run.iloc[0]) for run in runs]
     assert len({(one["marker"], one["linestyle"], one["markerfacecolor"] == "white") for one in looks}) == len(looks)
+
+
+@pytest.mark.parametrize("bits", ["FP", "W2A4"])
+@pytest.mark.parametrize("key", ["1", "4", "5"])
+def test_runs_of_one_method_that_are_no_seeds_are_told_apart(key, bits):
+    kinds = [("fp" if bits == "FP" else "lsq", bits)]
+    own = [
+        measured(key, kinds, seeds=1).assign(run=name, train_seed=None, value=lambda rows, by=i + 1: rows["value"] * by)
+        for i, name in enumerate(("adam", "sgd", "sgd_s1"))
+    ]
+    figure = FIGURES[key].draw(pd.concat(own[::-1]))
+    drawn(figure)
+    artists = [artist for legend in figure.legends for artist in legend.legend_handles]
+    assert [artist.get_label().split("(")[1] for artist in artists if "(" in artist.get_label()] == [
+        "adam)",
+        "sgd)",
+        "sgd_s1)",
+    ]
+    assert len({artist.get_color() for artist in artists if "(" in artist.get_label()}) == 3
+    if key == "1":
+        bars = [patch for patch in figure.axes[0].patches if patch.get_height() > 0]
+        assert len({bar.get_facecolor() for bar in bars}) == len(bars) == 3
+        assert len({label.get_text() for label in figure.axes[0].get_xticklabels()}) == 3
 
 
 @pytest.mark.parametrize("key", ["1", "2", "5", "drift", "oscillation", "eigenvalues", "noise"])

@@ -12,7 +12,7 @@ from fpq_analysis import TrainConfig, UserError
 from fpq_analysis.cli import app
 from fpq_analysis.methods import METHODS, SCHEMES, load_class
 from fpq_analysis.pipeline.task import Sampling
-from fpq_analysis.plots.names import SPARE_COLOURS, colour
+from fpq_analysis.plots.names import SPARE
 from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
 from fpq_analysis.settings import check_settings, documented, setting
@@ -65,8 +65,7 @@ def test_what_the_catalogue_names_is_there():
 
 def test_no_two_methods_share_a_colour():
     own = [method.colour for method in METHODS.values() if method.colour]
-    assert len({*own, *SPARE_COLOURS}) == len(own) + len(SPARE_COLOURS)
-    assert colour("mine", ["lsq", "mine"]) == SPARE_COLOURS[0]
+    assert len({*own, *(colour for colour, _ in SPARE)}) == len(own) + len(SPARE)
 
 
 @pytest.mark.parametrize(

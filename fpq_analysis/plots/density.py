@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.methods import METHODS
 from fpq_analysis.plots.axes import head, kinds, outer, panels, powers_of_ten
-from fpq_analysis.plots.names import at_epoch, colour, titles
+from fpq_analysis.plots.names import Looks, at_epoch, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.comparison import MIN_SEEDS
 from fpq_analysis.records.queries import distinct, mean_loss, samples_of
+from fpq_analysis.records.seeds import families
 
 POINTS = 800
 WIDTH = 0.01  # of the Gaussian that smooths, relative to the range of the eigenvalues
@@ -38,11 +40,11 @@ def density_figure(records: pd.DataFrame) -> Figure:
     rows = records[records["quantity"].str.match(r"(nodes|weights)_\d+$") & records["samples"].notna()]
     if rows.empty:
         raise NothingToDraw("no spectral density among the records")
-    methods = sorted(rows["method"].unique())
+    looks = Looks(families(rows))
     found = kinds(rows)
     figure, places = panels(len(found), 1.9, sharey=True)
     for axes, (text, panel) in zip(places, found, strict=True):
-        color = colour(panel["method"].iloc[0], methods)
+        color = looks.colour(panel.iloc[0])
         epochs = sorted({panel["epoch"].min(), panel["epoch"].max()})
         for epoch in epochs:
             last = epoch == epochs[-1]
@@ -60,7 +62,7 @@ def density_figure(records: pd.DataFrame) -> Figure:
 def measure_figure(nodes: np.ndarray, weights: np.ndarray) -> Figure:
     """The same of bare Lanczos nodes and weights, (runs, steps) each; of a single run without a band."""
     figure, (axes,) = panels(1, 2.3)
-    _draw(axes, [(nodes, weights)], colour("fp", ["fp"]), "", True)
+    _draw(axes, [(nodes, weights)], str(METHODS["fp"].colour), "", True)
     _name_axes(axes)
     return figure
 

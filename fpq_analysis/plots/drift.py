@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, subjects, value_axis
-from fpq_analysis.plots.names import family_label, line_style, titles
+from fpq_analysis.plots.names import Looks, family_label, titles
 from fpq_analysis.plots.style import COLUMNS, style
 from fpq_analysis.records.queries import distinct, last_epochs, samples_of
 from fpq_analysis.records.seeds import curve, families, interval_words
@@ -67,7 +67,7 @@ def _figure(rows: pd.DataFrame, along: str) -> Figure:
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, along: str, widths: set[str]) -> list[Any]:
-    methods = sorted(rows["method"].unique())
+    looks = Looks(families(rows))
     names = list(dict.fromkeys(rows["layer"]))
     rows = rows.assign(place=rows["layer"].map(names.index) + 1)
     found = [(family_label(one, rows), curve(one, along)) for one in families(rows)]
@@ -76,7 +76,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, along: str, widths: set[str]) -> list[
     for text, one in found:
         if one.first["bits"] not in widths:
             continue
-        mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+        mark = looks.line(one.first)
         artists.append(draw_curve(axes, one, mark, text, along))
     if along == "epoch":
         epoch_axis(axes)

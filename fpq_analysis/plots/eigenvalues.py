@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, draw_level, epoch_axis, head, kinds, legend, outer, panels, value_axis
-from fpq_analysis.plots.names import at_epoch, colour, line_style, titles
+from fpq_analysis.plots.names import Looks, at_epoch, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, eigenvalues, mean_loss, samples_of
-from fpq_analysis.records.seeds import curve, interval_words
+from fpq_analysis.records.seeds import curve, families, interval_words
 
 
 @style()
@@ -29,7 +29,7 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
     rows = eigenvalues(records)
     if rows.empty:
         raise NothingToDraw("no finite eigenvalue among the records")
-    methods = sorted(rows["method"].unique())
+    looks = Looks(families(rows))
     float_runs = rows["bits"] == "FP"
     levels = rows[float_runs & (rows["rank"] == 1)] if not float_runs.all() else rows[:0]
     found = [
@@ -43,9 +43,9 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
     for axes, (title, lines) in zip(places, found, strict=True):
         value_axis(axes, everything)
         for text, one in held:
-            artists.append(draw_level(axes, one, colour(str(one.first["method"]), methods), at_epoch(text, one.x[0])))
+            artists.append(draw_level(axes, one, looks.colour(one.first), at_epoch(text, one.x[0])))
         for rank, one in reversed(list(enumerate(lines))):
-            mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+            mark = looks.line(one.first)
             if rank:
                 fainter = 1 - 0.65 * rank / (len(lines) - 1)
                 axes.plot(one.x, one.value, **mark, alpha=fainter, label=f"{rank + 1}", markersize=2.5)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, head, legend, panels, value_axis
-from fpq_analysis.plots.names import HATCHES, colour, family_label, line_style, method_title, subject, titles
+from fpq_analysis.plots.names import HATCHES, Looks, family_label, family_title, subject, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, nearest, samples_of, variances
 from fpq_analysis.records.seeds import curve, families, interval_words
@@ -48,9 +48,10 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
     artists = []
     for i, panel in enumerate(subjects):
         bars, sweep = places[2 * i : 2 * i + 2]
+        looks = Looks(families(panel))
         at, about = nearest(panel, sd), subject(panel.iloc[0])
-        _draw_bars(bars, panel[panel["sd"] == at])
-        artists += _draw_sweep(sweep, panel)
+        _draw_bars(bars, panel[panel["sd"] == at], looks)
+        artists += _draw_sweep(sweep, panel, looks)
         for axes, text in ((bars, f"noise of sd {at:g}"), (sweep, "all sizes of noise")):
             axes.set_ylabel(f"Variance of the {WHAT[quantity]}")
             head(axes, f"{about}\n{text}")
@@ -58,28 +59,29 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
     return figure
 
 
-def _draw_bars(axes: Axes, panel: pd.DataFrame) -> None:
+def _draw_bars(axes: Axes, panel: pd.DataFrame, looks: Looks) -> None:
     """Bars of a method side by side, told apart by their hatching."""
-    methods = sorted(panel["method"].unique())
-    found = [curve(family, "sd") for family in families(panel)]
+    groups = list(families(panel))
+    names = [family_title(family, panel) for family in groups]
+    found = [curve(family, "sd") for family in groups]
     value_axis(axes, found, wide=np.inf)
     halo = [withStroke(linewidth=2, foreground="white")]  # for black bars
     middles: dict[str, list[float]] = {}
     place = 0.0
-    for one in found:
-        method, bits = str(one.first["method"]), str(one.first["bits"])
-        place += 1.0 if method in middles else 1.5
-        middles.setdefault(method, []).append(place)
+    for name, one in zip(names, found, strict=True):
+        bits = str(one.first["bits"])
+        place += 1.0 if name in middles else 1.5
+        middles.setdefault(name, []).append(place)
         (value,), (low,), (high,) = one.value, one.low, one.high
         floor, ceiling = axes.get_ylim()
         errors = [[value - max(low, floor)], [min(high, ceiling) - value]]
-        axes.bar(place, value, 0.9, color=colour(method, methods), hatch=HATCHES.get(bits, "\\\\\\"), linewidth=0)
+        axes.bar(place, value, 0.9, color=looks.colour(one.first), hatch=HATCHES.get(bits, "\\\\\\"), linewidth=0)
         axes.errorbar(place, value, errors, color="0.15", capsize=2, linewidth=0.9, fmt="none", path_effects=halo)
         if len(one.runs) > 1:
             each = [float(run["value"].iloc[0]) for run in one.runs]
             spots = place + 0.25 * np.linspace(-1, 1, len(each))
             axes.plot(spots, each, "o", color="0.15", markersize=2.2, markerfacecolor="white", markeredgewidth=0.6)
-    axes.set_xticks([float(np.mean(where)) for where in middles.values()], [method_title(name) for name in middles])
+    axes.set_xticks([float(np.mean(where)) for where in middles.values()], list(middles))
     if len(middles) > 5:
         axes.tick_params(axis="x", labelsize=6)
     axes.grid(False, axis="x")
@@ -90,15 +92,14 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame) -> None:
         axes.legend(handles=key, loc="upper right", ncols=len(key), handlelength=1.6, columnspacing=1.2)
 
 
-def _draw_sweep(axes: Axes, panel: pd.DataFrame) -> list[Any]:
-    methods = sorted(panel["method"].unique())
+def _draw_sweep(axes: Axes, panel: pd.DataFrame, looks: Looks) -> list[Any]:
     found = [(family_label(family, panel), curve(family, "sd")) for family in families(panel)]
     sds = sorted(map(float, panel["sd"].unique()))
     axes.set_xscale("log")
     value_axis(axes, [one for _, one in found], wide=1.0)
     artists = []
     for text, one in found:
-        mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+        mark = looks.line(one.first)
         artists.append(draw_curve(axes, one, mark, text, "sd"))
     least = min(one.value[0] for _, one in found)
     if least > 0 and len(sds) > 1:

@@ -16,9 +16,10 @@ from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.intervals import Z95
 from fpq_analysis.methods import bits_rank
 from fpq_analysis.plots.axes import head, legend, outer, panels
-from fpq_analysis.plots.names import at_epoch, colour, kind, subject
+from fpq_analysis.plots.names import Looks, at_epoch, kind, subject
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import last_epochs, samples_of
+from fpq_analysis.records.seeds import families
 
 MOST = 32  # channels, as in the paper
 MEAN = "#E69F00"  # the paper's orange line
@@ -87,20 +88,20 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
     """
     rows = chosen_runs(records, run)
     groups = [group for _, group in rows.groupby("run", sort=False)]
-    methods = sorted(records["method"].unique())
+    looks = Looks(families(records))
     both = len(groups) == 2
     figure, places = panels(len(groups) + both, 1.6, across=(1, 1), sharex=True)
     highest = max(max(_column(group, "max")) for group in groups)
     lowest = min(min(_column(group, "q01")) for group in groups)
     for axes, group in zip(places, groups, strict=False):
-        _draw_boxes(axes, group, colour(group["method"].iloc[0], methods))
+        _draw_boxes(axes, group, looks.colour(group.iloc[0]))
         axes.set_ylim(lowest - 0.03 * (highest - lowest), highest + 0.06 * (highest - lowest))
         first = group.iloc[0]
         head(axes, at_epoch(kind(first), first["epoch"]))
         axes.set_ylabel("Activation")
     if both:
         last = groups[1].iloc[0]
-        _draw_shifts(places[2], records, groups, colour(last["method"], methods))
+        _draw_shifts(places[2], records, groups, looks.colour(last))
         head(places[2], f"Mean of {kind(last)}, less that of {kind(groups[0].iloc[0])}")
         places[2].set_ylabel("Shift of the mean")
     places[-1].set_xlabel(f"Channel of {rows['layer'].iloc[0]}")

@@ -16,9 +16,10 @@ from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.methods import bits_rank
 from fpq_analysis.plots.axes import head, legend, panels
 from fpq_analysis.plots.figure3 import layer_rows
-from fpq_analysis.plots.names import colour, method_title, subject, titles
+from fpq_analysis.plots.names import Looks, family_title, method_title, subject, titles
 from fpq_analysis.plots.style import COLUMNS, style
 from fpq_analysis.records.queries import distinct, ordered, samples_of
+from fpq_analysis.records.seeds import families
 from fpq_analysis.text import listed
 
 IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
@@ -28,14 +29,12 @@ POINTS = 400  # of a curve
 
 
 def densities(records: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a density, of each run's last epoch; of runs alike but for the training seed, the first seed's."""
+    """The rows with a density, of each run's last epoch; of runs that differ by their seed alone, the first seed's."""
     rows = layer_rows(records)
     rows = rows[rows["quantity"].str.startswith("density_")]
     if rows["method"].isin(IN_PAPER).any():
         rows = rows[rows["method"].isin(IN_PAPER)]
-    alike = ["model", "dataset", "data", "bits", "method"]
-    first = rows.sort_values(["train_seed", "run"]).groupby(alike)["run"].transform("first")
-    return rows[rows["run"] == first.reindex(rows.index)]
+    return rows[rows["run"].isin({one.sort_values(["train_seed", "run"])["run"].iloc[0] for one in families(rows)})]
 
 
 @style()
@@ -53,7 +52,7 @@ def figure4(records: pd.DataFrame) -> Figure:
         raise NothingToDraw("no density of features among the records")
     found = _bands(rows)
     n_images = max(int(band["quantity"].str.match(r"density_\d+$").groupby(band["run"]).sum().max()) for band in found)
-    methods = sorted(records["method"].unique())
+    looks = Looks(families(rows))
     several = rows[["model", "dataset"]].drop_duplicates().shape[0] > 1
     # In two columns a row for each width, in one column, if there is room, a column for each.
     wide = COLUMNS.get() == 2
@@ -64,7 +63,7 @@ def figure4(records: pd.DataFrame) -> Figure:
     figure, places = panels(len(order), 1.6, across=(beside, beside))
     artists, highest = [], dict.fromkeys(map(id, found), 0.0)
     for axes, (band, image) in zip(places, order, strict=True):
-        lines = _draw(axes, band, image, methods)
+        lines = _draw(axes, band, image, looks)
         highest[id(band)] = max([highest[id(band)], *(float(np.max(line.get_ydata())) for line in lines)])
         artists += lines
     for i, (axes, (band, image)) in enumerate(zip(places, order, strict=True)):
@@ -121,7 +120,7 @@ def _samples(rows: pd.DataFrame, quantity: str) -> np.ndarray:
     return np.asarray(rows.loc[rows["quantity"] == quantity, "samples"].iloc[0], dtype=float)
 
 
-def _draw(axes: Axes, band: pd.DataFrame, image: int, methods: list[str]) -> list[Any]:
+def _draw(axes: Axes, band: pd.DataFrame, image: int, looks: Looks) -> list[Any]:
     runs = [(run.iloc[0], run) for _, run in band.groupby("run", sort=False)]
     edges = [_samples(run, "density_edges") for _, run in runs]
     low, high, width = min(e[0] for e in edges), max(e[-1] for e in edges), bandwidth(band)
@@ -132,10 +131,10 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, methods: list[str]) -> lis
     for first, run in runs:
         if quantity in set(run["quantity"]):
             y = smooth(_samples(run, "density_edges"), _samples(run, quantity), width, reflect, x)
-            method, color = str(first["method"]), colour(first["method"], methods)
+            line, color = LINES.get(first["method"], "-"), looks.colour(first)
             if not lines:  # what the others are held against
                 axes.fill_between(x, 0, y, color=color, alpha=0.1, linewidth=0)
-            lines += axes.plot(x, y, color=color, linestyle=LINES.get(method, "-"), label=method_title(method))
+            lines += axes.plot(x, y, color=color, linestyle=line, label=family_title(run, band))
     axes.set_xlim(x[0], x[-1])
     return lines
 

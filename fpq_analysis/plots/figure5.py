@@ -21,10 +21,10 @@ from fpq_analysis.plots.axes import (
     subjects,
     value_axis,
 )
-from fpq_analysis.plots.names import at_epoch, colour, line_style, titles
+from fpq_analysis.plots.names import Looks, at_epoch, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, interval_over, mean_loss, samples_of, totals
-from fpq_analysis.records.seeds import curve, interval_words
+from fpq_analysis.records.seeds import curve, families, interval_words
 
 # Where one run is measured in several definitions, these tell its lines apart, and not the bit width.
 LINES = {"dequantized": "-", "latent": "--", "float": ":"}
@@ -46,13 +46,13 @@ def figure5(records: pd.DataFrame) -> Figure:
         raise NothingToDraw("no finite trace among the records")
     found = subjects(rows)
     figure, places = panels(len(found), 2.4, across=(1, 2))
-    artists = [artist for axes, panel in zip(places, found, strict=True) for artist in _draw(axes, *panel)]
+    looks = Looks(families(rows))
+    artists = [artist for axes, panel in zip(places, found, strict=True) for artist in _draw(axes, *panel, looks)]
     legend(figure, artists)
     return figure
 
 
-def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list[Any]:
-    methods = sorted(panel["method"].unique())
+def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str], looks: Looks) -> list[Any]:
     quantized = bool((panel["bits"] != "FP").any())
     found = [(text, curve(line)) for text, line in kinds(panel)]
     levels = [quantized and one.first["bits"] == "FP" for _, one in found]
@@ -61,14 +61,13 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list
     apart = 0.05 if max(len(one.x) for _, one in found) == 1 else 0.0
     artists = []
     for place, (text, one) in enumerate(found):
-        method, bits = str(one.first["method"]), str(one.first["bits"])
-        if bits not in widths:
+        if one.first["bits"] not in widths:
             continue
         if levels[place]:
-            artists.append(draw_level(axes, one, colour(method, methods), at_epoch(text, one.x[-1])))
+            artists.append(draw_level(axes, one, looks.colour(one.first), at_epoch(text, one.x[-1])))
         else:
             shift = apart * (place - (len(found) - 1) / 2)
-            look = line_style(method, bits, methods)
+            look = looks.line(one.first)
             if panel["definition"].nunique() > 1:
                 look["linestyle"] = LINES.get(one.first["definition"], "-")
             artists.append(draw_curve(axes, one, look, text, shift=shift))

@@ -17,9 +17,10 @@ from scipy.interpolate import RegularGridInterpolator
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import head, log_ticks, panels
-from fpq_analysis.plots.names import LINES, colour, titles
+from fpq_analysis.plots.names import LINES, Looks, titles
 from fpq_analysis.plots.style import COLUMNS, WIDTHS, style
 from fpq_analysis.records.queries import ordered, samples_of
+from fpq_analysis.records.seeds import families
 from fpq_analysis.records.terrain import Terrain, terrains
 
 COLOURS = "cividis"  # even in lightness, and much the same for all common forms of colour vision
@@ -165,12 +166,12 @@ def _outline(width: float) -> list[Any]:
 
 
 def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
-    methods = sorted({str(line.first["method"]) for line in lines})
+    looks = Looks(families(pd.DataFrame([line.first for line in lines])))
     wide = levels([line.loss for line in lines])[1]
     least = min(float(np.nanmin(line.loss)) for line in lines)
     for line in lines:
         (x,) = line.grid
-        color = colour(str(line.first["method"]), methods) if not len(line.networks) else "black"
+        color = looks.colour(line.first) if not len(line.networks) else "black"
         axes.plot(x, line.loss, color=color, linestyle=LINES.get(str(line.first["bits"]), "-"), label=line.title)
         low, high = line.loss - line.rise_half, line.loss + line.rise_half
         here, half = line.loss[line.centre], line.half[line.centre]

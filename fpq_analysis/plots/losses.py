@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, value_axis
-from fpq_analysis.plots.names import line_style, subject, titles
+from fpq_analysis.plots.names import Looks, subject, titles
 from fpq_analysis.plots.style import style
-from fpq_analysis.plots.training import seeds_words, variants
+from fpq_analysis.plots.training import VARIANT, seeds_words, variants
+from fpq_analysis.records.queries import ordered
 
 # A column of `train.jsonl` to the title of its panel, in this order; other terms follow by their names.
 TERMS = {
@@ -48,25 +49,25 @@ def loss_figure(rows: pd.DataFrame) -> Figure:
     if rows.empty:
         raise NothingToDraw("no training loss among the rows")
     terms = loss_terms(rows)
-    methods = sorted(rows["method"].unique())
+    looks = Looks(line for _, line in ordered(rows).groupby(VARIANT, sort=False))
     figure, places = panels(len(terms), 2.0)
     artists = []
     for axes, term in zip(places, terms, strict=True):
-        artists += _draw(axes, rows[rows["term"] == term], methods)
+        artists += _draw(axes, rows[rows["term"] == term], looks)
         axes.set_ylabel("Mean over the epoch")
         head(axes, TERMS.get(term, term.removeprefix("loss_").replace("_", " ").capitalize()))
     legend(figure, artists)
     return figure
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, methods: list[str]) -> list[Any]:
+def _draw(axes: Axes, rows: pd.DataFrame, looks: Looks) -> list[Any]:
     several = rows[["model", "dataset"]].drop_duplicates().shape[0] > 1
     found = [line for _, part in rows.groupby(["model", "dataset"], sort=True) for line in variants(part)]
     value_axis(axes, [one for _, one in found])
     artists = []
     for text, one in found:
-        look = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
-        artists.append(draw_curve(axes, one, look, f"{text}, {subject(one.first)}" if several else text))
+        label = f"{text}, {subject(one.first)}" if several else text
+        artists.append(draw_curve(axes, one, looks.line(one.first), label))
     epoch_axis(axes)
     return artists
 

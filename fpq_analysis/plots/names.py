@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
-from fpq_analysis.methods import METHODS, Method, method_label
+from fpq_analysis.methods import METHODS, method_label
 
 TITLES = {
     "cifar10": "CIFAR-10",
@@ -24,7 +25,16 @@ TITLES = {
 LABELS: ContextVar[Mapping[str, str]] = ContextVar(
     "labels", default=MappingProxyType({})
 )  # the user's own; see `style.look`
-SPARE_COLOURS = ("#8C564B", "#7F7F7F", "#B5A300")  # of methods to which `methods.py` gives none, and unknown ones
+# Colours and markers of methods to which `methods.py` gives none, of unknown ones, and of several runs of one method.
+SPARE = (
+    ("#8C564B", "h"),
+    ("#7F7F7F", "X"),
+    ("#B5A300", "*"),
+    ("#17A2B8", "p"),
+    ("#C2185B", "8"),
+    ("#34495E", "H"),
+    ("#7CB342", "1"),
+)
 LINES: dict[str, Any] = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 OTHER_LINE = (0, (5, 1, 1, 1, 1, 1))  # of other bit widths
 HATCHES = {"FP": "", "W4A4": "", "W2A4": "/////", "W2A2": "xxxxx", "W8A8": "....."}
@@ -61,14 +71,21 @@ def family_label(family: pd.DataFrame, rows: pd.DataFrame) -> str:
 
     Method and bits; where others among `rows` have the same, the name of the run, or of the first of them.
     """
+    return _label(family, rows, kind(family.iloc[0]))
+
+
+def family_title(family: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """The same without bits."""
+    return _label(family, rows, method_title(str(family["method"].iloc[0])))
+
+
+def _label(family: pd.DataFrame, rows: pd.DataFrame, words: str) -> str:
     first = family.iloc[0]
     run = LABELS.get().get(str(first["run"]))
     if run is not None:
         return run
     alike = rows[(rows["method"] == first["method"]) & (rows["bits"] == first["bits"])]
-    if alike["run"].nunique() == family["run"].nunique():
-        return kind(first)
-    return f"{kind(first)} ({first['run']})"
+    return words if alike["run"].nunique() == family["run"].nunique() else f"{words} ({first['run']})"
 
 
 def run_label(first: pd.Series, rows: pd.DataFrame) -> str:
@@ -90,23 +107,46 @@ def at_epoch(text: str, epoch: Any) -> str:
     return ", ".join(filter(None, [text, f"epoch {epoch}" if epoch != "" else ""]))
 
 
-def colour(method: str, methods: Sequence[str]) -> str:
-    """The method's own colour; methods without one share the spare ones, in order."""
-    own = {name: row.colour for name, row in METHODS.items() if row.colour}
-    if method in own:
-        return own[method]
-    spare = [m for m in methods if m not in own]
-    return SPARE_COLOURS[spare.index(method) % len(SPARE_COLOURS)]
+class Looks:
+    """The colour, marker and line of every run of a figure.
 
+    A method has a colour and a marker of its own.  Methods without one, and runs that differ by more than their seed
+    from another of the same method and bits, have spare ones, in order.
+    """
 
-def line_style(method: str, bits: str, methods: Sequence[str]) -> dict[str, Any]:
-    """How a line is drawn: colour and marker by method; line, and whether the marker is filled, by bit width."""
-    own = colour(method, methods)
-    marker = METHODS.get(method, Method("")).marker
-    filled = bits in ("FP", "W4A4", "W8A8")
-    return {
-        "color": own,
-        "linestyle": LINES.get(bits, OTHER_LINE),
-        "marker": marker,
-        "markerfacecolor": own if filled else "white",
-    }
+    def __init__(self, families: Iterable[pd.DataFrame]) -> None:
+        """`families`: of the whole figure, the rows of runs that are drawn alike; see `records.seeds.families`."""
+        self._places: dict[object, tuple[str, int]] = {}
+        alike: Counter[tuple[str, ...]] = Counter()
+        for family in families:
+            if family["run"].iloc[0] in self._places:  # measured on other data, too
+                continue
+            key = tuple(str(family[column].iloc[0]) for column in ("method", "bits", "model", "dataset"))
+            self._places |= dict.fromkeys(family["run"], (key[0], alike[key]))
+            alike[key] += 1
+        owners = {name for name, row in METHODS.items() if row.colour}
+        strangers = [place for place in self._places.values() if place[1] or place[0] not in owners]
+        self._spare = list(dict.fromkeys(strangers))
+
+    def _of(self, first: pd.Series | Mapping[str, Any]) -> tuple[str, str]:
+        """Colour and marker of the run of a row."""
+        place = self._places[first["run"]]
+        if place in self._spare:
+            return SPARE[self._spare.index(place) % len(SPARE)]
+        own = METHODS[place[0]]
+        return str(own.colour), own.marker
+
+    def colour(self, first: pd.Series | Mapping[str, Any]) -> str:
+        """The colour of the run of a row."""
+        return self._of(first)[0]
+
+    def line(self, first: pd.Series) -> dict[str, Any]:
+        """How its line is drawn: the line itself, and whether markers are filled, by bit width."""
+        (own, marker), bits = self._of(first), str(first["bits"])
+        filled = bits in ("FP", "W4A4", "W8A8")
+        return {
+            "color": own,
+            "linestyle": LINES.get(bits, OTHER_LINE),
+            "marker": marker,
+            "markerfacecolor": own if filled else "white",
+        }

@@ -13,10 +13,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import head, kinds, legend, outer, panels, powers_of_ten
-from fpq_analysis.plots.names import colour, titles
+from fpq_analysis.plots.names import Looks, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, mean_loss, responses, samples_of
-from fpq_analysis.records.seeds import Curve, curve, interval_words
+from fpq_analysis.records.seeds import Curve, curve, families, interval_words
 from fpq_analysis.text import fraction
 
 # Kind of number: its name in the legend, its marker, filled or not, and where beside its size it stands.
@@ -37,7 +37,7 @@ def noise_figure(records: pd.DataFrame) -> Figure:
     rows = responses(records)
     if rows.empty:
         raise NothingToDraw("no loss increase under noise among the records")
-    methods = sorted(rows["method"].unique())
+    looks = Looks(families(rows))
     found = kinds(rows, ["definition"])
     figure, places = panels(len(found), 2.0, sharex=True, sharey=True)
     values = rows.loc[rows["value"] > 0, "value"]
@@ -47,7 +47,7 @@ def noise_figure(records: pd.DataFrame) -> Figure:
         powers_of_ten(axes.yaxis)
         if len(values):
             axes.set_ylim(values.min() / 3, values.max() * 3)
-        _draw(axes, panel, colour(panel["method"].iloc[0], methods))
+        _draw(axes, panel, looks.colour(panel.iloc[0]))
         head(axes, text)
     outer(places)
     legend(figure, [artist for axes in places for artist in axes.get_legend_handles_labels()[0]], most=5)

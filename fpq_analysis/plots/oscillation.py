@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, epoch_axis, head, legend, panels, subjects, value_axis
-from fpq_analysis.plots.names import family_label, line_style, titles
+from fpq_analysis.plots.names import Looks, family_label, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct
 from fpq_analysis.records.seeds import curve, families, interval_words
@@ -58,7 +58,7 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
     figure, places = panels(len(PANELS) * len(found), 2.2, across=(1, 2))
     artists = []
     for i, (title, part, widths) in enumerate(found):
-        methods = sorted(part["method"].unique())
+        looks = Looks(families(part))
         for axes, (quantity, text) in zip(places[len(PANELS) * i :], PANELS.items(), strict=False):
             shown = part[part["quantity"] == quantity]
             lines = [(family_label(one, part), curve(one)) for one in families(shown)]
@@ -66,7 +66,7 @@ def oscillation_figure(records: pd.DataFrame) -> Figure:
             for label, one in lines:
                 if one.first["bits"] not in widths:
                     continue
-                mark = line_style(str(one.first["method"]), str(one.first["bits"]), methods)
+                mark = looks.line(one.first)
                 artists.append(draw_curve(axes, one, mark, label))
             if quantity == "near":
                 even = axes.axhline(2 * eps, color="0.45", linewidth=0.8, linestyle=":", label="if spread evenly")

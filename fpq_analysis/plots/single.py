@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
+from fpq_analysis.methods import METHODS
 from fpq_analysis.plots.axes import panels
 from fpq_analysis.plots.figures import FIGURES
-from fpq_analysis.plots.names import colour
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import half_widths
 
@@ -51,7 +51,7 @@ def layer_figure(records: pd.DataFrame) -> Figure:
     half = half_widths(rows)
     places = np.arange(len(rows))
     figure, (axes,) = panels(1, 0.3 + 0.14 * max(6, len(rows)))
-    axes.barh(places, rows["value"], xerr=half, color=colour("fp", []), alpha=0.85, error_kw={"linewidth": 1.0})
+    axes.barh(places, rows["value"], xerr=half, color=METHODS["fp"].colour, alpha=0.85, error_kw={"linewidth": 1.0})
     axes.set_yticks(places, names[rows.index].tolist(), fontsize=7)
     axes.invert_yaxis()
     axes.grid(False, axis="y")

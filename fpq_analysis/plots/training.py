@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.plots.axes import draw_curve, draw_level, epoch_axis, head, legend, panels, subjects, value_axis
-from fpq_analysis.plots.names import LABELS, at_epoch, colour, line_style, titles
+from fpq_analysis.plots.names import LABELS, Looks, at_epoch, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.comparison import MIN_SEEDS
 from fpq_analysis.records.queries import ordered
 from fpq_analysis.records.seeds import Curve, curve
 
+VARIANT = ["model", "dataset", "method", "variant", "bits"]  # what runs drawn as one line have in common
 NO_ERROR = {"ci95": None, "sem": None, "sem_data": None, "samples": None, "n_data": 0}  # of the whole test set
 
 
@@ -38,13 +39,13 @@ def training_figure(rows: pd.DataFrame) -> Figure:
         raise NothingToDraw("no test accuracy among the rows")
     found = subjects(rows)
     figure, places = panels(len(found), 2.4, across=(1, 2))
-    artists = [artist for axes, panel in zip(places, found, strict=True) for artist in _draw(axes, *panel)]
+    looks = Looks(line for _, line in ordered(rows).groupby(VARIANT, sort=False))
+    artists = [artist for axes, panel in zip(places, found, strict=True) for artist in _draw(axes, *panel, looks)]
     legend(figure, artists)
     return figure
 
 
-def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list[Any]:
-    methods = sorted(panel["method"].unique())
+def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str], looks: Looks) -> list[Any]:
     quantized = bool((panel["bits"] != "FP").any())
     named = variants(panel.assign(value=100 * panel["test_accuracy"]))
     lines = [one for _, one in named]
@@ -53,11 +54,10 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list
     value_axis(axes, shown, wide=math.inf, zero=False)
     artists = []
     for level, (text, one) in zip(levels, named, strict=True):
-        method, bits = str(one.first["method"]), str(one.first["bits"])
         if level:
-            artists.append(draw_level(axes, one, colour(method, methods), at_epoch(text, one.x[-1])))
-        elif bits in widths:
-            artists.append(draw_curve(axes, one, line_style(method, bits, methods), text))
+            artists.append(draw_level(axes, one, looks.colour(one.first), at_epoch(text, one.x[-1])))
+        elif one.first["bits"] in widths:
+            artists.append(draw_curve(axes, one, looks.line(one.first), text))
     epoch_axis(axes)
     axes.set_ylabel("Test accuracy (%)")
     head(axes, title)
@@ -67,7 +67,7 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str]) -> list
 def variants(rows: pd.DataFrame) -> list[tuple[str, Curve]]:
     """The mean of the column `value` for each variant and bits, and what legends call it, in the one order."""
     found = []
-    for _, line in ordered(rows.assign(**NO_ERROR)).groupby(["method", "variant", "bits"], sort=False):
+    for _, line in ordered(rows.assign(**NO_ERROR)).groupby(VARIANT, sort=False):
         variant, bits = (str(line[column].iloc[0]) for column in ("variant", "bits"))
         variant = LABELS.get().get(variant, variant)
         found.append((variant if bits == "FP" else f"{variant} {bits}", curve(line)))

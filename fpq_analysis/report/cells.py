@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fpq_analysis.plots.names import colour
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs import Run
 from fpq_analysis.text import number
@@ -125,5 +124,5 @@ def plain(value: Any) -> str:
 
 
 def run_cell(study: Study, run: Run) -> Cell:
-    """A run's name with the colour its method has in the figures."""
-    return Cell(run.name, colour=colour(run.method, sorted({r.method for r in study.runs})))
+    """A run's name with the colour it has in the figures."""
+    return Cell(run.name, colour=study.looks.colour({"run": run.name}))

@@ -17,7 +17,9 @@ from fpq_analysis import records
 from fpq_analysis.errors import UserError, going_on
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.methods import method_rank
+from fpq_analysis.plots.names import Looks
 from fpq_analysis.records.queries import mean_loss, totals
+from fpq_analysis.records.seeds import families
 from fpq_analysis.runs import Run
 from fpq_analysis.text import listed
 
@@ -76,6 +78,16 @@ class Study:
         """What the loss that was measured is called; empty if nothing was."""
         frames = [self.records(name)[["loss"]] for name in self.probes]
         return mean_loss(pd.concat(frames)) if frames else ""
+
+    @cached_property
+    def looks(self) -> Looks:
+        """With which colour each run is drawn."""
+        columns = ["run", "model", "dataset", "data", "method", "bits", "train_seed", "epoch"]
+        rows = [
+            (run.name, run.model, run.dataset, str(run.data.get("fingerprint")), run.method, run.bits, run.seed, 0)
+            for run in self.runs
+        ]
+        return Looks(families(pd.DataFrame(rows, columns=columns)))
 
     def run(self, name: str) -> Run | None:
         """The run of that name."""
