@@ -106,6 +106,28 @@ class Round(torch.autograd.Function):
         return grad
 
 
+class Clipped(torch.autograd.Function):
+    """A straight-through estimator for seven steps up and down, of which the largest weight is often on the last."""
+
+    @staticmethod
+    def forward(ctx, w, step):
+        ctx.save_for_backward(w, step)
+        return (w / step).round().clamp(-7, 7) * step
+
+    @staticmethod
+    def backward(ctx, grad):
+        w, step = ctx.saved_tensors
+        return grad * ((w / step).abs() <= 7), None
+
+
+class Quantized(nn.Linear):
+    """With its largest weight on the edge that gradients pass, and half of them near it."""
+
+    def forward(self, x):
+        edge = self.weight.abs().max().detach()
+        return F.linear(x, Clipped.apply(self.weight, edge / 7))
+
+
 class Square(torch.autograd.Function):
     """Correct, in the newer form with `setup_context`."""
 
@@ -250,6 +272,16 @@ def test_functions_that_are_right(function):
     frame = findings(around(Apply(function)))
     assert faults(frame) == []
     assert f"'{function.__name__}' in '1' (Apply)" in frame.loc["Functions", "finding"]
+
+
+@pytest.mark.parametrize("inputs", [20, 4000])
+def test_a_straight_through_estimator_with_weights_on_its_edge(inputs):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(Quantized(inputs, 200)).eval(), torch.randn(4, inputs), torch.arange(4)
+    with torch.no_grad():
+        weight = model[0].weight
+        weight[::2] = weight.abs().max() * weight[::2].sign() * (1 - 1e-5 * torch.rand_like(weight[::2]))
+    assert findings(model, x, y).loc["Functions", "status"] == "ok"
 
 
 def test_a_function_on_the_inputs_too():
