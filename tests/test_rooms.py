@@ -48,7 +48,7 @@ ROOMS = {
         "runs",
     },
     "compat": {"curvature", "losses", "plots", "probes"},
-    "doctor": {"curvature", "data", "losses", "models", "quantizers", "runs"},
+    "doctor": {"curvature", "data", "losses", "models", "probes", "quantizers", "runs"},
 }
 ROOMS["cli"] = ROOMS["__init__"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}

@@ -453,6 +453,17 @@ def test_loss_and_accuracy_stand_beside_the_trace():
     assert math.isnan(squares.accuracy)
 
 
+def on_record(model, data, epochs):
+    """The trace's rows, as of a run's checkpoints."""
+    rows = []
+    for epoch in epochs:
+        about = {"run": "a", "epoch": epoch, "key": str(epoch), "seed": 0, "method": "fp", "bits": "FP", "model": "m"}
+        about |= {"data": "d", "train_seed": 0, "loss": "cross_entropy"}
+        blank = {"status": "ok", "samples": None, "ci95": 0.0, "sem_data": 0.0}
+        rows += [{**blank, **row, **about} for row in HessianTrace()(Point(model, data))]
+    return pd.DataFrame(rows)
+
+
 @pytest.mark.parametrize(("share", "at_chance"), [(0.5, True), (0.8, False)])
 def test_chance_is_the_most_frequent_class(share, at_chance, capsys):
     """Half of the targets are of one class, which a network names always, or for most that are so."""
@@ -465,21 +476,33 @@ def test_chance_is_the_most_frequent_class(share, at_chance, capsys):
     found = hessian_trace(model, (x, y))
     assert found.accuracy == pytest.approx(share)
     assert found.at_chance is at_chance
-    frames = []
-    for epoch in (0, 3):
-        rows = HessianTrace()(Point(model, (x, y)))
-        about = {"run": "a", "epoch": epoch, "key": str(epoch), "seed": 0, "method": "fp", "bits": "FP", "model": "m"}
-        about |= {"data": "d", "train_seed": 0, "loss": "cross_entropy"}
-        frames.append(
-            pd.DataFrame(
-                [{"status": "ok", "samples": None, "ci95": 0.0, "sem_data": 0.0, **row, **about} for row in rows]
-            )
-        )
-    print_traces(pd.concat(frames, ignore_index=True))
+    print_traces(on_record(model, (x, y), epochs=[0, 3]))
     text = capsys.readouterr().out
     assert all(len(line) <= 80 for line in text.splitlines())
     assert f"{100 * share:.1f}" in text
     assert ("At chance: a (epoch 3)." in text) is at_chance
+
+
+def test_a_loss_above_guessing_shows(capsys):
+    """Of a network that names most classes right, on inputs at a wrong scale."""
+    y = torch.arange(200) % 2
+    x = torch.stack([torch.where(torch.arange(200) % 5 > 0, 2.0 * y - 1, 1 - 2.0 * y), torch.zeros(200)], 1)
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-0.6, 0], [0.6, 0]]))
+        model.bias.zero_()
+    for scale, above in ((1.0, False), (16.0, True)):
+        found = hessian_trace(model, (scale * x, y))
+        assert found.above_guessing is above
+        assert not found.at_chance
+        assert (found.loss > math.log(2)) is above
+        fit = diagnose(model, (scale * x, y)).set_index("check").loc["fit"]
+        assert fit["status"] == ("note" if above else "ok")
+        assert "accuracy 80.0%" in fit["finding"]
+        print_traces(on_record(model, (scale * x, y), epochs=[0, 3]))
+        text = capsys.readouterr().out
+        assert ("Above guessing: a (epoch 3)." in text) is above
+        assert all(len(line) <= 80 for line in text.splitlines())
 
 
 @pytest.mark.parametrize("place", [0, 300, 4999, 8999])

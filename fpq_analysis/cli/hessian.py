@@ -128,7 +128,7 @@ def print_traces(frame: pd.DataFrame) -> None:
         which = "" if len(by_probes) == len(rows) else f" of {listed(sorted(by_probes['estimator'].unique()))}"
         echo(textwrap.fill(f"± 95 %{which}: over the random probes, for these samples.", width=80))
     echo("Loss, Acc.: on these samples. Clip: weights outside their quantizer's grid.")
-    _warn_of_chance(frame)
+    _warn_of_guessing(frame)
     differences = against_baseline(rows)
     if differences:
         echo("\nOn the same samples, sample by sample (± 95 %; one training run each):")
@@ -136,22 +136,30 @@ def print_traces(frame: pd.DataFrame) -> None:
             echo(textwrap.fill(difference.sentence(), width=80, initial_indent="  ", subsequent_indent="    "))
 
 
-def _warn_of_chance(frame: pd.DataFrame) -> None:
+def _warn_of_guessing(frame: pd.DataFrame) -> None:
     """A sentence where trained networks, epoch 0 aside, do no better than guessing: then the data may be other data."""
-    from fpq_analysis.records.queries import AT_CHANCE, marked
+    from fpq_analysis.records.queries import ABOVE_GUESSING, AT_CHANCE, marked
 
     rows = marked(frame)
-    rows = rows[rows["status"] == AT_CHANCE]
-    if rows.empty:
-        return
-    places = list(dict.fromkeys(f"{row['run']} (epoch {row['epoch']})" for _, row in rows.iterrows()))
-    named = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-    text = (
-        f"At chance: {named}. The accuracy on these samples is no better than that of always naming the most frequent "
-        "class, though the network was trained. If it did better in training, these are other data, or data prepared "
-        "in another way: check --data, --normalize and --image-size. Its curvature here says little."
-    )
-    echo(textwrap.fill(text, width=80))
+    what = {
+        AT_CHANCE: "At chance: {}. The accuracy on these samples is no better than that of always naming the most "
+        "frequent class",
+        ABOVE_GUESSING: "Above guessing: {}. The loss on these samples is higher than that of a guess by the classes' "
+        "frequencies",
+    }
+    for status, sentence in what.items():
+        of_it = rows[rows["status"] == status]
+        places = list(dict.fromkeys(f"{row['run']} (epoch {row['epoch']})" for _, row in of_it.iterrows()))
+        if not places:
+            continue
+        named = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+        text = (
+            f"{sentence.format(named)}, though the network was trained. If it did better in training, these are other "
+            "data, or data prepared in another way: check --data, --normalize and --image-size, the scale of inputs "
+            "and the order of classes. Its curvature here says little."
+        )
+        echo(textwrap.fill(text, width=80))
+        break  # the second says no more
 
 
 def print_eigenvalues(frame: pd.DataFrame) -> None:

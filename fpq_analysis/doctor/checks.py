@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from fpq_analysis.doctor.model_under_test import FAULT, NOTE, OK, Finding, Model
 from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.losses import check_mean
 from fpq_analysis.nests import Nest, leaves, take
+from fpq_analysis.probes.fit import examine
 from fpq_analysis.quantizers import (
     clipped_fraction,
     live_observer,
@@ -184,6 +186,17 @@ def _mean_loss(tested: ModelUnderTest) -> Finding:
     return Finding(OK, "The loss of a batch is the mean of its samples' losses.")
 
 
+def _fit(tested: ModelUnderTest) -> Finding:
+    fit = examine(tested.model, tested.data, tested.loss)
+    text = f"The mean loss is {fit.loss:.3g}"
+    text += "" if math.isnan(fit.accuracy) else f", the accuracy {fit.accuracy:.1%}"
+    if not (fit.at_chance or fit.above_guessing):
+        return Finding(OK, f"{text}.")
+    guess = f"{text}; guessing gives "
+    guess += f"{fit.chance:.1%}." if fit.at_chance else f"a loss of {fit.guess:.3g}."
+    return Finding(NOTE, guess, "If it is trained, check the scale of the inputs and the order of the classes.")
+
+
 def _rounding(tested: ModelUnderTest) -> Finding:
     name = rounded_weight(tested.model, take(tested.few[0], slice(2)))
     if not name:
@@ -287,6 +300,7 @@ RUNNING: dict[str, Callable[[ModelUnderTest], Finding]] = {
     "repeatable": _repeatable,
     "samples apart": _samples_apart,
     "mean loss": _mean_loss,
+    "fit": _fit,
     "rounding": _rounding,
     "in place": _in_place,
     "Functions": lambda tested: report(check_functions(tested.precise)),

@@ -32,6 +32,7 @@ class Fit:
     Attributes:
         loss, accuracy: means; `accuracy` is NaN where targets are no class numbers.
         chance: accuracy of always naming the class that is the most frequent here; NaN as `accuracy`.
+        guess: cross-entropy of always giving the classes' frequencies here; NaN for other losses.
     """
 
     loss: float
@@ -39,6 +40,7 @@ class Fit:
     accuracy: float
     accuracy_sem: float
     chance: float
+    guess: float
     n: int
 
     @property
@@ -47,6 +49,11 @@ class Fit:
         if math.isnan(self.accuracy) or self.n < FEWEST or self.chance == 1:
             return False
         return bool(bdtrc(round(self.accuracy * self.n) - 1, self.n, self.chance) > UNSURE)
+
+    @property
+    def above_guessing(self) -> bool:
+        """Whether the loss is higher, by three standard errors, than that of a guess; False for few samples."""
+        return self.n >= FEWEST and self.loss - 3 * self.loss_sem > self.guess
 
 
 def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
@@ -97,10 +104,11 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
     n, mean = len(losses), float(losses.sum() / shares.sum())
     error = float((losses - mean * shares).std()) / math.sqrt(n) if n > 1 else math.nan
     if not bool(named.all()) or not len(hits):
-        return Fit(mean, error, math.nan, math.nan, math.nan, n)
+        return Fit(mean, error, math.nan, math.nan, math.nan, math.nan, n)
     accuracy = float(hits.mean())
-    chance = float(classes.long().bincount().max()) / len(classes)
-    return Fit(mean, error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), chance, n)
+    frequencies = classes.long().bincount() / len(classes)
+    guess = float(torch.special.entr(frequencies).sum()) if loss.name == "cross_entropy" else math.nan
+    return Fit(mean, error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), float(frequencies.max()), guess, n)
 
 
 def _outputs(view: nn.Module, x: Nest) -> Tensor:

@@ -36,7 +36,7 @@ from fpq_analysis.probes.subject import Subject, check_finite, prepare
 from fpq_analysis.progress import Progress
 from fpq_analysis.quantizers import clipped_fraction
 from fpq_analysis.ranks import same_on_all_ranks
-from fpq_analysis.records.queries import AT_CHANCE
+from fpq_analysis.records.queries import ABOVE_GUESSING, AT_CHANCE
 
 MAX_PRODUCTS = 100_000
 ROOT = "(model)"  # the layer's name when the model is a single layer
@@ -61,6 +61,7 @@ class TraceEstimate(Result):
         loss, accuracy: of the model of this definition on these data (of more than 4,096 samples, on some spread over
             them); NaN where targets are no class numbers.
         at_chance: whether the accuracy is no better than that of always naming the most frequent class.
+        above_guessing: whether the cross-entropy is higher than that of always giving the classes' frequencies.
         n_data: number of samples measured on.
         n_products: backward passes over them (exact, sampled) or matrix-vector products (the others).
         seed: of probes or labels.
@@ -88,6 +89,7 @@ class TraceEstimate(Result):
     loss: float = math.nan
     accuracy: float = math.nan
     at_chance: bool = False
+    above_guessing: bool = False
     operator: str = "hessian"
 
     probe = "hessian_trace"
@@ -107,7 +109,8 @@ class TraceEstimate(Result):
         whole: dict[str, Any] = {"layer": "all", **common}
         if not math.isnan(self.clipped_fraction):
             rows.append({"quantity": "clipped_fraction", "value": self.clipped_fraction, **whole})
-        rows.append({"quantity": "loss", "value": self.loss, **whole})
+        status = ABOVE_GUESSING if self.above_guessing else "ok"
+        rows.append({"quantity": "loss", "value": self.loss, "status": status, **whole})
         if not math.isnan(self.accuracy):
             status = AT_CHANCE if self.at_chance else "ok"
             rows.append({"quantity": "accuracy", "value": self.accuracy, "status": status, **whole})
@@ -235,6 +238,7 @@ def hessian_trace(
         loss=subject.fit.loss,
         accuracy=subject.fit.accuracy,
         at_chance=subject.fit.at_chance,
+        above_guessing=subject.fit.above_guessing,
         operator=operator,
     )
 

@@ -14,6 +14,7 @@ from fpq_analysis.text import listed
 PICTURES = {"digits", "cifar10", "cifar100", "imagefolder"}  # `data.DATASETS`, which would bring torch
 TRAINED_IN = {"noise-features": "features", "noise-weights": "weights"}
 AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
+ABOVE_GUESSING = "above guessing"  # of a cross-entropy higher than that of giving the classes' frequencies
 
 
 def totals(records: pd.DataFrame) -> pd.DataFrame:
@@ -59,8 +60,9 @@ def responses(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def marked(records: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose status is not `ok`; that a network is at chance before training is as it should be."""
-    return records[(records["status"] != "ok") & ((records["status"] != AT_CHANCE) | (records["epoch"] > 0))]
+    """The rows whose status is not `ok`; that a network guesses before training is as it should be."""
+    guessing = records["status"].isin([AT_CHANCE, ABOVE_GUESSING])
+    return records[(records["status"] != "ok") & (~guessing | (records["epoch"] > 0))]
 
 
 def half_widths(rows: pd.DataFrame) -> pd.Series:
