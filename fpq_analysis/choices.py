@@ -49,8 +49,10 @@ def check_operator(operator: str) -> None:
 def check_model_name(name: str) -> None:
     """Raise `UserError` unless `name` is one of `MODELS` or has the form `package.module:factory`."""
     if name not in MODELS and ":" not in name:
+        module, _, factory = name.rpartition(".")
+        meant = f" (did you mean '{module}:{factory}'?)" if module else did_you_mean(name, MODELS)
         raise UserError(
-            f"Unknown model '{name}'{did_you_mean(name, MODELS)}. The built-in models are {', '.join(MODELS)}; "
+            f"Unknown model '{name}'{meant}. The built-in models are {', '.join(MODELS)}; "
             "for your own network give package.module:factory."
         )
 

@@ -645,3 +645,21 @@ def test_targets_that_do_not_fit_are_refused(said):
 def test_losses_that_cannot_be_made(make, said):
     with pytest.raises(UserError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "cure"),
+    [
+        ((4, 3), torch.tensor([1, 2, 3, 1]), "y - 1"),
+        ((4, 3), torch.tensor([0, 2, 7, 1]), "have the same classes"),
+        ((4, 3), torch.tensor([0.0, 2.0, 1.0, 1.0]), "y.long()"),
+        ((4, 3), torch.eye(3, dtype=torch.long)[[0, 1, 2, 0]], "y.argmax(1)"),
+        ((4, 3), torch.tensor([[0], [1], [2], [0]]), "y.squeeze(1)"),
+        ((4, 7, 3), torch.zeros(4, 7, dtype=torch.long), "causal_lm"),
+        ((4, 3), torch.zeros(4, 9, dtype=torch.long), "number of each sample's class"),
+    ],
+)
+def test_what_to_do_about_targets_that_do_not_fit(outputs, targets, cure):
+    with pytest.raises(UnfitError) as caught:
+        cross_entropy().check(torch.zeros(outputs), targets)
+    assert cure in caught.value.cure

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fpq_analysis import choices
 from fpq_analysis.cli import app
 from fpq_analysis.losses.table import LOSSES
 from fpq_analysis.models import MODELS
+from tests.words import words
 
 # Which of these are loaded once a command has answered.  One process for all: a command that loads one is the first.
 CODE = """
@@ -111,6 +113,30 @@ def test_a_misused_command_answers_before_torch_is_loaded():
         assert text.strip(), command
         assert "Traceback" not in text, command
         assert not loaded, f"{command} loads torch: {text}"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("hessian theirs", "given as --ckpt-dir FOLDER"),
+        ("report theirs", "given as --ckpt-dir FOLDER"),
+        ("figures 5 theirs", "given as --ckpt-dir FOLDER"),
+        ("doctor --ckpt-dir theirs", "given without it: fpq-analyze doctor FOLDER"),
+        ("compare --ckpt-dir theirs", "given without it: fpq-analyze compare FOLDER"),
+        ("hessian --ckpt-dir theirs", "('a/ckpt_1.pth' and 1 more), which do not say of which network they are"),
+        ("doctor theirs", "add --model package.module:factory --data NAME"),
+        ("hessian --ckpt-dir empty", "holds no checkpoints (files that end in .pt, .pth, .safetensors)"),
+        ("hessian --ckpt-dir theirs --model mynet.Net", "did you mean 'mynet:Net'?"),
+    ],
+)
+def test_what_is_meant(command, says):
+    for folder in ("empty", "theirs/a"):
+        Path(folder).mkdir(parents=True)
+    for name in ("ckpt_1.pth", "ckpt_2.pth"):
+        Path("theirs/a", name).touch()
+    result = CliRunner().invoke(app, command.split(), prog_name="fpq-analyze")
+    assert result.exit_code in (1, 2)
+    assert says in words(result.stderr.replace("│", " "))
 
 
 def test_help_comes_before_anything_heavy():

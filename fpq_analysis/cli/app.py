@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fpq_analysis.choices import check_model_name
 from fpq_analysis.cli.options import option, with_options
@@ -30,8 +31,25 @@ if TYPE_CHECKING:
     from fpq_analysis.runs.foreign import ForeignRuns
 
 
+class _Commands(TyperGroup):
+    """Commands whose errors say where folders stand, which some take by their place and others behind an option."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:  # a usage error of click's, which typer may bring along itself
+            message, within = getattr(error, "message", ""), getattr(error, "ctx", None)
+            options = {name for one in getattr(getattr(within, "command", None), "params", ()) for name in one.opts}
+            if "unexpected extra argument" in message and "--ckpt-dir" in options:
+                error.message = f"{message}. A folder of runs is given as --ckpt-dir FOLDER."  # type: ignore[attr-defined]
+            elif message.endswith("--ckpt-dir") and within is not None:
+                error.message = f"{message}. The folder is given without it: {within.command_path} FOLDER ..."  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="fpq-analyze",
+    cls=_Commands,
     help="Curvature of quantized networks: train FPQ and its baselines, measure Hessians, compare, draw the figures.",
     no_args_is_help=True,
     add_completion=True,

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fpq_analysis.records.comparison import Difference, SeedsDifference
-    from fpq_analysis.runs import Source
 
 
 @app.command()
@@ -81,13 +80,13 @@ def compare(
 
       fpq-analyze compare runs/int8 runs/float --model mynet:int8 --model-b mynet:Net --data digits
     """
-    from fpq_analysis.runs import source_of
+    from fpq_analysis.runs import one_run
 
     check_definition(definition)
     check_engine(executor, jobs)
     if model_b is not None and not isinstance(run_b, Path):
         run_b = replace(run_b, model=model_b)
-    pair = [_one_run(folder, source_of(folder)) for folder in (run_a, run_b)]
+    pair = [one_run(folder) for folder in (run_a, run_b)]
     import pandas as pd
 
     from fpq_analysis.pipeline.run import measure
@@ -172,11 +171,3 @@ def _over_seeds(
     if len(found) < 2:
         raise UserError(f"Fewer than two pairs of runs could be measured at epoch {last.epoch}.")
     return SeedsDifference.of(found)
-
-
-def _one_run(folder: Path, source: Source) -> Path:
-    found = source.find_runs(folder)
-    if len(found) > 1:
-        held = ", ".join(sorted(run.name for run in found)[:3])
-        raise UserError(f"'{folder}' holds more than one run ({held}); name one of them.")
-    return found[0]

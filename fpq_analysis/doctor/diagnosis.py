@@ -24,7 +24,7 @@ from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.nests import take
 from fpq_analysis.quantizers import adopt
-from fpq_analysis.runs import source_of
+from fpq_analysis.runs import no_checkpoints, one_run, source_of
 
 
 def diagnose(
@@ -108,7 +108,8 @@ def diagnose_checkpoint(
     """`diagnose`, `forecast_measurements` and `forecast_workers` for a checkpoint file, or for the last one of a run.
 
     Args:
-        path: of one of ours; for another program's, a `ForeignRuns` with the file, or the run, as its folder.
+        path: of one of ours; for another program's, a `ForeignRuns` with the file, or the run, as its folder.  A folder
+            with one run below it will do.
         n_data: training images, drawn by `seed`, to check on and to forecast for.
         data_root: where the data set lies, if not where it was when the run was trained.
         model: for a network of your own, `package.module:factory`.
@@ -121,9 +122,9 @@ def diagnose_checkpoint(
     source = source_of(path).on_sample(n_data, seed)
     file, where = Path(path), pick_device(device)
     if file.is_dir():
-        existing = source.checkpoints(file)
-        if not existing:
-            raise UserError(f"'{file}' holds no checkpoint (epoch_0000.pt, ...). Give a run's folder, or a file.")
+        existing = source.checkpoints(one_run(path))
+        if not existing:  # a monitor measured it
+            raise UserError(no_checkpoints(file))
         file = existing[max(existing)]
     no_forecast = pd.DataFrame(columns=["device", *FORECAST_COLUMNS]), pd.DataFrame(columns=WORKERS_COLUMNS)
     with naming(f"'{file}'"):

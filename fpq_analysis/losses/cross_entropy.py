@@ -20,6 +20,7 @@ from fpq_analysis.nests import Nest, described
 
 IGNORED = -100  # PyTorch's
 ROUNDING = 1e-3  # of probabilities in float16
+PLAIN = "Give a tensor with the number of each sample's class, or another loss."
 
 
 @dataclass(frozen=True)
@@ -102,23 +103,25 @@ class CrossEntropy:
             )
         if targets.is_floating_point():
             if targets.shape != outputs.shape or n_classes < 2:
-                raise self._unfit(found, n_classes)
+                raise self._unfit(found, n_classes, _cure_of_shape(outputs, targets))
             if not bool((targets >= 0).all()) or not bool(((targets.sum(1) - 1).abs() <= ROUNDING).all()):
                 raise self._unfit(f"{found}, which are no probabilities that add up to 1 over the classes", n_classes)
             return
         if targets.shape != outputs.shape[:1] + outputs.shape[2:]:
-            raise self._unfit(found, n_classes)
+            raise self._unfit(found, n_classes, _cure_of_shape(outputs, targets))
         classes = targets[targets != self.ignore_index]
         if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < n_classes:
-            raise self._unfit(f"they go from {int(classes.min())} to {int(classes.max())}", n_classes)
+            low, high = int(classes.min()), int(classes.max())
+            from_one = "Count classes from 0: give y - 1."
+            cure = from_one if low == 1 and high == n_classes else "Look whether model and data have the same classes."
+            raise self._unfit(f"they go from {low} to {high}", n_classes, cure)
 
-    def _unfit(self, found: str, n_classes: int | None = None) -> UnfitError:
+    def _unfit(self, found: str, n_classes: int | None = None, cure: str = PLAIN) -> UnfitError:
         most = f" (C = {n_classes} outputs)" if n_classes is not None else ""
         return UnfitError(
             f"Cross-entropy here wants whole-number targets from 0 to C - 1{most}, one a sample or position, or "
             f"{self.ignore_index} where it is ignored; or a probability for each class: {found}.",
-            "Classes stand along the second axis of the outputs. Of one that stands along the last, as in language "
-            "models, take loss='causal_lm' or 'token_classification'.",
+            cure,
         )
 
     def _may_be_ignored(self, targets: Tensor) -> bool:
@@ -126,6 +129,23 @@ class CrossEntropy:
 
     def _class_weights(self, like: Tensor) -> Tensor | None:
         return None if self.weight is None else torch.tensor(self.weight, dtype=like.dtype, device=like.device)
+
+
+def _cure_of_shape(outputs: Tensor, targets: Tensor) -> str:
+    """What to do about targets whose shape or type does not fit (B, C, ...) outputs."""
+    wanted = outputs.shape[:1] + outputs.shape[2:]
+    if targets.is_floating_point() and targets.shape == wanted:
+        return "Give classes as whole numbers: y.long()."
+    if not targets.is_floating_point() and targets.shape == outputs.shape:
+        return "Give one-hot targets as classes, y.argmax(1), or as probabilities, y.float()."
+    if targets.ndim > 1 and targets.shape[1] == 1 and targets.shape[:1] + targets.shape[2:] == wanted:
+        return "Take the axis of length 1 out: y.squeeze(1)."
+    if outputs.ndim > 2 and targets.shape == outputs.shape[:-1]:
+        return (
+            "Classes stand along the second axis of the outputs. Of one that stands along the last, as in language "
+            "models, take loss='causal_lm' or 'token_classification'."
+        )
+    return PLAIN
 
 
 def cross_entropy(

@@ -68,7 +68,9 @@ def draw_figures(
     everything = ALL in names
     for name in names:
         if name != ALL and name not in FIGURES:
-            raise UserError(f"Unknown figure '{name}'{did_you_mean(name, FIGURES)}. Known: all, {', '.join(FIGURES)}.")
+            folder = " A folder of runs is given as --ckpt-dir FOLDER." if Path(name).is_dir() else ""
+            known = f"Known: all, {', '.join(FIGURES)}."
+            raise UserError(f"Unknown figure '{name}'{did_you_mean(name, FIGURES)}. {known}{folder}")
     root = Path(ckpt_dir)
     if not root.is_dir():
         raise UserError(f"No folder '{root}'. Give a run, or a folder of runs; 'fpq-analyze train' makes one.")

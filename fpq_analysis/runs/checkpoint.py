@@ -143,10 +143,9 @@ def load_state(
             example = f"'{key}' is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
         else:
             example = f"'{missing[0]}' is not in the file" if missing else f"'{surplus[0]}' is not in the model"
-        raise UserError(
-            f"{whose} does not fit the model {what}: {len(missing)} tensors missing, {len(surplus)} unknown, "
-            f"{len(reshaped)} of another shape (for example, {example}). {cure}"
-        )
+        kinds = {"of another shape": reshaped, "missing": missing, "unknown": surplus}
+        counts = [f"{len(keys)} tensor{'s' * (len(keys) > 1)} {kind}" for kind, keys in kinds.items() if keys]
+        raise UserError(f"{whose} does not fit the model {what}: {', '.join(counts)} (for example, {example}). {cure}")
     other = [key for key in own if _kind(state[key]) != _kind(own[key]) and not key.endswith(COUNTER)]
     if other:
         key = other[0]

@@ -30,12 +30,11 @@ from fpq_analysis.runs import checkpoint as ckpt
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.factories import factory_name, source_hash
 from fpq_analysis.runs.networks import make_network, makes_quantized
-from fpq_analysis.runs.run import Header, Run, find_runs, monitored_runs
+from fpq_analysis.runs.run import SUFFIXES, Header, Run, find_runs, is_checkpoint, monitored_runs
 from fpq_analysis.runs.source import OwnRuns
 from fpq_analysis.runs.stamps import Stamp, check_same, known_stamp, remember
 from fpq_analysis.runs.states import WRAPPERS, align, channels_of, find_state, read_content
 
-SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".ckpt", ".safetensors")
 AFTER_EPOCH = re.compile(r"(?<![a-z])ep(?:och)?[-_=. ]*(\d+)", re.IGNORECASE)
 # Not a part of a decimal number, nor of a hash.
 WHOLE_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d+(?![\da-z]|\.\d)", re.IGNORECASE)
@@ -311,12 +310,12 @@ class ForeignCheckpoint(Checkpoint):
 
 def foreign_files(run: Path) -> list[Path]:
     """Files of this folder that can be checkpoints, by name."""
-    return sorted(path for path in run.iterdir() if _is_checkpoint(path))
+    return sorted(path for path in run.iterdir() if is_checkpoint(path))
 
 
 def foreign_runs(folder: str | Path) -> list[Path]:
     """Every folder at or below `folder` that holds checkpoint files of any program, sorted."""
-    return sorted({path.parent for path in Path(folder).rglob("*") if _is_checkpoint(path)})
+    return sorted({path.parent for path in Path(folder).rglob("*") if is_checkpoint(path)})
 
 
 def foreign_epochs(run: Path) -> dict[int, Path]:
@@ -359,10 +358,6 @@ def left_out(run: Path) -> list[Path]:
     """Files that have no number in their name, in a run where others have one."""
     used = set(foreign_epochs(run).values())
     return [] if _is_our_run(run) else [path for path in foreign_files(run) if path not in used]
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 def _is_our_run(run: Path) -> bool:

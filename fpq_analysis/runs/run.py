@@ -29,6 +29,7 @@ from fpq_analysis.schema import RunFile, TrainRow, check
 
 MONITORED = "records/monitor.json"
 CHECKPOINT_NAME = re.compile(r"epoch_(\d{4,})\.pt")
+SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".ckpt", ".safetensors")  # of checkpoints of any program
 FOREIGN_OPTIONS = "--model package.module:factory --data NAME"  # for files of another program, see `foreign.py`
 # Not settings of a run: where things lay on one machine.
 PLACES = ("init", "data_root")
@@ -269,11 +270,28 @@ def find_runs(folder: str | Path, *, monitored: bool = False) -> list[Path]:
     found = {path.parent for path in folder.rglob("epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)}
     runs = sorted(found | monitored_runs(folder) if monitored else found)
     if not runs:
-        raise UserError(
-            f"'{folder}' holds no checkpoints (files named epoch_0000.pt, ...), nor does any folder below it. "
-            f"'fpq-analyze train' or 'fpq-analyze demo' makes some. For those of another program: {FOREIGN_OPTIONS}."
-        )
+        raise UserError(no_checkpoints(folder))
     return runs
+
+
+def no_checkpoints(folder: Path) -> str:
+    """A sentence that says so, and whether there are those of another program."""
+    others = sorted(p for p in folder.rglob("*") if is_checkpoint(p) and not (p.parent / "run.json").exists())
+    if not others:
+        return (
+            f"'{folder}' holds no checkpoints (files that end in {SUFFIXES[0]}, {SUFFIXES[1]}, {SUFFIXES[-1]}), nor "
+            "does any folder below it. 'fpq-analyze train' or 'fpq-analyze demo' makes some."
+        )
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return (
+        f"'{folder}' holds checkpoints of another program ('{others[0].relative_to(folder)}'{more}), which do not say "
+        f"of which network they are and on what data it was trained: add {FOREIGN_OPTIONS}."
+    )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file may be a checkpoint, of any program, by its name."""
+    return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 def check_watched(folder: str | Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from fpq_analysis.errors import UserError
 from fpq_analysis.runs.run import Header, Run, find_runs
 
 if TYPE_CHECKING:
@@ -63,6 +64,19 @@ class OwnRuns:
         from fpq_analysis.runs.checkpoint import read_checkpoint
 
         return read_checkpoint(path)
+
+
+def one_run(ckpt_dir: str | os.PathLike[str]) -> Path:
+    """The only run at or below a folder.
+
+    Raises:
+        UserError: if there is none, or more than one.
+    """
+    found = source_of(ckpt_dir).find_runs(os.fspath(ckpt_dir))
+    if len(found) > 1:
+        held = ", ".join(sorted(run.name for run in found)[:3]) + (", ..." if len(found) > 3 else "")
+        raise UserError(f"'{os.fspath(ckpt_dir)}' holds more than one run ({held}); name one of them.")
+    return found[0]
 
 
 def source_of(ckpt_dir: str | os.PathLike[str]) -> Source:
