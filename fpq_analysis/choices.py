@@ -17,8 +17,10 @@ BY_PRODUCT = ("deflated", "hutchinson", "hutch++", "xtrace", "xnystrace", "pyhes
 TRACE_METHODS = ("auto", *BY_SAMPLE, *BY_PRODUCT, "split")
 N_PRODUCTS, N_LABELS = 100, 4  # of a trace
 MOST_PRODUCTS = 1000  # of eigenvalues
-# The networks and losses that have a name; what they are stands in `models.py` and `losses/table.py`.
+# The networks, data sets and losses that have a name; what they are stands in `models.py`, `data/named.py` and
+# `losses/table.py`.
 MODELS = ("resnet18", "resnet20", "resnet50", "mobilenet_v1", "mobilenet_v2")
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 LOSSES = (
     *("cross_entropy", "squared_error", "binary_cross_entropy"),
     *("causal_lm", "token_classification", "distillation"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from fpq_analysis.errors import UserError
 
@@ -35,6 +36,16 @@ def listed(values: Iterable[object], last: str = "and") -> str:
     """`a, b and c`, each once."""
     words = list(dict.fromkeys(str(value) for value in values))
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def counted(n: int, what: str) -> str:
+    """`1 fault`, `2 faults`."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def written(paths: Sequence[Path]) -> str:
+    """Files of one name: `figures/figure5.png, .pdf, .txt`."""
+    return ", ".join([str(paths[0]), *(path.suffix for path in paths[1:])])
 
 
 def printable(text: str, keep: str = "") -> str:

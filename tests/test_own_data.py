@@ -292,7 +292,10 @@ def test_a_module_that_fails_when_imported(here):
 
 
 def test_doctor_takes_them_too(here):
-    findings, costs, workers = diagnose_checkpoint(ForeignRuns("Net", "ownmodule:Net", "ownmodule:make"), n_data=16)
+    findings, costs, workers, n_data = diagnose_checkpoint(
+        ForeignRuns("Net", "ownmodule:Net", "ownmodule:make"), n_data=16
+    )
+    assert n_data == 16
     assert not (findings["status"] == "fault").any()
     assert len(costs) == 4
     assert len(workers)

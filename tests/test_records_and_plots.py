@@ -14,7 +14,6 @@ from matplotlib.text import Text
 
 from fpq_analysis import UserError, records
 from fpq_analysis.cli.measuring import draw
-from fpq_analysis.data import DATASETS
 from fpq_analysis.errors import NothingToDraw
 from fpq_analysis.intervals import over_seeds
 from fpq_analysis.loss_titles import LOSS_TITLES, loss_title
@@ -23,8 +22,8 @@ from fpq_analysis.plots import FIGURES, caption5, density_figure, eigenvalue_cap
 from fpq_analysis.plots.axes import powers_of_ten
 from fpq_analysis.plots.density import measure_figure
 from fpq_analysis.plots.drift import QUANTITIES
-from fpq_analysis.records.comparison import SeedsDifference, against_baseline, by_epoch, difference
-from fpq_analysis.records.queries import AT_CHANCE, PICTURES, marked, mean_loss, totals
+from fpq_analysis.records.comparison import SeedsDifference, against_baseline, among_themselves, by_epoch, difference
+from fpq_analysis.records.queries import AT_CHANCE, marked, mean_loss, totals
 
 
 def row(run="lsq-w4a4", method="lsq", bits="W4A4", epoch=0, value=10.0, **other):
@@ -263,6 +262,25 @@ def test_differences_that_are_noise_are_called_so():
     assert against_baseline(pd.DataFrame([row("fp", "fp", "FP")])) == []
 
 
+def test_differences_among_runs_whose_seeds_are_not_known():
+    """Each against the first by name, of the same method and bits."""
+    about = [("sgd", "fp", "FP", 7.0), ("adam", "fp", "FP", 4.0), ("late", "fp", "FP", 5.0), ("int8", "x", "W8A8", 9.0)]
+    rows = [row(name, m, bits, value=v, samples=[v, v + 1], train_seed="unknown") for name, m, bits, v in about]
+    rows.append(row("ours", "fp", "FP", value=1.0, samples=[1.0, 2.0], train_seed=3))
+    found = among_themselves(pd.DataFrame(rows))
+    assert [(d.run, d.baseline, d.value) for d in found] == [("late", "adam", 1.0), ("sgd", "adam", 3.0)]
+
+
+def test_differences_of_estimates_are_over_the_probes():
+    """Where one error is over probes, for these samples, the other is, too: none for an exact trace."""
+    estimate = row("a", value=5.0, samples=None, sem=0.3, sem_data=math.nan, ci95=0.7)
+    exact = row("b", value=4.0, sem=0.0, sem_data=2.0, ci95=4.0)
+    assert difference(pd.Series(estimate), pd.Series(exact)).ci95 == pytest.approx(0.7)
+    assert difference(pd.Series(estimate), pd.Series(estimate)).ci95 == pytest.approx(0.7 * math.sqrt(2))
+    both = [pd.Series({**exact, "samples": None, "ci95": half}) for half in (3.0, 4.0)]
+    assert difference(*both).ci95 == pytest.approx(5.0)
+
+
 class TestOverSeeds:
     """Differences of several training seeds on the same images."""
 
@@ -412,7 +430,6 @@ def test_losses_in_words():
 
 
 def test_samples_are_images_where_they_are_known_to_be():
-    assert set(DATASETS) == PICTURES
     rows = [row(epoch=epoch, n_data=64) for epoch in (0, 1)]
     assert "on 64 training images without augmentation" in caption5(pd.DataFrame(rows))
     assert "on 64 samples without augmentation" in caption5(pd.DataFrame(rows).assign(dataset="mine:patients"))

@@ -381,7 +381,8 @@ def test_no_torch_is_loaded_and_equal_files_give_an_equal_page(measured, written
 def test_nothing_measured_is_said_with_the_command(tiny_runs, tmp_path):
     shutil.copytree(tiny_runs, tmp_path / "my runs")
     result = call("report", "--ckpt-dir", "my runs", "-o", "page.html")
-    assert "Not measured: Figure 5 (fpq-analyze hessian --ckpt-dir 'my runs')" in words(result.stderr)
+    assert "Not measured: Figure 5" in words(result.stderr)
+    assert "  fpq-analyze hessian --ckpt-dir 'my runs'" in result.stderr.splitlines()
     assert "page.html: 3 runs; no figure of measurements" in words(result.stdout)
     found = Page((tmp_path / "page.html").read_text())
     assert "Trace" not in [text for text, _ in found.tables["Runs"][0]]
@@ -418,9 +419,26 @@ def test_foreign_runs_are_measured_with_what_says_how_to_read_them(runs):
     (runs / "lsq-w4a4" / "run.json").unlink()
     drift = {FIGURES["drift"]: ""}
     missing = dict(not_measured(read_study(runs), drift).names)
-    assert missing["Drift"].endswith(f"--ckpt-dir {runs} --model package.module:factory --data NAME")
+    assert missing["Drift"].endswith(f"--ckpt-dir {runs} --model tests.nets:tiny --data digits")
     missing = dict(not_measured(read_study(runs / "fp", runs / "lsq-w4a4"), drift).names)
     assert f"--ckpt-dir {runs / 'fp'} --records {runs / 'lsq-w4a4'} --model" in missing["Drift"]
+
+
+def test_runs_of_ones_own_are_told_apart_and_compared(runs, tmp_path):
+    about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
+    about |= {"train_seed": None, "model": "mine:Net", "dataset": "mine:pixels", "sem_data": 1.0}
+    for name, value in (("adam", 10.0), ("sgd", 14.0)):
+        samples = [value + i for i in range(about["n_data"])]
+        records.append(tmp_path / "own" / name, "hessian_trace", [{**about, "value": value, "samples": samples}])
+    text = page(tmp_path / "own", tmp_path)
+    assert "Among each other" in text
+    assert "The trace of sgd is 4" in text
+    colours = [re.search(r'background:(#\w+)"></span>' + name, text)[1] for name in ("adam", "sgd")]
+    assert colours[0] != colours[1]
+    assert "--model mine:Net --data mine:pixels" in text
+    assert "package.module:factory" not in text
+    assert "<dt>Clipped</dt>" not in text
+    assert "beside an accuracy" not in text
 
 
 def test_many_runs_are_summed_up(tmp_path):

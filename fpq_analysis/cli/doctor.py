@@ -23,7 +23,7 @@ from fpq_analysis.cli.app import (
     print_table,
     reads_foreign,
 )
-from fpq_analysis.text import printable
+from fpq_analysis.text import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ def doctor(
     check_there(Path(checkpoint))
     from fpq_analysis.doctor import FAULT, NOTE, advice, diagnose_checkpoint
 
-    findings, costs, workers = diagnose_checkpoint(
+    findings, costs, workers, n_data = diagnose_checkpoint(
         checkpoint, n_data=n_data, seed=seed, data_root=data_root, model=model, loss=loss, device=device
     )
     faults, notes = (int((findings["status"] == status).sum()) for status in (FAULT, NOTE))
@@ -71,7 +71,7 @@ def doctor(
             echo()
             _print_workers(workers)
             echo(textwrap.fill(advice(workers), width=80))
-    log(f"{len(findings)} checks: {faults} faults, {notes} notes.")
+    log(f"{counted(len(findings), 'check')}: {counted(faults, 'fault')}, {counted(notes, 'note')}.")
     if faults:
         raise typer.Exit(1)
 

@@ -96,7 +96,7 @@ def hessian(
 
 def print_traces(frame: pd.DataFrame) -> None:
     """The whole-network traces, a row a checkpoint; of long runs the first, the last and some between."""
-    from fpq_analysis.records.comparison import against_baseline
+    from fpq_analysis.records.comparison import against_baseline, among_themselves
     from fpq_analysis.records.queries import totals
     from fpq_analysis.text import listed, number
 
@@ -129,7 +129,7 @@ def print_traces(frame: pd.DataFrame) -> None:
         echo(textwrap.fill(f"± 95 %{which}: over the random probes, for these samples.", width=80))
     echo("Loss, Acc.: on these samples. Clip: weights outside their quantizer's grid.")
     _warn_of_guessing(frame)
-    differences = against_baseline(rows)
+    differences = against_baseline(rows) + among_themselves(rows)
     if differences:
         echo("\nOn the same samples, sample by sample (± 95 %; one training run each):")
         for difference in differences:

@@ -265,12 +265,13 @@ def draw(probe: str, frame: pd.DataFrame, folder: Path) -> list[UserError]:
         What went wrong.
     """
     from fpq_analysis.plots import FIGURES
+    from fpq_analysis.text import written
 
     faults: list[UserError] = []
     for drawing in FIGURES.values():
         if drawing.probe == probe:
             with going_on(faults.append, drawing.title), contextlib.suppress(NothingToDraw):
-                log(f"{drawing.title}: " + ", ".join(map(str, drawing.write(frame, folder))))
+                log(f"{drawing.title}: {written(drawing.write(frame, folder))}")
     return faults
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,8 @@ def report(
     written = write_report(ckpt_dir, output, records=records)
     for caution in written.cautions:
         log(f"Note: {caution}")
-    for name, command in written.missing:
-        log(f"Not measured: {name} ({command})")
+    for names, command in written.missing:
+        log(textwrap.fill(f"Not measured: {names}. To measure:", width=80))
+        log(f"  {command}")
     figures = ", ".join(written.figures) or "no figure of measurements"
     echo(f"{written.path}: {written.runs} run{'s' if written.runs > 1 else ''}; {figures}")

@@ -7,7 +7,6 @@ from fpq_analysis.data.batches import training_sample as training_sample
 from fpq_analysis.data.dataset import Dataset as Dataset
 from fpq_analysis.data.dataset import Split as Split
 from fpq_analysis.data.dataset import parse_normalization as parse_normalization
-from fpq_analysis.data.named import DATASETS as DATASETS
 from fpq_analysis.data.named import load_dataset as load_dataset
 from fpq_analysis.data.named import load_run_data as load_run_data
 from fpq_analysis.data.own import OwnData as OwnData

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpq_analysis.choices import DATASETS
 from fpq_analysis.data.dataset import Dataset, Split, statistics
 from fpq_analysis.data.folder import CHUNK, ImageFiles, Tree
 from fpq_analysis.errors import UserError, did_you_mean
-
-DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 
 
 def load_dataset(

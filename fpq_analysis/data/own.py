@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from fpq_analysis.batch import FORMS, TARGETS, Batch
+from fpq_analysis.choices import DATASETS
 from fpq_analysis.data.draw import HEAD, as_read, draw, fingerprint
-from fpq_analysis.data.named import DATASETS
 from fpq_analysis.errors import UserError
 from fpq_analysis.nests import size
 from fpq_analysis.references import find, where

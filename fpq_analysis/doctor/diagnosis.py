@@ -22,7 +22,7 @@ from fpq_analysis.doctor.workers import WORKERS_COLUMNS, devices, forecast_worke
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
-from fpq_analysis.nests import take
+from fpq_analysis.nests import size, take
 from fpq_analysis.quantizers import adopt
 from fpq_analysis.runs import no_checkpoints, one_run, source_of
 
@@ -88,11 +88,13 @@ class Diagnosis(NamedTuple):
         findings: see `diagnose`.
         costs: see `forecast_measurements`, with a column `device` before the others; empty if there is a fault.
         workers: see `forecast_workers`; empty likewise.
+        n_data: samples that costs and workers are for: as many as were asked for, or as there are.
     """
 
     findings: pd.DataFrame
     costs: pd.DataFrame
     workers: pd.DataFrame
+    n_data: int
 
 
 def diagnose_checkpoint(
@@ -126,7 +128,7 @@ def diagnose_checkpoint(
         if not existing:  # a monitor measured it
             raise UserError(no_checkpoints(file))
         file = existing[max(existing)]
-    no_forecast = pd.DataFrame(columns=["device", *FORECAST_COLUMNS]), pd.DataFrame(columns=WORKERS_COLUMNS)
+    no_forecast = pd.DataFrame(columns=["device", *FORECAST_COLUMNS]), pd.DataFrame(columns=WORKERS_COLUMNS), 0
     with naming(f"'{file}'"):
         content = source.read_checkpoint(file)
         finite = weights(content.state_dict)
@@ -140,9 +142,10 @@ def diagnose_checkpoint(
         frame = diagnose(net, batch, loss=loss, device=where, seed=seed)
         if (frame["status"] == FAULT).any():
             return Diagnosis(frame, *no_forecast)
+        n_used = sum(map(size, as_batches(batch)))
         how: dict[str, Any] = {"loss": loss, "seed": seed}
         costs = {str(one): forecast_measurements(net, batch, device=one, **how) for one in devices(device)}
         workers = forecast_workers(net, batch, device=device, alone=costs, **how)
         for one, of_device in costs.items():
             of_device.insert(0, "device", one)
-        return Diagnosis(frame, pd.concat(costs.values(), ignore_index=True), workers)
+        return Diagnosis(frame, pd.concat(costs.values(), ignore_index=True), workers, n_used)

@@ -18,6 +18,7 @@ from fpq_analysis.errors import Fault, NothingToDraw, UserError, did_you_mean, g
 from fpq_analysis.plots import FIGURES, Drawing
 from fpq_analysis.plots.style import look
 from fpq_analysis.runs import source_of
+from fpq_analysis.text import written
 
 PAPER = tuple(name for name in FIGURES if name.isdigit())
 ALL = "all"
@@ -90,7 +91,8 @@ def draw_figures(
                 frames[what] = _measured(drawing, ckpt_dir, records, where if measure else None, report)
             with look(columns, labels):
                 row = _draw(drawing, frames[what], Path(out), patterns)
-            log(f"{drawing.title}: {row['path'] or row['note']}")
+            files = row["path"] and written([row["path"].with_suffix(suffix) for suffix in (".png", ".pdf", ".txt")])
+            log(f"{drawing.title}: {files or row['note']}")
             drawn.append({"figure": name, "title": drawing.title, **row})
     return pd.DataFrame(drawn, columns=["figure", "title", "path", "note"])
 

@@ -20,6 +20,7 @@ import pandas as pd
 from fpq_analysis.errors import UserError
 from fpq_analysis.intervals import Z95, Crossed, crossed, half_interval, over_seeds
 from fpq_analysis.methods import BASELINE
+from fpq_analysis.records.table import NO_SEED
 from fpq_analysis.text import number
 
 
@@ -169,7 +170,8 @@ def told_apart(ours: Path, theirs: Path) -> tuple[str, str]:
 def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     """Between two rows of records with equal settings: paired by sample where both have `samples`.
 
-    Without these, the errors of the two are taken as independent, which is the wider interval.
+    Without these, the errors of the two are taken as independent, which is the wider interval: over the data where
+    both are known, else over the random probes, for these samples.
     """
     pairs = ours["samples"], theirs["samples"]
     gaps = None
@@ -177,7 +179,9 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
         gaps = np.asarray(pairs[0]) - np.asarray(pairs[1])
         value, sem = float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
     else:
-        value, sem = ours["value"] - theirs["value"], math.hypot(ours["ci95"], theirs["ci95"]) / Z95
+        here = any(pd.isna(row["sem_data"]) for row in (ours, theirs))
+        halves = [Z95 * row["sem"] if here and pd.notna(row["sem_data"]) else row["ci95"] for row in (ours, theirs)]
+        value, sem = ours["value"] - theirs["value"], math.hypot(*halves) / Z95
     return Difference(
         str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), gaps
     )
@@ -218,9 +222,27 @@ def against_baseline(totals: pd.DataFrame, baseline: str = BASELINE) -> list[Dif
         if theirs["run"].nunique() != 1:
             continue
         for _, ours in group[group["method"] != baseline].groupby("run", sort=True):
-            both = sorted(set(ours["epoch"]) & set(theirs["epoch"]))
-            if both:
-                a = ours[ours["epoch"] == both[-1]].iloc[-1]
-                b = theirs[theirs["epoch"] == both[-1]].iloc[-1]
-                found.append(difference(a, b))
+            found += _at_last(ours, theirs)
     return found
+
+
+def among_themselves(totals: pd.DataFrame) -> list[Difference]:
+    """Runs of another program, whose seeds are not known: each against the first by name that is like it.
+
+    Alike are those of equal network, data, method and bits.  Epoch and samples as in `against_baseline`.
+    """
+    same = ["model", "data", "method", "bits", "definition", "estimator", "n_data", "seed"]
+    rows = totals[totals["samples"].notna() & totals["train_seed"].fillna(NO_SEED).eq(NO_SEED)]
+    found = []
+    for _, group in rows.groupby(same, sort=False, dropna=False):
+        first, *others = (run for _, run in group.groupby("run", sort=True))
+        for ours in others:
+            found += _at_last(ours, first)
+    return found
+
+
+def _at_last(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
+    """Of two runs, at the last epoch that both were measured at; nothing if there is none."""
+    both = set(ours["epoch"]) & set(theirs["epoch"])
+    a, b = (rows[rows["epoch"] == max(both, default=None)] for rows in (ours, theirs))
+    return [difference(a.iloc[-1], b.iloc[-1])] if both else []

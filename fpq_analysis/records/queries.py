@@ -6,12 +6,12 @@ import math
 
 import pandas as pd
 
+from fpq_analysis.choices import DATASETS
 from fpq_analysis.intervals import Z95
 from fpq_analysis.loss_titles import loss_title
 from fpq_analysis.methods import bits_rank, method_rank
 from fpq_analysis.text import listed
 
-PICTURES = {"digits", "cifar10", "cifar100", "imagefolder"}  # `data.DATASETS`, which would bring torch
 TRAINED_IN = {"noise-features": "features", "noise-weights": "weights"}
 AT_CHANCE = "at chance"  # status of an accuracy no better than that of naming the most frequent class
 ABOVE_GUESSING = "above guessing"  # of a cross-entropy higher than that of giving the classes' frequencies
@@ -98,7 +98,7 @@ def interval_over(rows: pd.DataFrame) -> str:
 
 def samples_of(rows: pd.DataFrame) -> str:
     """What the rows were measured on: `training images` of a known data set, `samples` of what a user handed over."""
-    return "training images" if set(rows["dataset"]) <= PICTURES else "samples"
+    return "training images" if set(rows["dataset"]) <= {*DATASETS} else "samples"
 
 
 def distinct(rows: pd.DataFrame, column: str) -> str:

@@ -63,6 +63,7 @@ COLUMNS = {
 }
 
 
+NO_SEED = "unknown"  # what stands in tables for the seed of another program's run
 NUMBERS = ("value", "sem", "sem_data", "ci95", "seconds")
 
 
@@ -177,7 +178,7 @@ def read(
 
 
 def _text(seed: int | str | None) -> str:
-    return "unknown" if seed is None else str(seed)
+    return NO_SEED if seed is None else str(seed)
 
 
 def load(root: str | os.PathLike[str], probe: str, on_fault: Fault = raise_fault) -> pd.DataFrame:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
 
 from fpq_analysis.methods import BASELINE, method_label
-from fpq_analysis.records.comparison import Difference, against_baseline, difference
+from fpq_analysis.records.comparison import Difference, against_baseline, among_themselves, difference
 from fpq_analysis.report.cells import plain
 from fpq_analysis.report.study import Study, reading_order
 from fpq_analysis.runs import PLACES, Run
@@ -63,9 +66,18 @@ def varying(runs: Sequence[Run]) -> list[str]:
 
 def against_method(study: Study) -> list[Comparison]:
     """Every quantized run against the LSQ run beside it, see `comparison.against_baseline`; under every definition."""
+    return _compared(study, partial(against_baseline, baseline=BASELINE))
+
+
+def among_own(study: Study) -> list[Comparison]:
+    """Another program's runs, see `comparison.among_themselves`; under every definition."""
+    return _compared(study, among_themselves)
+
+
+def _compared(study: Study, pairs: Callable[[pd.DataFrame], list[Difference]]) -> list[Comparison]:
     found = []
     for definition, rows in study.traces.groupby("definition", sort=False):
-        for gap in against_baseline(rows, BASELINE):
+        for gap in pairs(rows):
             ours, theirs = study.run(gap.run), study.run(gap.baseline)
             if ours is not None and theirs is not None:
                 found.append(Comparison(ours, theirs, str(definition), gap, gap.epoch))

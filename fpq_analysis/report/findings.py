@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from fpq_analysis.intervals import newcombe, over_seeds
 from fpq_analysis.records.comparison import SeedsDifference
-from fpq_analysis.report.comparisons import Comparison, accuracy_pairs, against_float, against_method, variant
+from fpq_analysis.report.comparisons import (
+    Comparison,
+    accuracy_pairs,
+    against_float,
+    against_method,
+    among_own,
+    variant,
+)
 from fpq_analysis.report.study import DEFINITIONS, Study
 from fpq_analysis.runs import Run, number_of
 from fpq_analysis.text import listed
@@ -23,7 +30,7 @@ class Finding:
 
 def findings(study: Study) -> list[Finding]:
     """The study's results: curvature, accuracy, and what their number of seeds allows to say."""
-    comparisons = [c for c in against_method(study) if c.definition == study.definition]
+    comparisons = [c for c in against_method(study) + among_own(study) if c.definition == study.definition]
     found = [
         Finding("Curvature", [*_traces(study, comparisons), *_definitions(study), *_float(study)]),
         Finding("Accuracy", _accuracies(study)),
@@ -48,7 +55,8 @@ def _by_kind(comparisons: Iterable[Comparison]) -> list[list[Comparison]]:
     """Groups of comparisons that differ in nothing but the training seed, each seed once."""
     groups: dict[tuple[object, ...], dict[int | None, Comparison]] = {}
     for c in comparisons:
-        groups.setdefault((c.ours.group, c.ours.kind, c.theirs.kind), {})[c.ours.seed] = c
+        alone = c.ours.name if c.ours.seed is None else ""
+        groups.setdefault((c.ours.group, c.ours.kind, c.theirs.kind, alone), {})[c.ours.seed] = c
     return [list(group.values()) for group in groups.values()]
 
 

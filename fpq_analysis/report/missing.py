@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fpq_analysis.choices import DATASETS
 from fpq_analysis.measures import MEASURES
 from fpq_analysis.plots import Drawing
 from fpq_analysis.report.study import Study
@@ -41,15 +42,14 @@ def not_measured(study: Study, undrawn: Mapping[Drawing, str]) -> Missing:
     Args:
         undrawn: figures with the reason that there is none, empty where there are no records.
     """
-    quantized = any(run.bits != "FP" for run in study.runs)
-    wanted = [one for one, why in undrawn.items() if not why and (quantized or not MEASURES[one.probe].quantized)]
+    wanted = [one for one, why in undrawn.items() if not why and (study.quantized or not MEASURES[one.probe].quantized)]
     found = {drawing.title: drawing.command for drawing in wanted}
     if "sharpness" not in study.probes:
         found["Sharpness"] = "hessian --sharpness"
     folder = f"--ckpt-dir {shlex.quote(str(study.root))}"
     if study.kept != study.root:
         folder += f" --records {shlex.quote(str(study.kept))}"
-    foreign = f" {FOREIGN_OPTIONS}" if any(run.described for run in study.runs) else ""
+    foreign = _foreign(study)
     options: dict[str, str] = {}  # commands of one name are one, with the options of all
     for name, _, own in (command.partition(" ") for command in found.values()):
         if own not in options.setdefault(name, ""):
@@ -60,3 +60,16 @@ def not_measured(study: Study, undrawn: Mapping[Drawing, str]) -> Missing:
         [(drawing.title, why, f"fpq-analyze {drawing.command}") for drawing, why in undrawn.items() if why],
         "; \\\n".join([*together, f"fpq-analyze report {folder}"]) if together else "",
     )
+
+
+def _foreign(study: Study) -> str:
+    """The options that name network and data of another program's runs, as far as the records say them."""
+    theirs = [run for run in study.runs if run.described]
+    if not theirs:
+        return ""
+    models, data = ({getattr(run, what) for run in theirs} for what in ("model", "dataset"))
+    if len(models) > 1 or len(data) > 1:
+        return f" {FOREIGN_OPTIONS}"
+    model, name = models.pop(), data.pop()
+    known = name in DATASETS or ":" in name
+    return f" --model {shlex.quote(model)} --data {shlex.quote(name) if known else 'NAME'}"

@@ -39,7 +39,7 @@ class Report:
         path: the page.
         runs: number of runs in it.
         figures: titles of its figures.
-        missing: what has not been measured, each with the command that does.
+        missing: what has not been measured, with commas, and the command that does.
         cautions: what a reader is warned of.
     """
 
@@ -78,6 +78,8 @@ def write_report(
     missing = not_measured(study, undrawn)
     notes = cautions(study)
     differing, shared = provenance.settings_table(study)
+    accuracy = tables.accuracy_table(study)
+    definitions = [(name, text, name in set(study.traces["definition"])) for name, text in DEFINITIONS.items()]
     page = (
         _environment()
         .get_template("page.html.jinja")
@@ -88,7 +90,7 @@ def write_report(
             findings=findings(study),
             cautions=notes,
             runs=tables.runs_table(study),
-            accuracy=tables.accuracy_table(study),
+            accuracy=accuracy,
             comparisons=tables.comparison_tables(study),
             lead=lead,
             training=side_by_side([one for one in training if one is not lead]),
@@ -96,7 +98,8 @@ def write_report(
             numbers=tables.number_tables(study),
             missing=missing,
             loss=study.loss,
-            definitions=[(name, text, name in set(study.traces["definition"])) for name, text in DEFINITIONS.items()],
+            definitions=[one for one in definitions if one[2] or study.quantized],
+            quantized=study.quantized,
             methods=methods(study),
             differing=differing,
             shared=shared,
@@ -107,7 +110,7 @@ def write_report(
         )
     )
     write_text(path, page)
-    return Report(path, len(study.runs), [picture.title for picture in drawn], missing.names, notes)
+    return Report(path, len(study.runs), [picture.title for picture in drawn], missing.by_command, notes)
 
 
 def _lead(drawn: list[Picture], training: list[Picture]) -> tuple[Picture | None, list[Picture]]:

@@ -74,6 +74,11 @@ class Study:
         return next((name for name in DEFINITIONS if name in known), None)
 
     @property
+    def quantized(self) -> bool:
+        """Whether any of the networks is."""
+        return any(run.bits != "FP" for run in self.runs)
+
+    @property
     def loss(self) -> str:
         """What the loss that was measured is called; empty if nothing was."""
         frames = [self.records(name)[["loss"]] for name in self.probes]

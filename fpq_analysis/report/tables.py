@@ -23,7 +23,7 @@ from fpq_analysis.report.cells import (
     run_cell,
     shown,
 )
-from fpq_analysis.report.comparisons import Comparison, against_float, against_method, variant
+from fpq_analysis.report.comparisons import Comparison, against_float, against_method, among_own, variant
 from fpq_analysis.report.headings import (
     NOT_RESULTS,
     heading,
@@ -125,9 +125,10 @@ def _accuracy(runs: list[Run]) -> Cell:
 
 
 def comparison_tables(study: Study) -> list[Table]:
-    """Differences of traces on the same samples: against LSQ, and against the float network each started from."""
+    """Differences of traces on the same samples: against LSQ, among another program's runs, against the float start."""
     against = {
         f"Against {method_label(BASELINE)}": (against_method(study), "at the last epoch that both have"),
+        "Among each other": (among_own(study), "at the last epoch that both have"),
         "Against the float network": (
             [c for c in against_float(study) if c.definition == study.definition],
             "the run's at its last epoch, the float network's at the checkpoint that the run started from",

@@ -36,8 +36,8 @@ from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 
-from fpq_analysis.choices import check_model_name
-from fpq_analysis.data import DATASETS, Dataset, load_dataset
+from fpq_analysis.choices import DATASETS, check_model_name
+from fpq_analysis.data import Dataset, load_dataset
 from fpq_analysis.errors import UserError, did_you_mean, explained
 from fpq_analysis.methods import METHODS
 from fpq_analysis.runs import Run
