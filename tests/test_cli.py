@@ -322,6 +322,12 @@ def test_compare(runs):
         assert row["value"] == pytest.approx(ours["value"] - theirs["value"], abs=1e-5 * theirs["value"])
         gap = torch.tensor(ours["samples"]) - torch.tensor(theirs["samples"])
         assert row["sem"] == pytest.approx(float(gap.std()) / len(gap) ** 0.5, rel=1e-4, abs=1e-5 * theirs["value"])
+    kept = call("compare", runs / "fpq-w4a4", runs / "lsq-w4a4", "--no-measure", "--json").stdout
+    assert [json.loads(line) for line in kept.splitlines()] == rows
+    result = call("compare", runs, runs / "lsq-w4a4", "--no-measure", code=1)
+    assert "more than one run" in words(result.stderr)
+    result = call("compare", runs / "fpq-w4a4", runs / "fp", "--no-measure", code=1)
+    assert "no records of the trace" in words(result.stderr)
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
     assert "no folder" in words(call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr).lower()

@@ -54,6 +54,7 @@ def compare(
         bool,
         typer.Option("--over-seeds", help="Take the runs beside that differ in nothing but their seed, too."),
     ] = False,
+    measure: Annotated[bool, typer.Option(help="Measure first what is missing.")] = True,
     n_data: NData = 1024,
     seed: Seed = 0,
     data_root: DataRoot = None,
@@ -69,7 +70,8 @@ def compare(
     """Difference of two runs' Hessian traces, epoch by epoch, on the same samples.
 
     Sample by sample, so that the interval is that of the difference: two runs share most of their error over the data.
-    What is not measured yet is measured first. With --over-seeds the last epoch of all pairs of runs with equal seeds
+    What is not measured yet is measured first; with --no-measure the records alone are compared, without checkpoints
+    and data. With --over-seeds the last epoch of all pairs of runs with equal seeds
     is compared, too, and the interval is over seeds and samples.
 
     [bold]Examples[/bold]
@@ -86,10 +88,10 @@ def compare(
     check_engine(executor, jobs)
     if model_b is not None and not isinstance(run_b, Path):
         run_b = replace(run_b, model=model_b)
-    pair = [one_run(folder) for folder in (run_a, run_b)]
+    pair = [one_run(folder) if measure else Path(folder) for folder in (run_a, run_b)]
     import pandas as pd
 
-    from fpq_analysis.pipeline.run import measure
+    from fpq_analysis.pipeline.run import measure as measure_runs
     from fpq_analysis.probes import HessianTrace
     from fpq_analysis.records.comparison import by_epoch, told_apart
     from fpq_analysis.records.queries import totals
@@ -97,8 +99,8 @@ def compare(
 
     names = told_apart(*pair)
     faults: dict[Path, UserError] = {}
-    measured = partial(
-        measure,
+    measured: Callable[..., pd.DataFrame] = partial(
+        measure_runs,
         probe=HessianTrace(definition),
         n_data=n_data,
         seed=seed,
@@ -110,6 +112,8 @@ def compare(
         executor=executor,
         on_fault=faults.__setitem__,
     )
+    if not measure:
+        measured = partial(_recorded, definition=definition, records=records)
     networks = model, model_b or model
     traces = [totals(measured(run, model=network)) for run, network in zip((run_a, run_b), networks, strict=True)]
     if any(frame.empty for frame in traces):
@@ -140,6 +144,25 @@ def compare(
         log("")
         echo(textwrap.fill(several.sentence(*names), width=80))
     fail_all(faults)
+
+
+def _recorded(
+    run: Path, definition: str, records: Path | None, epochs: str | None = None, model: str | None = None
+) -> pd.DataFrame:
+    """Traces from the records alone; `epochs` a single one, and `model` of no use here."""
+    from fpq_analysis.records.table import home, load
+
+    where = home(run, run, records)
+    if not where.is_dir():
+        raise UserError(f"No folder '{where}' with records of '{run}'.")
+    frame = load(where, "hessian_trace")
+    runs = list(frame["run"].unique())
+    if len(runs) > 1:
+        raise UserError(f"'{where}' holds more than one run ({', '.join(runs[:3])}); name one of them.")
+    frame = frame[frame["definition"].isin([definition, "float"])]
+    if frame.empty:
+        raise UserError(f"'{where}' has no records of the trace as '{definition}'. Leave out --no-measure.")
+    return frame if epochs is None else frame[frame["epoch"] == int(epochs)]
 
 
 def _over_seeds(

@@ -191,12 +191,17 @@ def by_epoch(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
     """At every epoch both were measured at, from whole-network traces of one setting each.
 
     Raises:
-        UserError: if the two were not measured on the same data, or have no epoch in common.
+        UserError: if the two were not measured on the same samples, or have no epoch in common.
     """
     if set(ours["data"]) != set(theirs["data"]):
         raise UserError(
             f"{ours['run'].iloc[0]} and {theirs['run'].iloc[0]} were trained on different data, so there are no common "
             "samples to compare them on."
+        )
+    if any(set(ours[column]) != set(theirs[column]) for column in ("n_data", "seed")):
+        raise UserError(
+            f"{ours['run'].iloc[0]} and {theirs['run'].iloc[0]} were measured on different samples (--n-data, --seed). "
+            "Measure both on the same."
         )
     a, b = (rows.drop_duplicates("epoch", keep="last").set_index("epoch", drop=False) for rows in (ours, theirs))
     both = [epoch for epoch in a.index if epoch in b.index]

@@ -283,9 +283,11 @@ def no_checkpoints(folder: Path) -> str:
             "does any folder below it. 'fpq-analyze train' or 'fpq-analyze demo' makes some."
         )
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    measured = next(folder.rglob("records/*.jsonl"), None) is not None
+    kept = " What was measured of them needs neither: figures and compare with --no-measure, and report." * measured
     return (
         f"'{folder}' holds checkpoints of another program ('{others[0].relative_to(folder)}'{more}), which do not say "
-        f"of which network they are and on what data it was trained: add {FOREIGN_OPTIONS}."
+        f"of which network they are and on what data it was trained: add {FOREIGN_OPTIONS}.{kept}"
     )
 
 
