@@ -35,10 +35,6 @@ EXECUTED = {
 NOT_EXECUTED = {  # page and first line: why
     ("docs/training_loop.md", "from fpq_analysis.integrations.lightning"): "test_integrations.py trains with Lightning",
     ("docs/training_loop.md", "from fpq_analysis.integrations.transformers"): "test_transformers.py trains with it",
-    (
-        "docs/quantizers/torch_ao.md",
-        "@register_adapter",
-    ): "MyQuantLinear is the reader's; test_adapters.py registers one",
     ("docs/scale.md", "torch.distributed.init_process_group()"): "test_ranks.py starts the ranks that it needs",
 }
 NO_CODE = {"text", "toml", "eval-rst", "toctree", "include", "grid"}

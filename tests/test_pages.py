@@ -15,7 +15,7 @@ from tests.test_extending import blocks
 
 ROOT = Path(__file__).parent.parent
 FILE = re.compile(r"# (\S+\.py)\n")
-PAGES = ["data.md", "quantizers/torch_ao.md", "quantizers/torchao.md", "quantizers/brevitas.md"]
+PAGES = ["data.md", "quantizers/torch_ao.md", "quantizers/torchao.md", "quantizers/brevitas.md", "quantizers/own.md"]
 NEEDS = ("torchao", "brevitas")  # what pages of these names cannot do without
 
 

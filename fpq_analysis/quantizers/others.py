@@ -33,7 +33,7 @@ SWITCHES = ("fake_quant_enabled", "enabled", "is_enabled", "is_quant_enabled")  
 DISABLE = "model.apply(torch.ao.quantization.disable_observer)"
 LATENT = (
     "Measure definition='latent' (--definition latent), the Hessian in the trained weights; or tell how it rounds: "
-    "fpq_analysis.register_adapter."
+    "fpq_analysis.register_adapter (docs/quantizers/own.md)."
 )
 DISAGREES = (
     "does not move the output as its gradient says (it is rounded behind a straight-through estimator, or a backward "
