@@ -17,6 +17,7 @@ import pytest
 
 from fpq_analysis import UserError, files, measure
 from fpq_analysis.errors import UnfitError
+from fpq_analysis.pipeline import execute
 from fpq_analysis.pipeline.engines.engine import Engine, Resources, open_engine
 from fpq_analysis.pipeline.engines.processes import ProcessEngine
 from fpq_analysis.pipeline.plan import plan
@@ -71,6 +72,32 @@ def test_processes_write_the_same_rows(runs, tiny_runs, tmp_path, engine, wanted
     four = shutil.copytree(tiny_runs, tmp_path / "four")
     measure(four, HessianTrace(), jobs=4, **of(HessianTrace()))
     assert_same(rows_in(four), {about: row for about, row in wanted.items() if about[1] == "hessian_trace"})
+
+
+@dataclass(frozen=True)
+class Loads:
+    """How often this process has seen these very tensors of the data, and of the teacher's file."""
+
+    name = "loads"
+    version = 1
+    needs = ("teacher",)
+
+    def __call__(self, point):
+        _, teacher = execute._kept.beside["teacher"]
+        tensors = {"data": point.batches[1], "teacher": next(iter(teacher.state_dict.values()))}
+        for tensor in tensors.values():
+            tensor.seen = getattr(tensor, "seen", 0) + 1
+        common = {"layer": str(os.getpid())}
+        return [{**common, "quantity": name, "value": float(tensor.seen)} for name, tensor in tensors.items()]
+
+
+def test_a_process_loads_the_data_and_the_teacher_once(runs, engine):
+    """And keeps them from task to task."""
+    frame = run(plan(runs, Loads(), SAMPLING, epochs="0,1,2"), executor=engine)
+    for name in ("data", "teacher"):
+        seen = frame[frame["quantity"] == name].groupby("layer")["value"].apply(sorted)
+        assert seen.map(len).sum() == 6
+        assert all(times == list(range(1, len(times) + 1)) for times in seen)
 
 
 @dataclass(frozen=True)
