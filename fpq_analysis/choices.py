@@ -6,6 +6,7 @@ Without torch, so that a command that is misused answers before that is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from fpq_analysis.errors import UserError, did_you_mean
 
@@ -57,6 +58,20 @@ def check_model_name(name: str) -> None:
             f"Unknown model '{name}'{meant}. The built-in models are {', '.join(MODELS)}; "
             "for your own network give package.module:factory."
         )
+
+
+def check_data_name(name: str) -> None:
+    """Raise `UserError` unless `name` is one of `DATASETS`, or has the form of one's own data, or is there on disk."""
+    if name not in DATASETS and ":" not in name and not name.endswith(".npz") and not Path(name).is_dir():
+        raise unknown_data(name)
+
+
+def unknown_data(name: str) -> UserError:
+    """What to raise for data that are none of `DATASETS`, nor one's own."""
+    return UserError(
+        f"Unknown data set '{name}'{did_you_mean(name, DATASETS)}. Known: {', '.join(DATASETS)}. "
+        "Your own are named package.module:function, or FILE.npz."
+    )
 
 
 def check_loss_name(name: str) -> None:

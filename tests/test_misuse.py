@@ -55,6 +55,7 @@ MISUSED = [
     "hessian --ckpt-dir full --model mine",
     "hessian --ckpt-dir full --model no_module:Net",
     "hessian --ckpt-dir full --data digits",
+    "hessian --ckpt-dir full --model resnet20 --data digit",
     "hessian --ckpt-dir full --normalize half",
     "hessian --ckpt-dir full --model no_module:Net --data digits",
     "gradnorm --ckpt-dir full --definition mine",

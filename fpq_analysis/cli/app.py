@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fpq_analysis.choices import check_model_name
+from fpq_analysis.choices import check_data_name, check_model_name
 from fpq_analysis.cli.options import option, with_options
 from fpq_analysis.errors import UserError, explained
 from fpq_analysis.progress import show_progress
@@ -210,6 +210,7 @@ def _source(
             "package.module:factory. A run of fpq-analyze says both itself."
         )
     check_model(model)
+    check_data_name(data)
     quant = QuantSpec.parse(bits) if bits else None
     from fpq_analysis.runs.foreign import ForeignRuns, foreign_runs, left_out
 

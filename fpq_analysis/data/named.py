@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpq_analysis.choices import DATASETS
+from fpq_analysis.choices import unknown_data
 from fpq_analysis.data.dataset import Dataset, Split, statistics
 from fpq_analysis.data.folder import CHUNK, ImageFiles, Tree
-from fpq_analysis.errors import UserError, did_you_mean
+from fpq_analysis.errors import UserError
 
 
 def load_dataset(
@@ -40,10 +40,7 @@ def load_dataset(
         if root is None:
             raise UserError("The data set 'imagefolder' needs its folder: --data-root DIR")
         return _imagefolder(Path(root), image_size)
-    raise UserError(
-        f"Unknown data set '{name}'{did_you_mean(name, DATASETS)}. Known: {', '.join(DATASETS)}. "
-        "Your own are named package.module:function, or FILE.npz."
-    )
+    raise unknown_data(name)
 
 
 def load_run_data(config: dict[str, Any], root: str | None = None) -> Dataset:
