@@ -636,6 +636,7 @@ def test_lines_are_drawn_with_their_bands(runs):
     assert set(lines) == set(found) == {"FP", "FPQ W4A4", "LSQ W4A4"}
     for name, line in lines.items():
         np.testing.assert_array_equal(line.get_ydata(), found[name].loss)
+    assert len({line.get_marker() for line in lines.values()}) == 3  # in grey they were alike
     assert axes.get_ylabel() == "Mean loss"
     with pytest.raises(NothingToDraw, match="no complete plane"):
         surface_figure(frame)

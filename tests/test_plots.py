@@ -15,6 +15,7 @@ from fpq_analysis import UserError, records
 from fpq_analysis.intervals import crossed, over_seeds
 from fpq_analysis.methods import METHODS, bits_rank, method_rank
 from fpq_analysis.plots import FIGURES, figure1, figure2, figure5, look
+from fpq_analysis.plots.axes import panels
 from fpq_analysis.plots.names import Looks
 from fpq_analysis.plots.style import WIDTHS
 from fpq_analysis.records.queries import ordered
@@ -102,14 +103,9 @@ def texts(figure, renderer):
     return [(text, text.get_window_extent(renderer)) for text in found if id(text) not in unseen]
 
 
-@pytest.mark.parametrize("columns", [1, 2])
-@pytest.mark.parametrize("key", DRAWN)
-def test_nothing_is_clipped_and_nothing_overlaps(key, columns):
-    with look(columns, {"digits": "CIFAR-10 (JPEG)"}):
-        figure = FIGURES[key].draw(measured(key, KINDS if key in ("1", "5") else FEW))
-    assert figure.get_figwidth() == WIDTHS[columns]
-    renderer = drawn(figure)
-    boxes = texts(figure, renderer)
+def assert_fits(figure):
+    """Nothing is clipped and nothing overlaps."""
+    boxes = texts(figure, drawn(figure))
     for text, box in boxes:
         assert box.x0 >= -1, text
         assert box.y0 >= -1, text
@@ -118,6 +114,24 @@ def test_nothing_is_clipped_and_nothing_overlaps(key, columns):
     for (one, a), (two, b) in itertools.combinations(boxes, 2):
         apart = a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1
         assert apart, (one.get_text(), two.get_text())
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("key", DRAWN)
+def test_nothing_is_clipped_and_nothing_overlaps(key, columns):
+    with look(columns, {"digits": "CIFAR-10 (JPEG)"}):
+        figure = FIGURES[key].draw(measured(key, KINDS if key in ("1", "5") else FEW))
+    assert figure.get_figwidth() == WIDTHS[columns]
+    assert_fits(figure)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("key", ["1", "4", "5", "eigenvalues"])
+def test_long_names_of_runs_fit(key, columns):
+    names = [f"a network of mine that has a long name_{i}" for i in range(6)]
+    frame = pd.concat([measured(key, [("lsq", "W4A4")], seeds=1).assign(run=n, train_seed=None) for n in names])
+    with look(columns):
+        assert_fits(FIGURES[key].draw(frame))
 
 
 @pytest.mark.parametrize("key", DRAWN)
@@ -175,16 +189,28 @@ def test_runs_of_one_method_that_are_no_seeds_are_told_apart(key, bits):
     figure = FIGURES[key].draw(pd.concat(own[::-1]))
     drawn(figure)
     artists = [artist for legend in figure.legends for artist in legend.legend_handles]
-    assert [artist.get_label().split("(")[1] for artist in artists if "(" in artist.get_label()] == [
-        "adam)",
-        "sgd)",
-        "sgd_s1)",
-    ]
-    assert len({artist.get_color() for artist in artists if "(" in artist.get_label()}) == 3
+    told = [artist for artist in artists if "(" in artist.get_label()]
+    assert [artist.get_label().split("(")[1] for artist in told] == ["adam)", "sgd)", "sgd_s1)"]
+    assert len({artist.get_color() for artist in told}) == 3
+    assert len({(artist.get_marker(), artist.get_linestyle()) for artist in told}) == 3  # in grey, too
     if key == "1":
         bars = [patch for patch in figure.axes[0].patches if patch.get_height() > 0]
         assert len({bar.get_facecolor() for bar in bars}) == len(bars) == 3
         assert len({label.get_text() for label in figure.axes[0].get_xticklabels()}) == 3
+
+
+def test_float_runs_beside_quantized_ones_are_told_apart_without_colour():
+    kinds = [("fp", "FP"), ("lsq", "W4A4")]
+    own = [measured("5", kinds, seeds=1).assign(run=lambda rows, n=n: n + rows["run"]) for n in ("adam-", "sgd-")]
+    (axes,) = figure5(pd.concat(own)).axes
+    levels = [line for line in axes.lines if str(line.get_label()).startswith("FP (")]
+    assert [line.get_linestyle() for line in levels] == ["-", "--"]
+
+
+@pytest.mark.parametrize(("n", "beside"), [(1, 1), (3, 3), (4, 2), (5, 3), (7, 3)])
+def test_rows_of_panels_are_even(n, beside):
+    _, places = panels(n, 2.0)
+    assert {axes.get_subplotspec().get_gridspec().ncols for axes in places} == {beside}
 
 
 @pytest.mark.parametrize("key", ["1", "2", "5", "drift", "oscillation", "eigenvalues", "noise"])

@@ -262,6 +262,15 @@ def test_differences_that_are_noise_are_called_so():
     assert against_baseline(pd.DataFrame([row("fp", "fp", "FP")])) == []
 
 
+@pytest.mark.parametrize("other", ["a", None])
+def test_seeds_that_are_text_stand_beside_numbers(tmp_path, other):
+    runs = [tmp_path / "ours", tmp_path / "theirs"]
+    for run, seed in zip(runs, (0, other), strict=True):
+        records.append(run, "hessian_trace", [row(train_seed=seed)])
+    caption = caption5(records.read(tmp_path, runs, "hessian_trace"))
+    assert f"training seed 0, {other or 'unknown'}." in caption
+
+
 def test_differences_among_runs_whose_seeds_are_not_known():
     """Each against the first by name, of the same method and bits."""
     about = [("sgd", "fp", "FP", 7.0), ("adam", "fp", "FP", 4.0), ("late", "fp", "FP", 5.0), ("int8", "x", "W8A8", 9.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import pytest
@@ -12,7 +13,7 @@ from fpq_analysis import TrainConfig, UserError
 from fpq_analysis.cli import app
 from fpq_analysis.methods import METHODS, SCHEMES, load_class
 from fpq_analysis.pipeline.task import Sampling
-from fpq_analysis.plots.names import SPARE
+from fpq_analysis.plots.names import SPARE_COLOURS, SPARE_MARKERS
 from fpq_analysis.quantizers import Quantizer
 from fpq_analysis.quantizers.calibration import CALIBRATIONS
 from fpq_analysis.settings import check_settings, documented, setting
@@ -63,9 +64,12 @@ def test_what_the_catalogue_names_is_there():
         assert set(TrainConfig.__dataclass_fields__[name].metadata["choices"]) == set(CALIBRATIONS)
 
 
-def test_no_two_methods_share_a_colour():
-    own = [method.colour for method in METHODS.values() if method.colour]
-    assert len({*own, *(colour for colour, _ in SPARE)}) == len(own) + len(SPARE)
+def test_no_two_methods_share_a_colour_or_a_marker():
+    colours = [*(method.colour for method in METHODS.values() if method.colour), *SPARE_COLOURS]
+    markers = [*(method.marker for method in METHODS.values() if method.colour), *SPARE_MARKERS]
+    assert len(set(colours)) == len(colours)
+    assert len(set(markers)) == len(markers)
+    assert math.lcm(len(SPARE_COLOURS), len(SPARE_MARKERS)) >= 30  # both go round
 
 
 @pytest.mark.parametrize(

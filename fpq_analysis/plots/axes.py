@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fpq_analysis.methods import bits_rank
-from fpq_analysis.plots.names import family_label, subject
+from fpq_analysis.plots.names import Looks, family_label, subject
 from fpq_analysis.plots.style import COLUMNS, WIDTHS
 from fpq_analysis.records.seeds import Curve, families
 
@@ -27,6 +27,7 @@ NARROW = 2.4  # inches of a panel that has no room for long names
 MARKED = 12  # points of a line that get a marker, about
 GLYPH = 0.06  # inches, of a letter in a title or legend, about
 ENTRY = 0.16  # inches, of a line of a legend
+BESIDE = 24  # letters of the longest name of a legend that has room beside the panels
 NAMED = 24  # lines that a legend names at most
 
 
@@ -39,9 +40,9 @@ def panels(n: int, height: float, across: tuple[int, int] = (1, 3), **options: A
         options: of `add_subplot`; `sharex`, `sharey` (True): as the first panel's.
     """
     shared = [name for name in ("sharex", "sharey") if options.get(name)]
-    beside = min(n, across[COLUMNS.get() - 1])
     if "sharey" in shared and n > 3:  # axes that are labelled once take little room
-        beside = max(2, beside)
+        across = (max(2, across[0]), across[1])
+    beside = abreast(n, across)
     down = -(-n // beside)
     figure = Figure(figsize=(WIDTHS[COLUMNS.get()], height * down + 0.35), layout="constrained")
     found: list[Axes] = []
@@ -51,6 +52,11 @@ def panels(n: int, height: float, across: tuple[int, int] = (1, 3), **options: A
     for axes, letter in zip(found if n > 1 else [], letters(), strict=False):
         axes.set_title(letter, loc="left", fontweight="bold")
     return figure, found
+
+
+def abreast(n: int, across: tuple[int, int] = (1, 3)) -> int:
+    """How many of `n` panels stand in a row: of four two, and not three and one; see `panels`."""
+    return math.ceil(n / math.ceil(n / across[COLUMNS.get() - 1]))
 
 
 def kinds(rows: pd.DataFrame, columns: Sequence[str] = ("definition", "estimator")) -> list[tuple[str, pd.DataFrame]]:
@@ -93,13 +99,17 @@ def _across(axes: Axes) -> int:
     return grid.get_gridspec().ncols if grid is not None else 1
 
 
-def head(axes: Axes, text: str) -> None:
-    """The panel's title, in as many lines as it takes to stay above the panel."""
+def room(axes: Axes) -> float:
+    """How wide a panel is, in inches, about: before the figure is laid out."""
     figure: Any = axes.figure
     across = _across(axes)
     beside = 1.3 if COLUMNS.get() == 2 and across > 1 else 0.0  # for a legend
-    room = (figure.get_figwidth() - beside) / across - 0.75
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, max(12, int(room / GLYPH)))]
+    return float((figure.get_figwidth() - beside) / across - 0.75)
+
+
+def head(axes: Axes, text: str) -> None:
+    """The panel's title, in as many lines as it takes to stay above the panel."""
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, max(12, int(room(axes) / GLYPH)))]
     axes.set_title("\n".join(lines))
     letter = axes.get_title("left").strip()
     axes.set_title(letter + "\n" * (len(lines) - 1), loc="left", fontweight="bold")  # beside the first line
@@ -118,7 +128,7 @@ def outer(places: Sequence[Axes], *, x: bool = True) -> None:
 
 
 def legend(figure: Figure, artists: Iterable[Any], most: int = 4) -> None:
-    """One legend for the whole figure, of each label the first artist: to the right of many, else below.
+    """One legend for the whole figure, of each label the first artist: to the right of many short ones, else below.
 
     The figure becomes as high as the legend needs; of very many lines it names some, and says how many more there are.
     """
@@ -131,14 +141,17 @@ def legend(figure: Figure, artists: Iterable[Any], most: int = 4) -> None:
         named = dict(list(by_label.items())[: NAMED - 1])
         more = f"and {len(by_label) - len(named)} more"
         by_label = named | {more: Line2D([], [], linestyle="", label=more)}
-    if COLUMNS.get() == 2 and len(by_label) > most:
+    letters = int((figure.get_figwidth() - 0.6) / (0.9 * GLYPH))
+    by_label = {textwrap.fill(label, letters): artist for label, artist in by_label.items()}
+    longest = max(len(line) for label in by_label for line in label.split("\n"))
+    if COLUMNS.get() == 2 and len(by_label) > most and longest <= BESIDE:
         figure.set_figheight(max(figure.get_figheight(), ENTRY * len(by_label) + 0.3))
-        figure.legend(handles=list(by_label.values()), loc="outside right center", handlelength=2.4)
+        figure.legend(by_label.values(), by_label, loc="outside right center", handlelength=2.4)
         return
-    room = figure.get_figwidth() / (0.4 + 0.9 * GLYPH * max(map(len, by_label)))
-    columns = max(1, min(len(by_label), int(room)))
-    figure.set_figheight(figure.get_figheight() + ENTRY * max(0, -(-len(by_label) // columns) - 2))
-    figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=columns, columnspacing=1.2)
+    columns = max(1, min(len(by_label), int(figure.get_figwidth() / (0.4 + 0.9 * GLYPH * longest))))
+    lines = math.ceil(sum(1 + label.count("\n") for label in by_label) / columns)
+    figure.set_figheight(figure.get_figheight() + ENTRY * max(0, lines - 2))
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 def epoch_axis(axes: Axes, ticks: int = 6) -> None:
@@ -220,11 +233,11 @@ def draw_curve(axes: Axes, one: Curve, look: dict[str, Any], label: str, along: 
     return drawn
 
 
-def draw_level(axes: Axes, one: Curve, color: str, label: str) -> Any:
+def draw_level(axes: Axes, one: Curve, looks: Looks, label: str) -> Any:
     """The last value of a curve as a horizontal line with its interval, on a y axis that is set."""
-    one = one.last()
+    one, color = one.last(), looks.colour(one.first)
     low, high = np.clip([one.low[0], one.high[0]], *axes.get_ylim())
     axes.axhspan(low, high, color=color, alpha=0.12, linewidth=0)
     for run in one.runs if len(one.runs) > 1 else ():
         axes.axhline(run["value"].iloc[0], color=color, linewidth=0.6, alpha=0.5, label="_")
-    return axes.axhline(one.value[0], color=color, linewidth=1.0, label=label)
+    return axes.axhline(one.value[0], color=color, linestyle=looks.dash(one.first), linewidth=1.0, label=label)

@@ -43,7 +43,7 @@ def eigenvalue_figure(records: pd.DataFrame) -> Figure:
     for axes, (title, lines) in zip(places, found, strict=True):
         value_axis(axes, everything)
         for text, one in held:
-            artists.append(draw_level(axes, one, looks.colour(one.first), at_epoch(text, one.x[0])))
+            artists.append(draw_level(axes, one, looks, at_epoch(text, one.x[0])))
         for rank, one in reversed(list(enumerate(lines))):
             mark = looks.line(one.first)
             if rank:

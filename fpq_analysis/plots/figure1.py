@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.axes import draw_curve, head, legend, panels, value_axis
+from fpq_analysis.plots.axes import GLYPH, draw_curve, head, legend, panels, room, value_axis
 from fpq_analysis.plots.names import HATCHES, Looks, family_label, family_title, subject, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import distinct, nearest, samples_of, variances
@@ -60,7 +61,7 @@ def figure1(records: pd.DataFrame, *, quantity: str = "logit_variance", sd: floa
 
 
 def _draw_bars(axes: Axes, panel: pd.DataFrame, looks: Looks) -> None:
-    """Bars of a method side by side, told apart by their hatching."""
+    """Bars of a method side by side, told apart by their hatching; below them its name, or without room its marker."""
     groups = list(families(panel))
     names = [family_title(family, panel) for family in groups]
     found = [curve(family, "sd") for family in groups]
@@ -81,9 +82,19 @@ def _draw_bars(axes: Axes, panel: pd.DataFrame, looks: Looks) -> None:
             each = [float(run["value"].iloc[0]) for run in one.runs]
             spots = place + 0.25 * np.linspace(-1, 1, len(each))
             axes.plot(spots, each, "o", color="0.15", markersize=2.2, markerfacecolor="white", markeredgewidth=0.6)
-    axes.set_xticks([float(np.mean(where)) for where in middles.values()], list(middles))
+    under = {name: float(np.mean(where)) for name, where in middles.items()}
+    inch = 1.1 * (place - 0.5) / room(axes)  # of the axis
+    fit = all(
+        (len(one) + len(other)) / 2 * GLYPH * inch < under[other] - under[one]
+        for one, other in itertools.pairwise(under)
+    )
+    axes.set_xticks(list(under.values()), list(under) if fit else [""] * len(under))
     if len(middles) > 5:
         axes.tick_params(axis="x", labelsize=6)
+    if not fit:  # then the marker that the run has in the legend
+        for at, one in zip(itertools.chain(*middles.values()), found, strict=True):
+            mark = looks.line(one.first) | {"linestyle": "", "markersize": 5, "label": "_"}
+            axes.plot(at, -0.07, **mark, transform=axes.get_xaxis_transform(), clip_on=False)
     axes.grid(False, axis="x")
     widths = list(dict.fromkeys(str(one.first["bits"]) for one in found if one.first["bits"] != "FP"))
     if widths:

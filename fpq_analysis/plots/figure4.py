@@ -23,7 +23,6 @@ from fpq_analysis.records.seeds import families
 from fpq_analysis.text import listed
 
 IN_PAPER = ("fp", "lsq", "fpq")  # the paper's; other methods where there is none of these
-LINES = {"fp": "-", "lsq": "--", "fpq": "-."}  # not by colour alone
 BANDWIDTH = 0.25  # standard deviation of the kernel, in standard deviations of the values that are not zero
 POINTS = 400  # of a curve
 
@@ -131,10 +130,10 @@ def _draw(axes: Axes, band: pd.DataFrame, image: int, looks: Looks) -> list[Any]
     for first, run in runs:
         if quantity in set(run["quantity"]):
             y = smooth(_samples(run, "density_edges"), _samples(run, quantity), width, reflect, x)
-            line, color = LINES.get(first["method"], "-"), looks.colour(first)
+            color = looks.colour(first)
             if not lines:  # what the others are held against
                 axes.fill_between(x, 0, y, color=color, alpha=0.1, linewidth=0)
-            lines += axes.plot(x, y, color=color, linestyle=line, label=family_title(run, band))
+            lines += axes.plot(x, y, color=color, linestyle=looks.dash(first), label=family_title(run, band))
     axes.set_xlim(x[0], x[-1])
     return lines
 

@@ -64,7 +64,7 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str], looks: 
         if one.first["bits"] not in widths:
             continue
         if levels[place]:
-            artists.append(draw_level(axes, one, looks.colour(one.first), at_epoch(text, one.x[-1])))
+            artists.append(draw_level(axes, one, looks, at_epoch(text, one.x[-1])))
         else:
             shift = apart * (place - (len(found) - 1) / 2)
             look = looks.line(one.first)

@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from scipy.interpolate import RegularGridInterpolator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.axes import head, log_ticks, panels
-from fpq_analysis.plots.names import LINES, Looks, titles
+from fpq_analysis.plots.axes import MARKED, abreast, head, log_ticks, panels
+from fpq_analysis.plots.names import Looks, titles
 from fpq_analysis.plots.style import COLUMNS, WIDTHS, style
 from fpq_analysis.records.queries import ordered, samples_of
 from fpq_analysis.records.seeds import families
@@ -99,8 +99,7 @@ def by_dimension(records: pd.DataFrame) -> tuple[list[Terrain], list[list[Terrai
 
 def _height(n: int) -> float:
     """Of a panel, so that a plane beside others is square."""
-    beside = min(n, (1, 3)[COLUMNS.get() - 1])
-    return min(2.5, 0.82 * WIDTHS[COLUMNS.get()] / beside)
+    return min(2.5, 0.82 * WIDTHS[COLUMNS.get()] / abreast(n))
 
 
 def smoothed(terrain: Terrain, wide: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,8 +170,11 @@ def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
     least = min(float(np.nanmin(line.loss)) for line in lines)
     for line in lines:
         (x,) = line.grid
-        color = looks.colour(line.first) if not len(line.networks) else "black"
-        axes.plot(x, line.loss, color=color, linestyle=LINES.get(str(line.first["bits"]), "-"), label=line.title)
+        look = looks.line(line.first) | {"markevery": max(1, len(x) // MARKED)}
+        if len(line.networks):
+            look = {"color": "black", "linestyle": look["linestyle"]}
+        color = look["color"]
+        axes.plot(x, line.loss, **look, label=line.title)
         low, high = line.loss - line.rise_half, line.loss + line.rise_half
         here, half = line.loss[line.centre], line.half[line.centre]
         # A logarithmic axis has no room below zero.

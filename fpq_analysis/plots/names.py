@@ -25,18 +25,16 @@ TITLES = {
 LABELS: ContextVar[Mapping[str, str]] = ContextVar(
     "labels", default=MappingProxyType({})
 )  # the user's own; see `style.look`
-# Colours and markers of methods to which `methods.py` gives none, of unknown ones, and of several runs of one method.
-SPARE = (
-    ("#8C564B", "h"),
-    ("#7F7F7F", "X"),
-    ("#B5A300", "*"),
-    ("#17A2B8", "p"),
-    ("#C2185B", "8"),
-    ("#34495E", "H"),
-    ("#7CB342", "1"),
-)
+# Of methods to which `methods.py` gives none, of unknown ones, and of several runs of one method: colours whose
+# lightness differs from each to the next, and shapes that no method has.  Each goes round by itself: 30 looks.
+SPARE_COLOURS = ("#B5A300", "#34495E", "#8C564B", "#17A2B8", "#7F7F7F", "#7CB342")
+BAR = ((-1, -2), (1, -2), (1, 2), (-1, 2), (-1, -2))
+HOURGLASS = ((-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
+BOW_TIE = ((-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1))
+SPARE_MARKERS = ("X", BAR, HOURGLASS, BOW_TIE, "*")
 LINES: dict[str, Any] = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 OTHER_LINE = (0, (5, 1, 1, 1, 1, 1))  # of other bit widths
+DASHES = ("-", "--", "-.", ":", OTHER_LINE)  # of lines without markers, one after the other
 HATCHES = {"FP": "", "W4A4": "", "W2A4": "/////", "W2A2": "xxxxx", "W8A8": "....."}
 
 
@@ -128,13 +126,19 @@ class Looks:
         strangers = [place for place in self._places.values() if place[1] or place[0] not in owners]
         self._spare = list(dict.fromkeys(strangers))
 
-    def _of(self, first: pd.Series | Mapping[str, Any]) -> tuple[str, str]:
+    def _of(self, first: pd.Series | Mapping[str, Any]) -> tuple[str, Any]:
         """Colour and marker of the run of a row."""
         place = self._places[first["run"]]
         if place in self._spare:
-            return SPARE[self._spare.index(place) % len(SPARE)]
+            i = self._spare.index(place)
+            return SPARE_COLOURS[i % len(SPARE_COLOURS)], SPARE_MARKERS[i % len(SPARE_MARKERS)]
         own = METHODS[place[0]]
         return str(own.colour), own.marker
+
+    def dash(self, first: pd.Series | Mapping[str, Any]) -> Any:
+        """How a line without markers is drawn, so that it is not told apart by its colour alone."""
+        places = list(dict.fromkeys(self._places.values()))
+        return DASHES[places.index(self._places[first["run"]]) % len(DASHES)]
 
     def colour(self, first: pd.Series | Mapping[str, Any]) -> str:
         """The colour of the run of a row."""

@@ -55,7 +55,7 @@ def _draw(axes: Axes, title: str, panel: pd.DataFrame, widths: set[str], looks: 
     artists = []
     for level, (text, one) in zip(levels, named, strict=True):
         if level:
-            artists.append(draw_level(axes, one, looks.colour(one.first), at_epoch(text, one.x[-1])))
+            artists.append(draw_level(axes, one, looks, at_epoch(text, one.x[-1])))
         elif one.first["bits"] in widths:
             artists.append(draw_curve(axes, one, looks.line(one.first), text))
     epoch_axis(axes)

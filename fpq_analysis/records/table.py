@@ -166,7 +166,7 @@ def read(
         with going_on(partial(on_fault, run), f"'{run}'"):
             name, found = run_name(root, run), read_rows(_file(run, probe))
             rows += [{**row, "run": name} for row in found if keys is None or row["key"] in keys]
-    if any(row.get("train_seed") is None for row in rows):
+    if not all(isinstance(row.get("train_seed"), int) for row in rows):
         # Text then for all: captions sort and print seeds, and a column of numbers would turn 0 into 0.0.
         rows = [{**row, "train_seed": _text(row.get("train_seed"))} for row in rows]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
