@@ -144,7 +144,7 @@ class Looks:
         """The colour of the run of a row."""
         return self._of(first)[0]
 
-    def line(self, first: pd.Series) -> dict[str, Any]:
+    def line(self, first: pd.Series | Mapping[str, Any]) -> dict[str, Any]:
         """How its line is drawn: the line itself, and whether markers are filled, by bit width."""
         (own, marker), bits = self._of(first), str(first["bits"])
         filled = bits in ("FP", "W4A4", "W8A8")
