@@ -32,7 +32,7 @@ figure5(records)
 print(caption5(records))
 
 # %% [markdown]
-# Two networks share most of their error over the images, so that their difference, taken image by image, is surer than the
+# Two networks share most of their error over the images, so that their difference, taken image by image, is known better than the
 # bands suggest:
 
 # %%

@@ -69,7 +69,7 @@ traces[["run", "epoch", "value", "ci95", "n_data", "estimator", "definition"]].r
 # %% [markdown]
 # ## What it says
 #
-# Two networks share most of their error over the images, so that their difference, taken image by image, is surer than the
+# Two networks share most of their error over the images, so that their difference, taken image by image, is known better than the
 # intervals in the table suggest:
 
 # %%
