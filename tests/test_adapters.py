@@ -162,14 +162,20 @@ def test_noise_is_in_the_steps_of_the_quantizer_that_a_convolution_takes_from(fr
 # --- adapters of one's own ---
 
 
+def rounded(x, step, low, high):
+    """Straight-through where it is not clipped."""
+    q = (x / step).round()
+    x = torch.where((q >= low) & (q <= high), x, x.detach())
+    return x + (q.clamp(low, high) * step - x).detach()
+
+
 class Ternary(nn.Linear):
     """Somebody's layer: weights of -s, 0 and s."""
 
     s = 0.05
 
     def forward(self, x):
-        q = (self.weight / self.s).clamp(-1, 1)
-        return F.linear(x, self.s * (q + (q.round() - q).detach()), self.bias)
+        return F.linear(x, rounded(self.weight, self.s, -1, 1), self.bias)
 
 
 @pytest.fixture
@@ -208,6 +214,60 @@ def test_an_adapter_that_disagrees_with_the_forward_pass_is_found_out(registry, 
     for function in (hessian_trace, sharpness, output_variance, feature_statistics):
         with pytest.raises(UserError, match=rf"disagrees with the forward pass: {said}"):
             function(ternary_net(), (X.float(), Y))
+
+
+class PassesAll(Ternary):
+    """Gradients pass where weights are clipped, too."""
+
+    def forward(self, x):
+        q = self.s * (self.weight / self.s).round().clamp(-1, 1)
+        return F.linear(x, self.weight + (q - self.weight).detach(), self.bias)
+
+
+class PassesBeforeRounding(Ternary):
+    def forward(self, x):
+        q = (self.weight / self.s).clamp(-1, 1)
+        return F.linear(x, self.s * (q + (q.round() - q).detach()), self.bias)
+
+
+class EveryGradient(Affine):
+    def quantize(self, x):
+        return x + (super().quantize(x) - x).detach()
+
+
+@pytest.mark.parametrize("kind", [PassesAll, PassesBeforeRounding])
+def test_an_adapter_that_stops_other_gradients_than_the_layer_is_found_out(registry, kind):
+    """Its latent Hessian was that of another network, which gives the same outputs."""
+    model = nn.Sequential(nn.Flatten(), kind(36, 4), nn.ReLU(), nn.Linear(4, 3)).double().eval()
+    register_adapter(kind)(ternary)
+    with pytest.raises(UserError, match=r"disagrees with the backward pass: '1' passes a gradient to its weight"):
+        hessian_trace(model, (X, Y), definition="latent")
+    if kind is PassesAll:
+        every = lambda layer: plain_layer(layer, nn.Linear, EveryGradient(torch.tensor(0.05), torch.tensor(0), -1, 1))  # noqa: E731
+        register_adapter(kind)(every)
+        dense = dense_hessian(model, list(model.parameters()), X, Y)
+        trace = hessian_trace(model, (X, Y), definition="latent").value
+        assert trace == pytest.approx(float(dense.diagonal().sum()), rel=1e-9)
+
+
+class Steps(nn.Module):
+    """Activations on `levels` steps of 0.1."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, x):
+        return rounded(x, 0.1, 0, self.levels)
+
+
+def test_an_adapter_that_is_wrong_for_a_sample_among_many_is_found_out(registry):
+    x = 5 * torch.cat([X.float()] * 3)[:64]
+    x[:4] /= 100
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), Steps(15), nn.Linear(4, 3)).eval()
+    register_adapter(Steps)(lambda module: Affine(torch.tensor(0.1), torch.tensor(0), 0, 255))
+    with pytest.raises(UserError, match="disagrees with the forward pass: what '2' puts out"):
+        hessian_trace(model, (x, torch.arange(len(x)) % 3))
 
 
 def test_an_adapter_that_forgets_a_quantizer_of_activations_is_found_out(registry):

@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from fpq_analysis import records
+from fpq_analysis import files, records
 from fpq_analysis.cli import app
 from fpq_analysis.cli.measuring import shorten_runs
 from fpq_analysis.probes import HessianTrace
@@ -331,6 +331,26 @@ def test_compare(runs):
     result = call("compare", runs, runs / "lsq-w4a4", *FAST, code=1)
     assert "more than one run" in " ".join(result.stderr.split())
     assert "no folder" in words(call("compare", runs / "nothing", runs / "lsq-w4a4", code=1).stderr).lower()
+
+
+def test_what_is_on_record_is_compared_alike(runs, tmp_path):
+    """What else was measured of one of the runs, of another definition, loss or sample, came in between."""
+    pair = [shutil.copytree(runs / name, tmp_path / name) for name in ("fpq-w4a4", "lsq-w4a4")]
+    rows = call("compare", *pair, *FAST, "--json").stdout
+    others = [{"definition": "float"}, {"loss": "squared_error"}, {"seed": 7}, {"n_data": 16}, {"estimator": "other"}]
+    path = pair[0] / "records" / "hessian_trace.jsonl"
+    own = files.read_jsonl(path)
+    for i, other in enumerate(others):
+        for key in dict.fromkeys(row["key"] for row in own):
+            some = [{**row, **other, "settings": f"other {i}", "key": f"{key} {i}"} for row in own if row["key"] == key]
+            records.append(pair[0], "hessian_trace", [{**row, "value": 2 * row["value"]} for row in some])
+    assert call("compare", *pair, "--no-measure", "--json").stdout == rows
+    assert "32 samples, drawn by --seed 0" in words(call("compare", *pair, "--no-measure").stdout)
+    for option in (["--loss", "squared_error"], ["--definition", "latent"]):
+        assert "no records of the trace" in words(call("compare", *pair, "--no-measure", *option, code=1).stderr)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"seed": 7' in line))
+    said = words(call("compare", *pair, "--no-measure", code=1).stderr)
+    assert "measured on the same samples: on record are 32 by --seed 7, and 32 by --seed 0" in said
 
 
 def test_compare_over_seeds(runs, tmp_path):

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from fpq_analysis import QuantSpec, UserError, calibrate, quantize
 from fpq_analysis.cli import app
 from fpq_analysis.doctor import COLUMNS, advice, diagnose, forecast_measurements, forecast_workers
+from fpq_analysis.doctor.functions import check_functions
+from fpq_analysis.doctor.model_under_test import prepare, same_random_state
 from fpq_analysis.doctor.workers import WORKERS_COLUMNS
 from tests.nets import FunctionalGelu, Tied, tiny
 from tests.words import words
@@ -282,6 +284,78 @@ def test_a_straight_through_estimator_with_weights_on_its_edge(inputs):
         weight = model[0].weight
         weight[::2] = weight.abs().max() * weight[::2].sign() * (1 - 1e-5 * torch.rand_like(weight[::2]))
     assert findings(model, x, y).loc["Functions", "status"] == "ok"
+
+
+class Kinky(torch.autograd.Function):
+    """softplus(x) with a slope that jumps everywhere: a step of all of many entries goes over a kink of some."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.softplus(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x.sigmoid() + (20 * x).floor() / 20)
+
+
+class KinkyAndWrong(Kinky):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x.detach().sigmoid() + (20 * x).floor() / 20)
+
+
+def single(kind):
+    """The same for float32 alone, as some kernels are."""
+
+    class Single(kind):
+        @staticmethod
+        def forward(ctx, x):
+            if x.dtype != torch.float32:
+                raise RuntimeError("float32 only")
+            return kind.forward(ctx, x)
+
+    return Single
+
+
+class Coarse(Kinky):
+    """Computes in float32, whatever it is given."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (grad.float() * (x.float().sigmoid() + (20 * x.float()).floor() / 20)).to(grad)
+
+
+class Steep(Kinky):
+    """Its gradient is nothing but jumps."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x.sigmoid() + 1e12 * x).sin()
+
+
+@pytest.mark.parametrize(
+    ("function", "status"),
+    [
+        (Kinky, "fine"),
+        (KinkyAndWrong, "wrong"),
+        (single(Kinky), "fine"),
+        (single(KinkyAndWrong), "wrong"),
+        (Coarse, "fine"),
+        (Steep, "unknown"),
+    ],
+)
+def test_a_wrong_second_derivative_shows_among_kinks_and_in_float32(function, status):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20_000), Apply(function), nn.Linear(20_000, 3)).eval()
+    tested = prepare(model, (VECTORS, CLASSES), "cross_entropy", None, 0)
+    with same_random_state(tested.device):
+        (verdict,) = check_functions(tested.precise)
+    assert verdict.status == status, verdict.detail
 
 
 def test_a_function_on_the_inputs_too():

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from fpq_analysis import UserError, files, measure
+from fpq_analysis import ForeignRuns, UserError, files, measure
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.pipeline import execute
 from fpq_analysis.pipeline.engines.engine import Engine, Resources, open_engine
@@ -27,6 +28,7 @@ from fpq_analysis.probes import Drift, HessianEigs, HessianTrace
 from fpq_analysis.probes.landscape import LandscapeSettings
 from fpq_analysis.training import read_sweep, run_sweep
 from fpq_analysis.training.sweep import DONE, FAILED
+from tests.nets import tiny
 from tests.test_execution import NET, WHERE, call, of, rows_in
 from tests.test_sweeps import STUDY
 
@@ -213,8 +215,6 @@ def test_errors_come_back(engine):
 
 
 def test_cores_are_divided(engine):
-    import torch
-
     assert engine.submit(torch.get_num_threads).result() == engine.threads
 
 
@@ -224,6 +224,50 @@ def test_a_script_that_does_not_guard_its_main_is_told_so(tmp_path, runs):
     result = subprocess.run([sys.executable, script, runs, tmp_path], capture_output=True, text=True, check=False)
     assert "`if __name__ == '__main__':`" in result.stderr
     assert "no process could be started" in result.stderr
+
+
+OWN = """
+import sys
+import torch
+from fpq_analysis import ForeignRuns, HessianTrace, measure
+from tests.nets import tiny
+def Net():
+    return tiny()
+if __name__ == "__main__":
+    torch.save(Net().state_dict(), "epoch_1.pt")
+    for jobs in (1, 2):
+        source = ForeignRuns(".", Net, "digits")
+        frame = measure(source, HessianTrace(), n_data=16, device="cpu", jobs=jobs, overwrite=True)
+        print(*frame.iloc[-1][["model", "factory", "key", "value"]])
+"""
+
+
+def test_a_network_that_stands_in_a_script_is_the_same_one_in_its_processes(tmp_path):
+    """There the script's own module has another name, `__mp_main__`."""
+    script = tmp_path / "script.py"
+    script.write_text(OWN)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    here, there = (line.split() for line in done.stdout.splitlines())
+    assert here[0] == "__main__:Net"
+    assert there[:3] == here[:3]
+    assert float(there[3]) == pytest.approx(float(here[3]), rel=1e-6)
+
+
+def test_code_that_was_changed_meanwhile_is_not_measured_under_the_old_key(tmp_path, monkeypatch):
+    """By a process that was started later, or a job that had waited."""
+    mine = tmp_path / "changing_net.py"
+    mine.write_text("from tests.nets import tiny\ndef Net():\n    return tiny()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    torch.save(tiny().state_dict(), tmp_path / "epoch_1.pt")
+    todo = plan(ForeignRuns(tmp_path, "changing_net:Net", "digits"), HessianTrace(), Sampling(16, device="cpu"))
+    mine.write_text(mine.read_text() + "\nNet.scale = 2\n")
+    with (
+        ProcessEngine(1, "cpu") as engine,
+        pytest.raises(UserError, match="is not what it was when this command began"),
+    ):
+        run(todo, executor=engine)
+    assert not rows_in(tmp_path)
 
 
 def test_engines_are_named(tmp_path):

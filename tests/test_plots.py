@@ -213,6 +213,13 @@ def test_rows_of_panels_are_even(n, beside):
     assert {axes.get_subplotspec().get_gridspec().ncols for axes in places} == {beside}
 
 
+def test_a_run_that_was_measured_on_other_data_too_has_one_look():
+    rows = measured("5", [("lsq", "W4A4")], seeds=2)
+    first = rows[rows["run"] == rows["run"].iloc[0]]
+    looks = Looks(families(pd.concat([first.assign(data="other"), rows])))
+    assert len({looks.colour(row) for _, row in rows.iterrows()}) == 1
+
+
 @pytest.mark.parametrize("key", ["1", "2", "5", "drift", "oscillation", "eigenvalues", "noise"])
 @pytest.mark.parametrize(("half", "spread"), [(2.0, 1.0), (50.0, 40.0)])
 def test_bands_and_bars_end_on_the_axis(key, half, spread):

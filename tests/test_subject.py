@@ -505,6 +505,18 @@ def test_a_loss_above_guessing_shows(capsys):
         assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def test_probabilities_as_targets_have_a_loss_of_their_own():
+    """That of a network that gives just them was called worse than a guess by their most probable class."""
+    targets = torch.tensor([[0.6, 0.4]]).repeat(100, 1)
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(targets[0].log())
+    found = hessian_trace(model, (torch.randn(100, 2), targets))
+    assert found.loss == pytest.approx(-float((targets[0] * targets[0].log()).sum()), rel=1e-5)
+    assert not found.above_guessing
+
+
 @pytest.mark.parametrize("place", [0, 300, 4999, 8999])
 def test_a_label_that_is_no_class_is_found_wherever_it_is(place):
     """Of much data only some is run through the model first; the labels are all looked at."""

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.pipeline.engines.engine import check_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
 
@@ -93,7 +93,7 @@ def compare(
 
     from fpq_analysis.pipeline.run import measure as measure_runs
     from fpq_analysis.probes import HessianTrace
-    from fpq_analysis.records.comparison import by_epoch, told_apart
+    from fpq_analysis.records.comparison import alike, by_epoch, told_apart
     from fpq_analysis.records.queries import totals
     from fpq_analysis.text import number
 
@@ -113,16 +113,22 @@ def compare(
         on_fault=faults.__setitem__,
     )
     if not measure:
-        measured = partial(_recorded, definition=definition, records=records)
+        measured = partial(_recorded, definition=definition, loss=loss, records=records)
     networks = model, model_b or model
-    traces = [totals(measured(run, model=network)) for run, network in zip((run_a, run_b), networks, strict=True)]
+
+    def both(runs: Sequence[Any], n_data: int, seed: int, **options: str) -> list[pd.DataFrame]:
+        pairs = zip(runs, networks, strict=True)
+        frames = [totals(measured(run, model=network, **options)) for run, network in pairs]
+        return frames if measure or any(frame.empty for frame in frames) else list(alike(*frames, n_data, seed))
+
+    traces = both((run_a, run_b), n_data, seed)
     if any(frame.empty for frame in traces):
         fail_all(faults)
     for run, frame in zip(pair, traces, strict=True):
         if frame.empty:
             raise UserError(f"No checkpoint of '{run}' has a finite trace, so there is nothing to compare.")
     found = by_epoch(*(frame.assign(run=name) for frame, name in zip(traces, names, strict=True)))
-    several = _over_seeds(pair, networks, found[-1], measured) if over_seeds else None
+    several = _over_seeds(pair, found[-1], traces[0], both) if over_seeds else None
     if json:
         rows = [difference.as_row() for difference in found]
         print_json(pd.DataFrame(rows + ([several.as_row()] if several is not None else [])))
@@ -139,7 +145,8 @@ def compare(
     echo(textwrap.fill(found[-1].sentence(), width=80))
     how = "Paired, sample by sample" if found[-1].paired else "Not paired (the measurement does not see single samples)"
     n_used = int(traces[0]["n_data"].max())  # there may be fewer than were asked for
-    echo(f"{how}: {n_used} samples; one training run each.")
+    drawn = "" if measure else f", drawn by --seed {traces[0]['seed'].iloc[0]}"
+    echo(f"{how}: {n_used} samples{drawn}; one training run each.")
     if several is not None:
         log("")
         echo(textwrap.fill(several.sentence(*names), width=80))
@@ -147,48 +154,47 @@ def compare(
 
 
 def _recorded(
-    run: Path, definition: str, records: Path | None, epochs: str | None = None, model: str | None = None
+    run: Path, definition: str, loss: str, records: Path | None, epochs: str | None = None, model: str | None = None
 ) -> pd.DataFrame:
     """Traces from the records alone; `epochs` a single one, and `model` of no use here."""
-    from fpq_analysis.records.table import home, load
+    from fpq_analysis.records.table import home, read
 
     where = home(run, run, records)
     if not where.is_dir():
         raise UserError(f"No folder '{where}' with records of '{run}'.")
-    frame = load(where, "hessian_trace")
-    runs = list(frame["run"].unique())
-    if len(runs) > 1:
-        raise UserError(f"'{where}' holds more than one run ({', '.join(runs[:3])}); name one of them.")
-    frame = frame[frame["definition"].isin([definition, "float"])]
+    folders = sorted(path.parent.parent for path in where.rglob("records/hessian_trace.jsonl"))
+    if len(folders) > 1:
+        held = ", ".join(folder.name for folder in folders[:3])
+        raise UserError(f"'{where}' holds more than one run ({held}); name one of them.")
+    frame = read(where, folders, "hessian_trace")
+    frame = frame[frame["loss"] == loss]
+    wanted = frame["definition"] == definition
+    # Of a network without quantizers all three are one.
+    frame = frame[wanted if wanted.any() else (frame["definition"] == "float") & (frame["bits"] == "FP")]
     if frame.empty:
-        raise UserError(f"'{where}' has no records of the trace as '{definition}'. Leave out --no-measure.")
+        raise UserError(f"'{where}' has no records of the trace as '{definition}' of {loss}. Leave out --no-measure.")
     return frame if epochs is None else frame[frame["epoch"] == int(epochs)]
 
 
 def _over_seeds(
-    pair: list[Path],
-    networks: tuple[str | None, str | None],
-    last: Difference,
-    measured: Callable[..., pd.DataFrame],
+    pair: list[Path], last: Difference, traces: pd.DataFrame, both: Callable[..., list[pd.DataFrame]]
 ) -> SeedsDifference:
-    """The differences at one epoch of all pairs of runs with equal seeds."""
+    """The differences at one epoch of all pairs of runs with equal seeds, on the samples of these traces."""
     from fpq_analysis.records.comparison import SeedsDifference, by_epoch
-    from fpq_analysis.records.queries import totals
     from fpq_analysis.runs import seeds_of
 
     ours, theirs = map(seeds_of, pair)
-    both = sorted(set(ours) & set(theirs))
-    if len(both) < 2:
+    seeds = sorted(set(ours) & set(theirs))
+    if len(seeds) < 2:
         raise UserError(
             f"Beside '{pair[0]}' and '{pair[1]}' there are no pairs of runs with other training seeds and the same "
             "settings. Train some (fpq-analyze train --seed 1 ...), or leave out --over-seeds."
         )
+    n_data, drawn = (int(traces[column].iloc[0]) for column in ("n_data", "seed"))
     found = []
-    for seed in both:
-        frames = [
-            totals(measured(runs[seed], epochs=str(last.epoch), model=network))
-            for runs, network in zip((ours, theirs), networks, strict=True)
-        ]
+    for seed in seeds:
+        frames = both((ours[seed], theirs[seed]), n_data, drawn, epochs=str(last.epoch))
+        frames = [frame[(frame["n_data"] == n_data) & (frame["seed"] == drawn)] for frame in frames]
         if not any(frame.empty for frame in frames):
             found += by_epoch(*frames)
     if len(found) < 2:

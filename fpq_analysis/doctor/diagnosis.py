@@ -22,7 +22,7 @@ from fpq_analysis.doctor.workers import WORKERS_COLUMNS, devices, forecast_worke
 from fpq_analysis.errors import UnfitError, UserError, naming
 from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
-from fpq_analysis.nests import size, take
+from fpq_analysis.nests import size
 from fpq_analysis.quantizers import adopt
 from fpq_analysis.runs import no_checkpoints, one_run, source_of
 
@@ -55,7 +55,7 @@ def diagnose(
     """
     batches = as_batches(batches)
     try:
-        adopted = adopt(with_forward(model, forward), take(batches[0][0], slice(2)))
+        adopted = adopt(with_forward(model, forward), batches[0][0])
     except UserError as error:
         return _frame({"quantizers": Finding(FAULT, str(error))})
     found = {name: check(model if name == "mode" else adopted) for name, check in STANDING.items()}

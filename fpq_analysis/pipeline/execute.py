@@ -17,8 +17,8 @@ from fpq_analysis.batch import Batch
 from fpq_analysis.data import own
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError, explained
-from fpq_analysis.nests import moved, take
-from fpq_analysis.pipeline.plan import network_code
+from fpq_analysis.nests import moved
+from fpq_analysis.pipeline.plan import key_now, network_code
 from fpq_analysis.pipeline.task import Sampling, Task, TaskResult
 from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
 from fpq_analysis.quantizers import adopt, quantization
@@ -121,7 +121,7 @@ def read(task: Task) -> Checkpoint:
     """The checkpoint of a task.
 
     Raises:
-        UserError: if it cannot be read, or is not the one that was planned.
+        UserError: if it cannot be read, or what is to be measured is not what was planned.
     """
     measurement = task.measurement
     content = task.source.read_checkpoint(measurement.path)
@@ -129,6 +129,11 @@ def read(task: Task) -> Checkpoint:
         raise UserError(
             f"'{measurement.path}' is not what it was when this command began: it was changed since, or the run.json "
             "beside it is of another run. Run the command again; if it stays so, put the right run.json there."
+        )
+    if key_now(task) != measurement.key:
+        raise UserError(
+            f"'{measurement.path}': the code of the network or of the loss, or a checkpoint beside, is not what it was "
+            "when this command began, and its numbers would stand for those. Run the command again."
         )
     return content
 
@@ -172,7 +177,7 @@ def build_network(content: Checkpoint, sampling: Sampling) -> nn.Module:
         batches = images(content, sampling)
         inputs, _ = batches if isinstance(batches, tuple) else batches[0]
         content.check_runs(net, inputs)
-        return adopt(net, take(inputs, slice(2)))
+        return adopt(net, inputs)
     return net
 
 

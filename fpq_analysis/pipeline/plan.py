@@ -251,6 +251,13 @@ def _hashes(probe: Probe, networks: dict[str, Path], auxiliary: tuple[Path, ...]
     return {need: file_hash(path) for need, path in networks.items()}
 
 
+def key_now(task: Task) -> str:
+    """The key that its measurement would be planned with now, in this process: of the code and files that it finds."""
+    measurement, sampling = task.measurement, task.sampling
+    beside = _hashes(task.probe, measurement.networks, measurement.auxiliary)
+    return measurement_key(measurement.header, task.probe, settings_of(task.probe, sampling), beside, sampling.model)
+
+
 def check_probe(probe: object) -> None:
     """Raise `UserError` unless it is a probe, and not its class or its name."""
     if isinstance(probe, type) or not (is_dataclass(probe) and hasattr(probe, "needs")):

@@ -117,11 +117,11 @@ class Looks:
         self._places: dict[object, tuple[str, int]] = {}
         alike: Counter[tuple[str, ...]] = Counter()
         for family in families:
-            if family["run"].iloc[0] in self._places:  # measured on other data, too
-                continue
             key = tuple(str(family[column].iloc[0]) for column in ("method", "bits", "model", "dataset"))
-            self._places |= dict.fromkeys(family["run"], (key[0], alike[key]))
-            alike[key] += 1
+            known = [self._places[run] for run in family["run"] if run in self._places]  # measured on other data, too
+            place = known[0] if known else (key[0], alike[key])
+            alike[key] += not known
+            self._places = dict.fromkeys(family["run"], place) | self._places
         owners = {name for name, row in METHODS.items() if row.colour}
         strangers = [place for place in self._places.values() if place[1] or place[0] not in owners]
         self._spare = list(dict.fromkeys(strangers))

@@ -32,7 +32,7 @@ class Fit:
     Attributes:
         loss, accuracy: means; `accuracy` is NaN where targets are no class numbers.
         chance: accuracy of always naming the class that is the most frequent here; NaN as `accuracy`.
-        guess: cross-entropy of always giving the classes' frequencies here; NaN for other losses.
+        guess: cross-entropy of always giving the classes' frequencies here; NaN for other losses and targets.
     """
 
     loss: float
@@ -107,7 +107,9 @@ def examine(view: nn.Module, data: list[Batch], loss: Loss) -> Fit:
         return Fit(mean, error, math.nan, math.nan, math.nan, math.nan, n)
     accuracy = float(hits.mean())
     frequencies = classes.long().bincount() / len(classes)
-    guess = float(torch.special.entr(frequencies).sum()) if loss.name == "cross_entropy" else math.nan
+    # Of probabilities as targets, the most probable classes are not what the best guess goes by.
+    plain = loss.name == "cross_entropy" and not any(y.is_floating_point() for y in leaves(data[0][1]))
+    guess = float(torch.special.entr(frequencies).sum()) if plain else math.nan
     return Fit(mean, error, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), float(frequencies.max()), guess, n)
 
 

@@ -117,7 +117,7 @@ def prepare(
     where = torch.device(device) if device is not None else model_device(model)
     pairs = as_batches(batches, micro_batch)
     _check_weights(model)
-    model = adopt(with_forward(model, forward), take(pairs[0][0], slice(2)))
+    model = adopt(with_forward(model, forward), pairs[0][0])
     check_definition_applies(model, definition)
     view = take_view(model, definition).to(where)
     named = variables(view)

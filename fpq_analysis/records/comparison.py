@@ -187,6 +187,40 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     )
 
 
+def alike(ours: pd.DataFrame, theirs: pd.DataFrame, n_data: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of two runs' whole-network traces on record those that were measured alike: with one setting, on one sample.
+
+    Where several are, those on the sample of this number and seed; and of these, or without any, those of most epochs,
+    the newest last.
+
+    Raises:
+        UserError: if there are none.
+    """
+    for same in (["settings"], ["n_data", "seed"]):  # another definition of a float network has other settings
+        pairs = [
+            (a, b)
+            for value, b in theirs.groupby(same, sort=False)
+            for key, a in ours.groupby(same, sort=False)
+            if key == value and set(a["epoch"]) & set(b["epoch"])
+        ]
+        if pairs:
+            return max(
+                reversed(pairs),
+                key=lambda pair: (
+                    (pair[0]["n_data"].iloc[0], pair[0]["seed"].iloc[0]) == (n_data, seed),
+                    len(set(pair[0]["epoch"]) & set(pair[1]["epoch"])),
+                ),
+            )
+    samples = [
+        " and ".join(f"{n} by --seed {s}" for n, s in sorted(set(zip(rows["n_data"], rows["seed"], strict=True))))
+        for rows in (ours, theirs)
+    ]
+    raise UserError(
+        f"{ours['run'].iloc[0]} and {theirs['run'].iloc[0]} have no epoch that was measured on the same samples: on "
+        f"record are {samples[0]}, and {samples[1]}. Measure both alike."
+    )
+
+
 def by_epoch(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Difference]:
     """At every epoch both were measured at, from whole-network traces of one setting each.
 

@@ -14,6 +14,8 @@ from typing import Any
 
 STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 PACKAGES = {"site-packages", "dist-packages"}
+# A script's name as it runs, and in the processes that it starts.
+SCRIPT = ("__main__", "__mp_main__")
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -33,7 +35,7 @@ def factory_name(factory: Callable[..., Any]) -> str:
     while isinstance(factory, functools.partial):
         factory = factory.func
     named = factory if hasattr(factory, "__qualname__") else type(factory)
-    return f"{named.__module__}:{named.__qualname__}"
+    return f"{SCRIPT[0] if named.__module__ in SCRIPT else named.__module__}:{named.__qualname__}"
 
 
 # Once: what is loaded stays what it was, whatever becomes of its file.  A module that is reloaded has new functions.
@@ -126,7 +128,7 @@ def _home(thing: Any) -> str:
 def _text(module: ModuleType) -> str | None:
     """A module's source; None for what runs as a script or notebook, and for what has none."""
     file = getattr(module, "__file__", None)
-    if module.__name__ == "__main__" or not file or not file.endswith(".py"):
+    if module.__name__ in SCRIPT or not file or not file.endswith(".py"):
         return None
     try:
         return Path(file).read_text(errors="replace")

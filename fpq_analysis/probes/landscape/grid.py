@@ -28,7 +28,7 @@ from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction, with_forward
 from fpq_analysis.losses import LossFunction
 from fpq_analysis.models import model_device
-from fpq_analysis.nests import device_of, take
+from fpq_analysis.nests import device_of
 from fpq_analysis.probes.eigs import hessian_eigs
 from fpq_analysis.probes.landscape import directions as geometry
 from fpq_analysis.probes.landscape.choices import DEFINITION, LandscapeChoices, quantity
@@ -103,7 +103,7 @@ class LossGrid:
             "sem": 0.0,
         }
         carried_moves: list[Move] = []
-        others = (adopt(with_forward(other, forward), take(subject.data[0][0], slice(2))) for other in auxiliary)
+        others = (adopt(with_forward(other, forward), subject.data[0][0]) for other in auxiliary)
         if choices.plane == "random":
             self.directions = geometry.random_directions(network.sizes, choices.dim, seed)
         elif choices.plane == "hessian":

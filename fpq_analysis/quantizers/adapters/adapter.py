@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import Forward
-from fpq_analysis.quantizers.adapters.agreement import Passed, check_agreement
+from fpq_analysis.nests import size, split, take
+from fpq_analysis.quantizers.adapters.agreement import check_agreement
 from fpq_analysis.quantizers.adapters.inputs import name_input_quantizers
 from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
@@ -36,6 +37,8 @@ FRONT_ENDS = {
     "modelopt.": "modelopt",
 }
 OUTPUT_QUANTIZER = "output_quantizer"
+# Samples on which an adapter has to agree, and of these at once, as all that modules get and give is kept.
+SHOWN, AT_ONCE = 16, 2
 OBSERVERS = ("observer_enabled", "static_enabled")  # switches of those that set a scale by what passes through
 
 _adapters: dict[type[nn.Module], Adapter] = {}
@@ -107,12 +110,13 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     `model` itself, without wrappers, if there is nothing to adopt, or not all of its weights' quantizers have adapters.
 
     In the copy scales are frozen, observers switched off, and parameters have the names they had.  It computes the
-    same, which is checked: each layer with a quantizer, on what it gets for `inputs`, must give what the original gave;
-    the weights used must be equal, and so the outputs.
+    same, which is checked: each layer with a quantizer, on what it gets for `inputs`, must give what the original gave,
+    and pass gradients where that does; the weights used must be equal, and so the outputs.
 
     Args:
-        inputs: what the model is called with, on any device; None for no check.  With them, a quantizer at the output
-            of a layer is also known as that of the input of the layers behind (which noise and features ask for).
+        inputs: what the model is called with, on any device, of which some are tried; None for no check.  With them, a
+            quantizer at the output of a layer is also known as that of the input of the layers behind (which noise and
+            features ask for).
 
     Raises:
         UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
@@ -128,21 +132,22 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
         for switch in OBSERVERS:
             if isinstance(getattr(module, switch, None), Tensor):
                 getattr(module, switch).zero_()
-    before = None
+    original, names = None, [name for name, module in theirs.named_modules() if has_adapter(module)]
     if inputs is not None and torch.float64 in kinds:
         adopt(copy.deepcopy(theirs).float(), inputs)  # to check it: other programs' kernels may know float32 only
     elif inputs is not None:
-        before = Passed.of(theirs, [name for name, module in theirs.named_modules() if has_adapter(module)], inputs)
+        original = copy.deepcopy(theirs)
     try:
         ours = _turn(theirs, "", {})
     except UnknownQuantizerError:  # what stands in the way of a measurement is said by `others.py`
         return model
     if any(WEIGHT in name for name, _, _ in other_quantizers(ours)):
         return model
-    if before is not None:
-        check_agreement(before, ours, inputs)
-    if inputs is not None:
-        name_input_quantizers(ours, inputs)
+    parts = [] if inputs is None else split(take(inputs, slice(None, None, -(-size(inputs) // SHOWN))), AT_ONCE)
+    for part in parts if original is not None else []:
+        check_agreement(original, names, ours, part)
+    if parts:
+        name_input_quantizers(ours, parts[0])
     return ours
 
 

@@ -87,9 +87,10 @@ class Passed:
 
 
 @torch.no_grad()
-def check_agreement(before: Passed, adopted: nn.Module, inputs: Any) -> None:
-    """Raise `UserError` unless `adopted`, and each module of it on its own, computes what was computed before."""
-    modules = dict(adopted.named_modules())
+def check_agreement(original: nn.Module, names: list[str], adopted: nn.Module, inputs: Any) -> None:
+    """Raise `UserError` unless `adopted`, and each module of these names on its own, computes what `original` does."""
+    before = Passed.of(original, names, inputs)
+    theirs, modules = dict(original.named_modules()), dict(adopted.named_modules())
     for name, calls in before.calls.items():
         for call in calls if name in modules else ():
             with _Weights() as weights:
@@ -98,11 +99,52 @@ def check_agreement(before: Passed, adopted: nn.Module, inputs: Any) -> None:
             steps = [q.step_size for q in modules[name].children() if isinstance(q, Quantizer)]
             largest = max((float(step.max()) for step in steps if step.numel()), default=0.0)
             _check(f"what '{name}' puts out", call.output, output, largest, FLIPPED)
+            _check_gradients(name, theirs[name], modules[name], call)
     rounds = any(isinstance(module, Quantizer) for module in modules.values())
     output = adopted(fitted(inputs, adopted))
     for was, now in zip(tree_leaves(_plain(before.output)), tree_leaves(_plain(output)), strict=True):
         if isinstance(was, Tensor):
             _check("the outputs", was, now, PASSED_ON * float(was.abs().max()) if rounds else 0.0, 1.0)
+
+
+def _check_gradients(name: str, theirs: nn.Module, ours: nn.Module, call: _Call) -> None:
+    """Where gradients pass and where not, as far as the original has some.
+
+    A scale that is worked out from the weight may be differentiated there, and is a constant here: so that an entry for
+    each scale may be off, and all may a little.
+    """
+    try:
+        was = _gradients(theirs, call)
+    except Exception:  # not made for that: no second derivative is measured of it
+        return
+    now = _gradients(ours, call)
+    scales = sum(q.step_size.numel() for q in ours.modules() if isinstance(q, Quantizer))
+    for where in was.keys() & now.keys():
+        a, b = was[where].abs(), now[where].abs()
+        large = torch.maximum(a, b)
+        off = ((was[where] - now[where]).abs() > large / 2) & (large > large.square().mean().sqrt() / 10)
+        if int(off.sum()) > scales + FLIPPED * off.numel():
+            raise UserError(
+                f"The adapter disagrees with the backward pass: '{name}' passes a gradient to its {where} where the "
+                f"adapter's quantizer does not, or the other way round ({float(off.double().mean()):.1%} of the "
+                "entries). Give a quantizer with the same straight-through gradient: docs/quantizers/own.md."
+            )
+
+
+@torch.enable_grad()
+def _gradients(module: nn.Module, call: _Call) -> dict[str, Tensor]:
+    """Of a random projection of the output, in the first input and in the weight."""
+    args = _copied(call.args)
+    leaves = {"input": args[0].detach().requires_grad_()} if args and isinstance(args[0], Tensor) else {}
+    for name, p in module.named_parameters():
+        if name in ("weight", "parametrizations.weight.original"):
+            leaves["weight"] = p
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.is_floating_point() and leaf.requires_grad}
+    args = (leaves["input"], *args[1:]) if "input" in leaves else args
+    output = _plain(module(*args, **_copied(call.kwargs)))
+    along = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    found = torch.autograd.grad(output, list(leaves.values()), along, allow_unused=True)
+    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
 def _check_weights(name: str, layer: nn.Module, were: list[Tensor], are: list[Tensor]) -> None:
