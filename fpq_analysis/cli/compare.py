@@ -119,7 +119,9 @@ def compare(
     def both(runs: Sequence[Any], n_data: int, seed: int, **options: str) -> list[pd.DataFrame]:
         pairs = zip(runs, networks, strict=True)
         frames = [totals(measured(run, model=network, **options)) for run, network in pairs]
-        return frames if measure or any(frame.empty for frame in frames) else list(alike(*frames, n_data, seed))
+        if measure or any(frame.empty for frame in frames):
+            return frames
+        return list(alike(frames[0], frames[1], n_data, seed))
 
     traces = both((run_a, run_b), n_data, seed)
     if any(frame.empty for frame in traces):

@@ -132,7 +132,8 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
         for switch in OBSERVERS:
             if isinstance(getattr(module, switch, None), Tensor):
                 getattr(module, switch).zero_()
-    original, names = None, [name for name, module in theirs.named_modules() if has_adapter(module)]
+    original: Any = None
+    names = [name for name, module in theirs.named_modules() if has_adapter(module)]
     if inputs is not None and torch.float64 in kinds:
         adopt(copy.deepcopy(theirs).float(), inputs)  # to check it: other programs' kernels may know float32 only
     elif inputs is not None:
@@ -143,10 +144,10 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
         return model
     if any(WEIGHT in name for name, _, _ in other_quantizers(ours)):
         return model
-    parts = [] if inputs is None else split(take(inputs, slice(None, None, -(-size(inputs) // SHOWN))), AT_ONCE)
-    for part in parts if original is not None else []:
-        check_agreement(original, names, ours, part)
-    if parts:
+    if inputs is not None:
+        parts = split(take(inputs, slice(None, None, -(-size(inputs) // SHOWN))), AT_ONCE)
+        for part in parts if original is not None else []:
+            check_agreement(original, names, ours, part)
         name_input_quantizers(ours, parts[0])
     return ours
 
