@@ -92,7 +92,7 @@ class Measure:
 class VarianceSettings:
     """Of `output_variance`."""
 
-    sds: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.5), "Of the noise, with commas; may be repeated.")
+    sds: tuple[float, ...] = setting((0.05, 0.1, 0.2, 0.5), "Standard deviations of the noise; may be repeated.")
     n_draws: int = setting(8, "Draws of the noise per sample.")
 
     def __post_init__(self) -> None:
@@ -108,8 +108,8 @@ class GradNormSettings:
     """Of `gradient_norms`; the batch size is that of the paper's training."""
 
     definition: str = setting("dequantized", "dequantized, latent or float.")
-    n_draws: int = setting(8, "Of noise in the weights; a quarter in features.")
-    batch_size: int = setting(256, "Of the minibatches.")
+    n_draws: int = setting(8, "Draws of noise in the weights; a quarter as many in features.")
+    batch_size: int = setting(256, "Samples in a minibatch.")
 
     def __post_init__(self) -> None:
         check_definition(self.definition)

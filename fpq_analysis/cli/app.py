@@ -131,7 +131,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="List the jobs with time
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of the data set (not for digits).")]
 Jobs = Annotated[str, typer.Option(help="Processes at a time: a number, or auto.")]
-Engine = Annotated[str | None, typer.Option("--executor", help="Where it is done: docs/scale.md.")]
+Engine = Annotated[str | None, typer.Option("--executor", help="Where the tasks run: docs/scale.md.")]
 ShardOf = Annotated[str | None, typer.Option("--shard", help="i/N: the share of the i-th of N machines.")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as JSON lines on stdout.")]
 
@@ -142,7 +142,7 @@ HOW_TO_READ = {  # name: type, default, help
     "image_size": (int | None, None, "Side to which images are resized."),
     "normalize": (str, "data", "data (its own statistics), none, half, imagenet, or MEANS/STDS."),
     "bits": (str | None, None, "WxAy, for a network quantized by quantize()."),
-    "transform": (str | None, None, "Of your data's inputs: package.module:function."),
+    "transform": (str | None, None, "Applied to your data's inputs: package.module:function."),
     "forward": (str | None, None, "How the network is called: package.module:function of (model, inputs)."),
 }
 

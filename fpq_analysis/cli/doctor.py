@@ -39,7 +39,7 @@ def doctor(
     loss: Loss = "cross_entropy",
     device: Device = "auto",
     n_data: Annotated[int, typer.Option(help="Samples to check on, and to forecast for.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the samples and of the directions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of random directions.")] = 0,
     json: Json = False,
 ) -> None:
     """Can curvature be measured on this checkpoint? Checks, cures, and what each measurement will cost.

@@ -43,7 +43,7 @@ def figures(
     runs: Annotated[
         list[str] | None, typer.Option(help="Only runs whose name fits, for example '*w4a4*'; may be repeated.")
     ] = None,
-    width: Annotated[int, typer.Option(help="Of a figure, in columns of a page: 1 or 2.", min=1, max=2)] = 2,
+    width: Annotated[int, typer.Option(help="Width of a figure, in columns of a page.", min=1, max=2)] = 2,
     label: Annotated[
         list[str] | None,
         typer.Option(help="NAME=TEXT: what to call a data set, network, method or run; may be repeated."),

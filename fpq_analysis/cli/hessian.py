@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 @measuring_command(fixed={"n_data": None})
 def hessian(
     settings: Settings,
-    definition: Annotated[str, typer.Option(help="dequantized, latent, float, or all three.")] = "dequantized",
+    definition: Annotated[str, typer.Option(help="dequantized, latent or float; all: the three.")] = "dequantized",
     top_k: Annotated[int, typer.Option(help="How many of the largest eigenvalues.")] = 0,
     density: Annotated[bool, typer.Option("--density", help="Spectral density, with its figure.")] = False,
     sharpness: Annotated[bool, typer.Option("--sharpness", help="Sharpness invariant to rescaling.")] = False,
-    method: Annotated[str, typer.Option(help="Of the trace: auto, exact, sampled, deflated, ...")] = "auto",
+    method: Annotated[str, typer.Option(help="For the trace: auto, exact, sampled, deflated, ...")] = "auto",
     operator: Annotated[str, typer.Option(help="hessian; or gauss-newton, whose trace any network has.")] = "hessian",
     engine: Annotated[str, typer.Option(help="builtin, or pyhessian as a cross-check.")] = "builtin",
     n_data: Annotated[int | None, typer.Option(help="Samples. Default: 1024; with --tol, all.")] = None,
     tol: Annotated[float | None, typer.Option(help="Wanted relative standard error of the trace.")] = None,
-    n_products: Annotated[int, typer.Option(help="Products of an estimator, without --tol.")] = 100,
+    n_products: Annotated[int, typer.Option(help="Hessian-vector products, without --tol.")] = 100,
     n_labels: Annotated[int, typer.Option(help="Labels drawn per sample, without --tol.")] = 4,
 ) -> None:
     """Hessian of every checkpoint of every run: its trace, as a table and as Figure 5, and what else is asked for.

@@ -37,10 +37,10 @@ def landscape(
     points: Annotated[int, typer.Option(help="Grid points along each axis.")] = 25,
     span: Annotated[float | None, typer.Option(help="Axes from -span to span. Default: 1; hessian 0.5.")] = None,
     batchnorm: Annotated[
-        str, typer.Option(help="pca, --through: interpolate or re-estimate its statistics.")
+        str, typer.Option(help="pca, --through: interpolate or re-estimate statistics.")
     ] = "interpolate",
-    epoch: Annotated[int | None, typer.Option(help="Of each run. Default: its last.")] = None,
-    html: Annotated[bool, typer.Option("--html", help="A page to turn the surface in, too (needs plotly).")] = False,
+    epoch: Annotated[int | None, typer.Option(help="Epoch of each run. Default: its last.")] = None,
+    html: Annotated[bool, typer.Option("--html", help="Also an interactive surface (needs plotly).")] = False,
 ) -> None:
     """The loss on a plane through weight space about the last checkpoint of every run, as contours and as a surface.
 
