@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from fpq_analysis import UserError, records
 from fpq_analysis.intervals import crossed, over_seeds
 from fpq_analysis.methods import METHODS, bits_rank, method_rank
-from fpq_analysis.plots import FIGURES, figure1, figure2, figure5, look
+from fpq_analysis.plots import FIGURES, figure1, figure2, figure5, look, training_figure
 from fpq_analysis.plots.axes import panels
 from fpq_analysis.plots.names import Looks
 from fpq_analysis.plots.style import WIDTHS
@@ -132,6 +132,24 @@ def test_long_names_of_runs_fit(key, columns):
     frame = pd.concat([measured(key, [("lsq", "W4A4")], seeds=1).assign(run=n, train_seed=None) for n in names])
     with look(columns):
         assert_fits(FIGURES[key].draw(frame))
+
+
+def test_legends_of_densities_stand_above_the_curves():
+    with look(1):
+        figure = FIGURES["density"].draw(measured("density", FEW))
+    renderer = drawn(figure)
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        highest = max(line.get_ydata().max(initial=0) for line in axes.lines)
+        assert axes.transData.transform((0, highest))[1] <= legend.get_window_extent(renderer).y0
+        assert [line.get_linestyle() for line in legend.legend_handles] == ["--", "-"]  # in grey, too
+
+
+def test_an_axis_without_epoch_0_says_nothing_of_it():
+    rows = measured("5", FEW).assign(test_accuracy=0.9, variant=lambda frame: frame["method"])
+    for first, label in ((0, "Epoch (0: before training)"), (1, "Epoch")):
+        (axes,) = training_figure(rows[rows["epoch"] >= first]).axes
+        assert axes.get_xlabel() == label
 
 
 @pytest.mark.parametrize("key", DRAWN)

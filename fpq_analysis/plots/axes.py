@@ -158,7 +158,7 @@ def epoch_axis(axes: Axes, ticks: int = 6) -> None:
     """Label the x axis as one of epochs, with whole numbers, `ticks` at most."""
     figure: Any = axes.figure
     narrow = figure.get_figwidth() / _across(axes) < NARROW
-    axes.set_xlabel("Epoch" if narrow else "Epoch (0: before training)")
+    axes.set_xlabel("Epoch" if narrow or axes.dataLim.x0 > 0 else "Epoch (0: before training)")
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
 
 

@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.methods import METHODS
 from fpq_analysis.plots.axes import head, kinds, outer, panels, powers_of_ten
-from fpq_analysis.plots.names import Looks, at_epoch, titles
+from fpq_analysis.plots.names import SPARE_COLOURS, Looks, at_epoch, titles
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.comparison import MIN_SEEDS
 from fpq_analysis.records.queries import distinct, mean_loss, samples_of
@@ -53,7 +52,10 @@ def density_figure(records: pd.DataFrame) -> Figure:
         _name_axes(axes)
         head(axes, text)
         if epochs != [""]:
-            axes.legend(loc="upper right")
+            axes.legend(loc="upper right", borderaxespad=0)
+    low, high = np.log10(places[0].get_ylim())
+    entries = max(len(axes.get_legend_handles_labels()[0]) for axes in places)
+    places[0].set_ylim(top=10 ** (low + (high - low) / (1 - 0.13 * entries)))  # room for the legends; of all panels
     outer(places, x=False)
     return figure
 
@@ -62,7 +64,7 @@ def density_figure(records: pd.DataFrame) -> Figure:
 def measure_figure(nodes: np.ndarray, weights: np.ndarray) -> Figure:
     """The same of bare Lanczos nodes and weights, (runs, steps) each; of a single run without a band."""
     figure, (axes,) = panels(1, 2.3)
-    _draw(axes, [(nodes, weights)], str(METHODS["fp"].colour), "", True)
+    _draw(axes, [(nodes, weights)], SPARE_COLOURS[0], "", True)
     _name_axes(axes)
     return figure
 
@@ -73,7 +75,7 @@ def _samples(run: pd.DataFrame) -> Measure:
 
 
 def _draw(axes: Axes, runs: Sequence[Measure], color: str, text: str, outliers: bool) -> None:
-    """One curve; `runs`: differ by their training seed."""
+    """One curve, dashed without `outliers`; `runs`: differ by their training seed."""
     low, high = min(nodes.min() for nodes, _ in runs), max(nodes.max() for nodes, _ in runs)
     scale = WIDTH * (high - low) or 1.0
     grid = np.linspace(low - 5 * scale, high + 5 * scale, POINTS)
@@ -88,13 +90,14 @@ def _draw(axes: Axes, runs: Sequence[Measure], color: str, text: str, outliers: 
     ]
     each = smooth[0] if len(runs) == 1 else np.stack([one.mean(0) for one in smooth])
     mean = each.mean(0)
-    axes.plot(grid, np.maximum(mean, FLOOR), color=color, linewidth=1.0, label=text)
+    line = "-" if outliers else "--"
+    axes.plot(grid, np.maximum(mean, FLOOR), line, color=color, linewidth=1.0, label=text)
     if len(each) >= (2 if len(runs) == 1 else MIN_SEEDS):
         error = each.std(0, ddof=1) / np.sqrt(len(each))
         ends = np.maximum(mean - error, FLOOR), np.maximum(mean + error, FLOOR)
         axes.fill_between(grid, *ends, color=color, alpha=0.2, lw=0)
-    for line in each if len(runs) > 1 else ():
-        axes.plot(grid, np.maximum(line, FLOOR), color=color, linewidth=0.5, alpha=0.5, label="_")
+    for one in each if len(runs) > 1 else ():
+        axes.plot(grid, np.maximum(one, FLOOR), line, color=color, linewidth=0.5, alpha=0.5, label="_")
     if outliers:
         alone = np.concatenate([standing_alone(nodes, 4 * scale) for nodes, _ in runs])
         axes.plot(alone, np.full(len(alone), 2 * FLOOR), "^", color=color, markersize=3.5, mew=0, label="_")

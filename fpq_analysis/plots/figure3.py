@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from fpq_analysis.errors import NothingToDraw
@@ -22,7 +23,9 @@ from fpq_analysis.records.queries import last_epochs, samples_of
 from fpq_analysis.records.seeds import families
 
 MOST = 32  # channels, as in the paper
-MEAN = "#E69F00"  # the paper's orange line
+# The paper's orange line for the mean, with a dark edge, so that it is seen on its box in grey, too.
+EDGE = [withStroke(linewidth=2.4, foreground="0.25")]
+LINE: dict[str, Any] = {"color": "#E69F00", "linewidth": 1.5, "linestyle": "-", "path_effects": EDGE}
 # What matplotlib calls the parts of a box, and the quantities that they show.
 PARTS = {"whislo": "q01", "q1": "q25", "med": "median", "q3": "q75", "whishi": "q99", "mean": "mean"}
 BOX = (*PARTS.values(), "max")
@@ -107,7 +110,7 @@ def figure3(records: pd.DataFrame, run: str | None = None) -> Figure:
     places[-1].set_xlabel(f"Channel of {rows['layer'].iloc[0]}")
     outer(places)
     box = Patch(facecolor="0.8", edgecolor="0.4", linewidth=0.8, label="middle half")
-    mean = Line2D([], [], color=MEAN, linewidth=1.6, label="mean")
+    mean = Line2D([], [], **LINE, label="mean")
     most = Line2D([], [], color="0.4", linestyle="", marker=".", markersize=4, label="largest value")
     legend(figure, [box, mean, most])
     return figure
@@ -137,7 +140,7 @@ def _draw_boxes(axes: Axes, rows: pd.DataFrame, color: str) -> None:
         whiskerprops=thin,
         capprops=thin,
         medianprops={"linewidth": 0},  # at zero for most channels of a ReLU, and easily taken for the mean
-        meanprops={"color": MEAN, "linewidth": 1.6, "linestyle": "-"},
+        meanprops=LINE,
     )
     axes.plot(channels, columns["max"], ".", color=color, markersize=3, label="largest value")
     ticks = [1, *range(4, n + 1, 4)] if n > 8 else list(range(1, n + 1))

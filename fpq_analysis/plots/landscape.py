@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from scipy.interpolate import RegularGridInterpolator
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.plots.axes import MARKED, abreast, head, log_ticks, panels
+from fpq_analysis.plots.axes import MARKED, abreast, head, legend, log_ticks, panels
 from fpq_analysis.plots.names import Looks, titles
 from fpq_analysis.plots.style import COLUMNS, WIDTHS, style
 from fpq_analysis.records.queries import ordered, samples_of
@@ -66,8 +66,9 @@ def landscape_figure(records: pd.DataFrame) -> Figure:
     """
     planes, lines = by_dimension(records)
     figure, places = panels(len(planes) + len(lines), _height(len(planes) + len(lines)))
-    for axes, group in zip(places[len(planes) :], lines, strict=True):
-        _draw_lines(axes, group)
+    looks = Looks(families(pd.DataFrame([line.first for group in lines for line in group]))) if lines else Looks([])
+    found = zip(places[len(planes) :], lines, strict=True)
+    legend(figure, [artist for axes, group in found for artist in _draw_lines(axes, group, looks)])
     if planes:
         at, wide = levels([terrain.loss for terrain in planes])
         norm = LogNorm(at[0], at[-1]) if wide else Normalize(at[0], at[-1])
@@ -164,8 +165,9 @@ def _outline(width: float) -> list[Any]:
     return [withStroke(linewidth=width, foreground="white")]
 
 
-def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
-    looks = Looks(families(pd.DataFrame([line.first for line in lines])))
+def _draw_lines(axes: Axes, lines: list[Terrain], looks: Looks) -> list[Any]:
+    """Returns what a legend should name: of a single line nothing, as the panel's title does."""
+    artists: list[Any] = []
     wide = levels([line.loss for line in lines])[1]
     least = min(float(np.nanmin(line.loss)) for line in lines)
     for line in lines:
@@ -174,7 +176,7 @@ def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
         if len(line.networks):
             look = {"color": "black", "linestyle": look["linestyle"]}
         color = look["color"]
-        axes.plot(x, line.loss, **look, label=line.title)
+        artists += axes.plot(x, line.loss, **look, label=line.title)
         low, high = line.loss - line.rise_half, line.loss + line.rise_half
         here, half = line.loss[line.centre], line.half[line.centre]
         # A logarithmic axis has no room below zero.
@@ -192,9 +194,9 @@ def _draw_lines(axes: Axes, lines: list[Terrain]) -> None:
     axes.set_xlabel(lines[0].names[0] if len(lines) == 1 else lines[0].names[0].partition(" (")[0])
     axes.set_ylabel("Mean loss")
     if len(lines) > 1:
-        axes.legend()
-    else:
-        head(axes, lines[0].heading)
+        return artists
+    head(axes, lines[0].heading)
+    return []
 
 
 @style()

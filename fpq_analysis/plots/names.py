@@ -27,7 +27,7 @@ LABELS: ContextVar[Mapping[str, str]] = ContextVar(
 )  # the user's own; see `style.look`
 # Of methods to which `methods.py` gives none, of unknown ones, and of several runs of one method: colours whose
 # lightness differs from each to the next, and shapes that no method has.  Each goes round by itself: 30 looks.
-SPARE_COLOURS = ("#B5A300", "#34495E", "#8C564B", "#17A2B8", "#7F7F7F", "#7CB342")
+SPARE_COLOURS = ("#34495E", "#B5A300", "#8C564B", "#17A2B8", "#7F7F7F", "#7CB342")
 BAR = ((-1, -2), (1, -2), (1, 2), (-1, 2), (-1, -2))
 HOURGLASS = ((-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1))
 BOW_TIE = ((-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1))

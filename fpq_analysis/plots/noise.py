@@ -66,8 +66,8 @@ def _draw(axes: Axes, panel: pd.DataFrame, color: str) -> None:
             look = {"color": shade, "markerfacecolor": shade if filled else "white", "markersize": 4}
             _draw_points(axes, curves[kind], shift, marker, look, text)
     axes.axvline(OWN, color="0.7", linewidth=0.8, zorder=0)
-    axes.annotate("FPQ's", (OWN, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-                  fontsize=6.5, color="0.4")  # fmt: skip
+    axes.annotate("FPQ's noise", (OWN, 0.02), xycoords=("data", "axes fraction"), xytext=(-3, 0), ha="right",
+                  textcoords="offset points", fontsize=6.5, color="0.4")  # fmt: skip
     axes.xaxis.set_major_locator(FixedLocator(sorted(panel["size"].unique())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: fraction(size)))

@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fpq_analysis.errors import NothingToDraw
-from fpq_analysis.methods import METHODS
 from fpq_analysis.plots.axes import panels
 from fpq_analysis.plots.figures import FIGURES
+from fpq_analysis.plots.names import SPARE_COLOURS
 from fpq_analysis.plots.style import style
 from fpq_analysis.records.queries import half_widths
 
@@ -44,16 +44,20 @@ def layer_figure(records: pd.DataFrame) -> Figure:
     if rows.empty:
         kind = last.rstrip("0123456789")
         rows = records[records["quantity"].str.rstrip("0123456789") == kind]
-        names = rows["quantity"]
+        names = rows["quantity"].map(_words)
     rows = rows[rows["value"].notna()]
     if rows.empty:
         raise NothingToDraw(f"no finite {last} among the records")
     half = half_widths(rows)
     places = np.arange(len(rows))
     figure, (axes,) = panels(1, 0.3 + 0.14 * max(6, len(rows)))
-    axes.barh(places, rows["value"], xerr=half, color=METHODS["fp"].colour, alpha=0.85, error_kw={"linewidth": 1.0})
+    axes.barh(places, rows["value"], xerr=half, color=SPARE_COLOURS[0], alpha=0.85, error_kw={"linewidth": 1.0})
     axes.set_yticks(places, names[rows.index].tolist(), fontsize=7)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlabel(last if len(rows) == 1 or "all" not in set(rows["layer"]) else last.rstrip("_0123456789"))
+    axes.set_xlabel(_words(last if len(rows) == 1 or "all" not in set(rows["layer"]) else last.rstrip("_0123456789")))
     return figure
+
+
+def _words(quantity: str) -> str:
+    return quantity[:1].upper() + quantity[1:].replace("_", " ")
