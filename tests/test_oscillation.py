@@ -208,7 +208,7 @@ def test_figure_draws_a_line_a_run_in_both_panels():
     assert lines["if spread evenly"].get_ydata()[0] == 0.2
     assert {line.get_label() for line in flipped.lines} == names
     np.testing.assert_allclose(flipped.lines[0].get_ydata(), [0.03, 0.015, 0.01])
-    assert near.get_xlabel() == flipped.get_xlabel() == "Epoch (0: before training)"
+    assert near.get_xlabel() == flipped.get_xlabel() == "Epoch"
     assert len(figure.legends[0].get_texts()) == 5
     assert len(oscillation_figure(pd.concat([frame, frame.assign(dataset="cifar10")])).axes) == 4
     assert "less than 0.1 steps" in oscillation_caption(frame)

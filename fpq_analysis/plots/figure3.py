@@ -23,9 +23,10 @@ from fpq_analysis.records.queries import last_epochs, samples_of
 from fpq_analysis.records.seeds import families
 
 MOST = 32  # channels, as in the paper
-# The paper's orange line for the mean, with a dark edge, so that it is seen on its box in grey, too.
+MEAN = "#E69F00"  # the paper's orange line
+# Its edge is dark, so that it is seen on its box in grey, too.
 EDGE = [withStroke(linewidth=2.4, foreground="0.25")]
-LINE: dict[str, Any] = {"color": "#E69F00", "linewidth": 1.5, "linestyle": "-", "path_effects": EDGE}
+LINE: dict[str, Any] = {"color": MEAN, "linewidth": 1.5, "linestyle": "-", "path_effects": EDGE}
 # What matplotlib calls the parts of a box, and the quantities that they show.
 PARTS = {"whislo": "q01", "q1": "q25", "med": "median", "q3": "q75", "whishi": "q99", "mean": "mean"}
 BOX = (*PARTS.values(), "max")
