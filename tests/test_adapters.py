@@ -270,6 +270,20 @@ def test_an_adapter_that_is_wrong_for_a_sample_among_many_is_found_out(registry)
         hessian_trace(model, (x, torch.arange(len(x)) % 3))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda layer: None, "gives a NoneType"),
+        (lambda layer: nn.Linear(2, 2), "makes of '1' fails"),
+        (lambda layer: 1 / 0, "fails: Ze"),
+    ],
+)
+def test_an_adapter_that_fails_is_said_in_words(registry, wrong, said):
+    register_adapter(Ternary)(wrong)
+    with pytest.raises(UserError, match=said):
+        hessian_trace(ternary_net(), (X.float(), Y))
+
+
 def test_an_adapter_that_forgets_a_quantizer_of_activations_is_found_out(registry):
     model = build("torch.ao").model
     register_adapter(torch.ao.quantization.FakeQuantizeBase)(lambda module: nn.Identity())

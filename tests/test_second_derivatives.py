@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,3 +159,22 @@ def test_weight_norm_is_differentiated_through_its_norm():
     with SecondDerivatives():
         found = torch.autograd.functional.hessian(lambda v: torch._weight_norm(v, g).pow(3).sum(), v)
     torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("slopes", [1, 3])
+def test_prelu_has_one_slope_at_zero(slopes):
+    """PyTorch's second derivative takes another one there than its first: Hessians were not symmetric."""
+    layer = nn.PReLU(slopes).double()
+    x = torch.randn(2, 3, 2, dtype=torch.float64)
+    x[:, :, 0] = 0
+    plain = derivatives(lambda: layer(x.requires_grad_()), [x, layer.weight], 0)
+    with SecondDerivatives():
+        found = derivatives(lambda: layer(x), [x, layer.weight], 0)
+    for a, b in zip(plain[:2], found[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    v = torch.randn_like(x)
+    with SecondDerivatives():
+        g = torch.zeros_like(x).requires_grad_()
+        (back,) = torch.autograd.grad(layer(x), x, g, create_graph=True)
+        (forward,) = torch.autograd.grad(back, g, v)
+    torch.testing.assert_close(forward, torch.where(x > 0, v, layer.weight.reshape(1, -1, 1) * v))

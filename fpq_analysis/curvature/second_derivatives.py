@@ -1,10 +1,11 @@
-"""Convolution and BatchNorm, with second derivatives that cost what the first do; weight norm, with right ones.
+"""Convolution and BatchNorm, with second derivatives that cost what the first do; weight norm and PReLU, right ones.
 
 The first two maps are linear in each of their arguments, so the derivatives of their gradients are the same few kernels
 with the arguments changed about.  PyTorch's own second derivatives are general instead: those of a grouped convolution
 go through the groups one by one, of a BatchNorm through a dozen passes over the activations.  Values and gradients here
 come from PyTorch's kernels and are the same to the last bit.  The second derivative of PyTorch's weight norm is wrong:
-its gradient takes the norm for a constant, and Hessians are not even symmetric.
+its gradient takes the norm for a constant, and Hessians are not even symmetric.  That of its PReLU takes the other
+slope at zero than the first does, and zeros are many behind a quantizer or a ReLU.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ PLAIN: set[type] = {Tensor, nn.Parameter}
 
 
 class SecondDerivatives(TorchFunctionMode):
-    """Inside, convolutions, BatchNorm in eval mode and weight norm are those of this module, wherever they are called.
+    """Inside, convolutions, BatchNorm in eval mode, weight norm and PReLU are those of this module, wherever called.
 
-    Within transforms of `torch.func` they are PyTorch's, weight norm excepted.  `torch.autograd.forward_ad` is not
+    Within transforms of `torch.func` the first two are PyTorch's.  `torch.autograd.forward_ad` is not
     supported.
 
     Args:
-        exchanged: convolutions and BatchNorm; without, weight norm alone.
+        exchanged: convolutions and BatchNorm; without, the other two alone.
     """
 
     def __init__(self, exchanged: bool = True) -> None:
@@ -50,6 +51,8 @@ class SecondDerivatives(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
+        if function in PRELU:
+            return _prelu(*args, **kwargs)
         if (
             not self.exchanged or torch._C._are_functorch_transforms_active()
         ):  # they want rules of their own from every Function
@@ -76,6 +79,14 @@ def check_twice(error: RuntimeError) -> None:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+PRELU = (torch.prelu, Tensor.prelu)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    slopes = weight if weight.numel() == 1 else weight.reshape(-1, *[1] * (input.ndim - 2))
+    return torch.where(input > 0, input, slopes * input)
 
 
 # With the number of dimensions of an image.

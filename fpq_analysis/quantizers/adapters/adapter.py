@@ -184,8 +184,14 @@ def _turn(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.
         adapter = _find(module)
         try:
             done[module] = turned = adapter(module) if adapter else module
-        except UserError as error:
-            raise UserError(f"'{name}' ({type(module).__name__}) cannot be turned into our form: {error}.") from error
+        except UnknownQuantizerError:
+            raise
+        except Exception as error:  # the user's code: anything can happen
+            what = error if isinstance(error, UserError) else f"its adapter fails: {type(error).__name__}: {error}"
+            raise UserError(f"'{name}' ({type(module).__name__}) cannot be turned into our form: {what}.") from error
+        if not isinstance(turned, nn.Module):
+            found = f"gives a {type(turned).__name__} for '{name}', and no module"
+            raise UserError(f"The adapter of {type(module).__name__} {found}.")
         done[turned] = turned
         for inner, child in list(turned._modules.items()):
             if child is not None:
