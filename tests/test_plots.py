@@ -16,7 +16,7 @@ from fpq_analysis.intervals import crossed, over_seeds
 from fpq_analysis.methods import METHODS, bits_rank, method_rank
 from fpq_analysis.plots import FIGURES, figure1, figure2, figure5, look, training_figure
 from fpq_analysis.plots.axes import panels
-from fpq_analysis.plots.names import Looks
+from fpq_analysis.plots.names import SPARE_COLOURS, Looks
 from fpq_analysis.plots.style import WIDTHS
 from fpq_analysis.records.queries import ordered
 from fpq_analysis.records.seeds import curve, families, interval_words
@@ -215,6 +215,20 @@ def test_runs_of_one_method_that_are_no_seeds_are_told_apart(key, bits):
         bars = [patch for patch in figure.axes[0].patches if patch.get_height() > 0]
         assert len({bar.get_facecolor() for bar in bars}) == len(bars) == 3
         assert len({label.get_text() for label in figure.axes[0].get_xticklabels()}) == 3
+
+
+def test_the_caption_of_figure_3_speaks_of_shifts_where_there_are_some():
+    both, alone = (FIGURES["3"].caption(measured("3", kinds, seeds=1)) for kinds in (FEW, FEW[:1]))
+    for words in ("the same for both", "that of a shift"):
+        assert words in both
+        assert words not in alone
+
+
+def test_spare_looks_are_taken_in_the_order_of_runs():
+    runs = [row(run, "theirs", "W4A4", train_seed=None) for run in ("a", "b", "c") for _ in range(2)]
+    looks = Looks(families(pd.DataFrame(runs)))
+    assert [looks.colour({"run": run}) for run in "abc"] == list(SPARE_COLOURS[:3])
+    assert [looks.dash({"run": run}) for run in "abc"] == ["-", "--", "-."]
 
 
 def test_float_runs_beside_quantized_ones_are_told_apart_without_colour():

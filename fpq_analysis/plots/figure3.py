@@ -178,11 +178,16 @@ def caption3(records: pd.DataFrame, run: str | None = None) -> str:
     n_channels = len(first["samples"])
     shown = f"channels 1-{min(MOST, n_channels)} of {n_channels}"
     kept = rows.loc[rows["quantity"] == "median", "n_data"].min()
+    both, errors = "", "±: 95 % interval over the samples."
+    if rows["run"].nunique() > 1:
+        both = "; the same for both"
+        errors = (
+            "± and bars: 95 % interval over the samples; that of a shift takes the two means' errors as independent, "
+            "which on the same samples is too wide."
+        )
     return (
         f"Range of the output of {first['layer']} by channel ({shown}; {subject(first)}): {runs}. "
         "Boxes: middle half of the values over samples and places; whiskers: middle 98 %; dots: largest value; orange "
         f"line: mean, not the median. Raw output, before the next layer's quantizer; {rows['n_data'].max()} "
-        f"{samples_of(rows)} without augmentation (seed {first['seed']}; the same for both), quantiles from {kept} of "
-        "them. ± and bars: 95 % interval over the samples; that of a shift takes the two means' errors as "
-        "independent, which on the same samples is too wide."
+        f"{samples_of(rows)} without augmentation (seed {first['seed']}{both}), quantiles from {kept} of them. {errors}"
     )

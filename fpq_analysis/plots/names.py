@@ -121,7 +121,8 @@ class Looks:
             known = [self._places[run] for run in family["run"] if run in self._places]  # measured on other data, too
             place = known[0] if known else (key[0], alike[key])
             alike[key] += not known
-            self._places = dict.fromkeys(family["run"], place) | self._places
+            for run in family["run"]:
+                self._places.setdefault(run, place)
         owners = {name for name, row in METHODS.items() if row.colour}
         strangers = [place for place in self._places.values() if place[1] or place[0] not in owners]
         self._spare = list(dict.fromkeys(strangers))
