@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpq_analysis.errors import UserError, out_of_memory
-from fpq_analysis.nests import Nest, by_field, described
+from fpq_analysis.nests import Nest, by_field, described, device_of
 from fpq_analysis.ranks.wrapped import unwrapped
 from fpq_analysis.references import find
 
@@ -111,8 +111,12 @@ def with_forward(model: nn.Module, function: str | ForwardFunction | None = None
     A model that is one already stays as it is; wrappers are taken off (`ranks/wrapped.py`).
 
     Raises:
-        UserError: if `function` is none, nor the name `package.module:function` of one.
+        UserError: if `function` is none, nor the name `package.module:function` of one; if the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        cure = "Give program.module()" if kind == "ExportedProgram" else "Give the network itself"
+        raise UserError(f"The model is not an nn.Module (but of the type {kind}), whose layers are needed. {cure}.")
     if isinstance(function, str):
         function = find(function, "forward function")
     if function is not None and not callable(function):
@@ -138,6 +142,7 @@ def running(inputs: Nest) -> Iterator[None]:
             raise
         what = str(error).strip().split("\n")[0][:200].rstrip(".")
         raise UserError(
-            f"The model cannot be run on these inputs, of {described(inputs)} ({type(error).__name__}: {what}). Check "
+            f"The model cannot be run on these inputs, of {described(inputs)}, on "
+            f"{device_of(inputs).type} ({type(error).__name__}: {what}). Check "
             f"their shape and type against what its forward takes{'' if isinstance(inputs, Tensor) else OWN_CALL}."
         ) from error

@@ -87,6 +87,30 @@ class ByHand(nn.Module):
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
+class Folded(ByHand):
+    """`latent`, a BatchNorm's slope folded into the weight ahead of rounding, and divided by behind: as torch.ao does.
+
+    Args:
+        moving: differentiate the slope within the rounded weight, too; else it is a part of the step, a constant.
+    """
+
+    def __init__(self, pair: Pair, moving: bool) -> None:
+        super().__init__(pair, "latent")
+        self.moving = moving
+
+    def forward(self, x: Tensor) -> Tensor:
+        def used(name: str) -> Tensor:
+            p, grid = self.named[name], self.pair.weights.get(name)
+            slope = self.named.get(name.replace(".weight", ".bn.weight"))
+            if grid is None or slope is None:
+                return p if grid is None else grid.straight_through(p)
+            # Q(w c) / c for a slope of c times what it is now, which is one
+            c = (slope / slope.detach()).view(-1, 1, 1, 1)
+            return grid.straight_through(p * c) / c if self.moving else grid.straight_through(p)
+
+        return self.pair.run(used, lambda name, x: self.pair.activations[name].straight_through(x), x)
+
+
 # --- torch.ao ---
 
 

@@ -319,6 +319,151 @@ def test_quantizers_in_a_row_of_modelopt_are_refused_in_words():
         hessian_trace(model, (X.float(), Y))
 
 
+@pytest.mark.parametrize(
+    ("config", "pattern", "said"),
+    [
+        ("INT8_SMOOTHQUANT_CFG", "*input_quantizer", "is a quantizer of ModelOpt"),  # whose inputs it still scales
+        ("NVFP4_DEFAULT_CFG", "nothing", "on cpu .*CUDA"),
+    ],
+)
+def test_what_modelopt_does_beside_rounding_to_integers_is_refused_in_words(config, pattern, said):
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 3))
+    forward = (lambda model: model(X.float())) if "INT8" in config else None
+    model = mtq.quantize(net, copy.deepcopy(getattr(mtq, config)), forward).eval()
+    mtq.disable_quantizer(model, pattern)
+    with pytest.raises(UserError, match=said):
+        hessian_trace(model, (X.float(), Y))
+
+
+def test_a_network_that_modelopt_calibrates_is_said_to_be_calibrated():
+    model = build("ModelOpt").model
+    quantizer = model.get_submodule("1.input_quantizer")
+    quantizer.disable_quant(), quantizer.enable_calib()
+    with pytest.raises(UserError, match="'1' .* is being calibrated"):
+        hessian_trace(model, (X.float(), Y))
+
+
+def test_torchao_layers_of_block_formats_are_refused():
+    """Differentiated twice they lack the terms between layers, without a word."""
+    qat = pytest.importorskip("torchao.quantization.qat")
+    blocks = pytest.importorskip("torchao.prototype.qat")
+    from torchao.quantization import quantize_
+
+    config = blocks.MXFakeQuantizeConfig(dtype=torch.float8_e4m3fn)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    quantize_(model, qat.QATConfig(weight_config=config, activation_config=config, step="prepare"))
+    for definition in DEFINITIONS:
+        with pytest.raises(UserError, match="'0' .*lack the terms between layers"):
+            hessian_trace(model, (torch.randn(12, 64), Y), definition=definition)
+
+
+def test_torchao_scales_of_half_precision_have_a_latent_hessian_only():
+    qat = pytest.importorskip("torchao.quantization.qat")
+    from torchao.quantization import quantize_
+
+    model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
+    config = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32, scale_precision=torch.bfloat16)
+    prepare = qat.QATConfig(weight_config=config, step="prepare")
+    quantize_(model, prepare, filter_fn=lambda layer, name: name == "0")
+    data = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), Y
+    with pytest.raises(UserError, match="definition='latent'"):
+        hessian_trace(model, data)
+    assert hessian_trace(model, data, definition="latent").value > 0
+
+
+@pytest.mark.parametrize("package", ["Brevitas", "torchao"])
+def test_steps_that_an_unknown_quantizer_learns_are_no_variables(package):
+    torch.manual_seed(0)
+    if package == "Brevitas":
+        qnn = pytest.importorskip("brevitas.nn")
+        from brevitas.quant import Int4WeightPerTensorFloatDecoupled
+
+        options = {"weight_quant": Int4WeightPerTensorFloatDecoupled}
+        model = nn.Sequential(nn.Flatten(), qnn.QuantLinear(36, 4, True, **options), nn.ReLU(), nn.Linear(4, 3))
+    else:
+        qat = pytest.importorskip("torchao.quantization.qat")
+        from torchao.quantization import quantize_
+
+        more = {"scale_precision": torch.float32, "zero_point_precision": torch.float32}
+        config = qat.IntxFakeQuantizeConfig(
+            torch.int4, "per_channel", is_symmetric=False, is_dynamic=False, range_learning=True, **more
+        )
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3))
+        quantize_(model, qat.QATConfig(weight_config=config, step="prepare"))
+        qat.initialize_fake_quantizers(model, (X.float(),))
+        for name in ("1", "3"):
+            model.get_submodule(name).weight_fake_quantizer.zero_point.data.add_(0.3)
+    model.eval()(X.float())
+    names = "1.weight", "1.bias", "3.weight", "3.bias"
+    assert set(dict(model.named_parameters())) > set(names)
+    subject = prepare(model, (X.float(), Y), definition="latent")
+    assert set(subject.parameters) == set(names)
+    dense = dense_hessian(model, [model.get_parameter(name) for name in subject.parameters], X.float(), Y)
+    torch.testing.assert_close(
+        subject.operator().dense().to(dense), dense, rtol=0, atol=1e-5 * float(dense.abs().max())
+    )
+
+
+class EightBits(torch.autograd.Function):
+    """Rounding to float8, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w.to(torch.float8_e4m3fn).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(torch.float8_e4m3fn).to(grad.dtype)
+
+
+class InFloat8(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, EightBits.apply(self.weight), self.bias)
+
+
+def test_a_backward_pass_in_eight_bits_has_no_second_derivative():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), InFloat8(36, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    for measure_it in (hessian_trace, hessian_eigs):
+        with pytest.raises(UserError, match=r"'1\.weight' is rounded in the backward pass"):
+            measure_it(model, (X.float(), Y), definition="latent")
+
+
+def test_a_quantizer_that_does_not_run_is_named(registry):
+    class Broken(Ternary):
+        def forward(self, x):
+            raise RuntimeError("no kernel for this device")
+
+    register_adapter(Broken)(ternary)
+    with pytest.raises(UserError, match="cannot be run on these inputs.*no kernel for this device"):
+        hessian_trace(nn.Sequential(nn.Flatten(), Broken(36, 3)), (X.float(), Y))
+
+
+def test_an_exported_program_is_no_module():
+    program = torch.export.export(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), (X.float(),))
+    with pytest.raises(UserError, match=r"ExportedProgram.*program\.module\(\)"):
+        hessian_trace(program, (X.float(), Y))
+    assert "ExportedProgram" in diagnose(program, (X.float(), Y))["finding"][0]
+
+
+def test_a_batch_norms_slope_within_a_rounded_weight_is_a_constant():
+    """Double backward through torch.ao's layer differentiates it there, too: that is all they differ in."""
+    pair = foreign_nets.torch_ao()
+    model = copy.deepcopy(pair.model)
+    names = list(prepare(model, (X.float(), Y), definition="latent").parameters)
+    found = prepare(copy.deepcopy(model).double(), (X, Y), definition="latent").operator().dense()
+    size = float(found.abs().max())
+    by_hand = {kind: foreign_nets.Folded(pair, moving=kind == "moving") for kind in ("constant", "moving")}
+    dense = {kind: dense_hessian(hand, [hand.named[n] for n in names], X, Y) for kind, hand in by_hand.items()}
+    torch.testing.assert_close(found, dense["constant"], rtol=0, atol=1e-8 * size)
+    named = dict(model.named_parameters())
+    raw = dense_hessian(model, [named[n] for n in names], X.float(), Y).double()
+    torch.testing.assert_close(raw, dense["moving"], rtol=0, atol=1e-5 * size)
+    assert float((dense["moving"] - dense["constant"]).abs().max()) > 0.05 * size
+
+
 def test_a_graph_in_training_mode_is_measured_as_in_eval_mode():
     model = build("pt2e, BatchNorm").model
     before = hessian_trace(model, (X.float(), Y)).value
@@ -331,16 +476,30 @@ def test_a_graph_in_training_mode_is_measured_as_in_eval_mode():
 
 def converted(front_end):
     """A network after its conversion for inference: integers, biases, maybe layers as they were."""
+    if front_end == "reference, one layer":  # weights are stored as they were, and the layers ahead have no gradient
+        from torch.ao.quantization import quantize_fx
+
+        mapping = ao.QConfigMapping().set_module_name("2", ao.get_default_qat_qconfig("fbgemm"))
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 3))
+        prepared = quantize_fx.prepare_qat_fx(net.train(), mapping, (X.float(),))
+        prepared(X.float())
+        return quantize_fx.convert_to_reference_fx(prepared.eval())
     if front_end == "torch.ao, one layer":
         net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
         return ao.quantize_dynamic(net, {"3": ao.default_dynamic_qconfig})
     if front_end == "torch.ao":
         return ao.convert(build("torch.ao").model)
     pytest.importorskip("torchao")
-    if front_end == "pt2e":
+    if "pt2e" in front_end:
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        return convert_pt2e(build("pt2e").model)
+        return convert_pt2e(build("pt2e").model, fold_quantize=front_end == "pt2e")
+    if front_end == "ModelOpt":
+        mtq = pytest.importorskip("modelopt.torch.quantization")
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3))
+        net = mtq.quantize(net, copy.deepcopy(mtq.INT8_DEFAULT_CFG), lambda model: model(X.float()))
+        mtq.compress(net)
+        return net
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -349,11 +508,14 @@ def converted(front_end):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("front_end", ["torch.ao", "torch.ao, one layer", "torchao", "pt2e"])
+@pytest.mark.parametrize(
+    "front_end",
+    ["torch.ao", "torch.ao, one layer", "reference, one layer", "torchao", "pt2e", "pt2e, not folded", "ModelOpt"],
+)
 def test_a_network_that_was_converted_for_inference_is_refused(front_end):
     model = converted(front_end)
     for definition in DEFINITIONS:
-        with pytest.raises(UserError, match="is stored as integers: the network was converted for inference"):
+        with pytest.raises(UserError, match="integers.*: the network was converted for inference"):
             hessian_trace(model, (X.float(), Y), definition=definition)
 
 

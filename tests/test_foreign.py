@@ -546,6 +546,14 @@ def test_commands(own, tmp_path):
     assert [json.loads(row)["value"] for row in rows] == [0, 0]
 
 
+def test_a_comparison_of_estimates_says_that_its_interval_is_over_the_probes(own, tmp_path):
+    shutil.copytree(own, tmp_path / "other")
+    smooth = "tests.nets:smooth", *OPTIONS[2:]
+    said = words(call("compare", own, tmp_path / "other", "--model", *smooth).stdout)
+    assert "± is the error of the random probes alone, for these samples" in said
+    assert "random probes" not in words(call("compare", own, tmp_path / "other", *OPTIONS).stdout)
+
+
 @pytest.mark.parametrize("where", ["--ckpt-dir", "--through"])
 def test_landscape(own, tmp_path, where):
     (own / "epoch_2.pth").rename(own / "epoch_10.pth")  # behind epoch 9 in order, not by name

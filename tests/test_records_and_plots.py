@@ -285,9 +285,13 @@ def test_differences_of_estimates_are_over_the_probes():
     estimate = row("a", value=5.0, samples=None, sem=0.3, sem_data=math.nan, ci95=0.7)
     exact = row("b", value=4.0, sem=0.0, sem_data=2.0, ci95=4.0)
     assert difference(pd.Series(estimate), pd.Series(exact)).ci95 == pytest.approx(0.7)
-    assert difference(pd.Series(estimate), pd.Series(estimate)).ci95 == pytest.approx(0.7 * math.sqrt(2))
+    two = difference(pd.Series(estimate), pd.Series(estimate))
+    assert two.ci95 == pytest.approx(0.7 * math.sqrt(2))
+    assert two.over_probes
+    assert two.as_row()["over_probes"]
     both = [pd.Series({**exact, "samples": None, "ci95": half}) for half in (3.0, 4.0)]
     assert difference(*both).ci95 == pytest.approx(5.0)
+    assert not difference(*both).over_probes
 
 
 class TestOverSeeds:

@@ -148,7 +148,8 @@ def compare(
     how = "Paired, sample by sample" if found[-1].paired else "Not paired (the measurement does not see single samples)"
     n_used = int(traces[0]["n_data"].max())  # there may be fewer than were asked for
     drawn = "" if measure else f", drawn by --seed {traces[0]['seed'].iloc[0]}"
-    echo(f"{how}: {n_used} samples{drawn}; one training run each.")
+    errors = "; ± is the error of the random probes alone, for these samples" if found[-1].over_probes else ""
+    echo(textwrap.fill(f"{how}: {n_used} samples{drawn}; one training run each{errors}.", width=80))
     if several is not None:
         log("")
         echo(textwrap.fill(several.sentence(*names), width=80))

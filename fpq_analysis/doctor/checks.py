@@ -88,8 +88,9 @@ def _dtype(model: nn.Module) -> Finding:
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in variables(model).values()})
     if kinds in (["float32"], ["float64"], []):
         return Finding(OK, f"The weights are {''.join(kinds)}.")
-    text = f"The weights are {' and '.join(kinds)}: second derivatives want float32 or float64 throughout."
-    return Finding(NOTE, text, "Use model.float().")
+    wide = "float64" if "float64" in kinds else "float32"
+    text = f"The weights are {' and '.join(kinds)}, and are measured in {wide}: a value next to a rounding threshold"
+    return Finding(NOTE, f"{text} may round otherwise.", "Use model.float().")
 
 
 def _quantizers(model: nn.Module) -> Finding:

@@ -58,7 +58,7 @@ def diagnose(
         adopted = adopt(with_forward(model, forward), batches[0][0])
     except UserError as error:
         return _frame({"quantizers": Finding(FAULT, str(error))})
-    found = {name: check(model if name == "mode" else adopted) for name, check in STANDING.items()}
+    found = {name: check(model if name in ("mode", "dtype") else adopted) for name, check in STANDING.items()}
     model = adopted
     if any(finding.status == FAULT for name, finding in found.items() if name != "mode"):
         return _frame(found)

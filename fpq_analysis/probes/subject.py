@@ -28,7 +28,16 @@ from fpq_analysis.losses import Loss, LossFunction, resolve_loss
 from fpq_analysis.models import model_device, model_precision
 from fpq_analysis.nests import Nest, device_of, leaves, mapped, moved, size, take
 from fpq_analysis.probes.fit import Fit, examine
-from fpq_analysis.quantizers import adopt, check_definition_applies, check_plain, quantizers, rounds_weights, variables
+from fpq_analysis.quantizers import (
+    adopt,
+    check_definition_applies,
+    check_gradient_is_linear,
+    check_plain,
+    other_quantizers,
+    quantizers,
+    rounds_weights,
+    variables,
+)
 from fpq_analysis.quantizers import view as take_view
 from fpq_analysis.ranks import check_same
 
@@ -114,10 +123,11 @@ def prepare(
         UserError: for data, targets, a loss, a definition or patterns that do not fit; for a model without variables,
             whose output is random, or mixes samples, or whose weights are rounded by what is not of this package.
     """
+    model = with_forward(model, forward)
     where = torch.device(device) if device is not None else model_device(model)
     pairs = as_batches(batches, micro_batch)
     _check_weights(model)
-    model = adopt(with_forward(model, forward), pairs[0][0])
+    model = adopt(model, pairs[0][0])
     check_definition_applies(model, definition)
     view = take_view(model, definition).to(where)
     named = variables(view)
@@ -138,6 +148,8 @@ def prepare(
             check_plain(view, few, definition)
         elif not any(True for _ in quantizers(view)):
             foreign = rounds_weights(view, few)
+        if foreign or any(True for _ in other_quantizers(view)):
+            check_gradient_is_linear(view, few)
     if parameters is not None:
         named = select(named, [parameters] if isinstance(parameters, str) else list(parameters))
     # A layer's parameters side by side, so that each layer is one block of the matrix.

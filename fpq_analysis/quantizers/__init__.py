@@ -25,6 +25,7 @@ from fpq_analysis.quantizers.lsq_plus import SymmetricLSQ as SymmetricLSQ
 from fpq_analysis.quantizers.noise import FeatureNoise as FeatureNoise
 from fpq_analysis.quantizers.noise import WeightNoise as WeightNoise
 from fpq_analysis.quantizers.others import check_definition_applies as check_definition_applies
+from fpq_analysis.quantizers.others import check_gradient_is_linear as check_gradient_is_linear
 from fpq_analysis.quantizers.others import check_plain as check_plain
 from fpq_analysis.quantizers.others import live_observer as live_observer
 from fpq_analysis.quantizers.others import other_quantizers as other_quantizers

@@ -28,17 +28,23 @@ CLASSES = {
     "Brevitas": ("brevitas.proxy.", "QuantProxy"),
     "ModelOpt": ("modelopt.torch.quantization.", "TensorQuantizer"),
 }
+CONVERTED = "torch.ao.nn.quantized."  # where torch.ao has modules that integers pass through, and others
+REFERENCE = f"{CONVERTED}reference."
 WEIGHT = "weight"  # in the name of what quantizes one
 SWITCHES = ("fake_quant_enabled", "enabled", "is_enabled", "is_quant_enabled")  # by which they are taken off
 DISABLE = "model.apply(torch.ao.quantization.disable_observer)"
+REGISTER = "fpq_analysis.register_adapter (docs/quantizers/own.md)"
 LATENT = (
     "Measure definition='latent' (--definition latent), the Hessian in the trained weights; or tell how it rounds: "
-    "fpq_analysis.register_adapter (docs/quantizers/own.md)."
+    f"{REGISTER}."
 )
 DISAGREES = (
     "does not move the output as its gradient says (it is rounded behind a straight-through estimator, or a backward "
     "is no derivative)"
 )
+# What goes back into the outputs is scaled by this, no power of two; by how much of its largest entry a gradient may
+# then be off: 16 bits round by 0.4 %, eight by 6.
+SCALED, LINEAR = 1000 / 3, 0.01
 # Entries of a weight that are moved, and weights of a whole network; the steps relative to the weight's size, in
 # float64 and where that does not run; and how far off is no rounding of arithmetic.
 ENTRIES, SOME = (2, 8), 4
@@ -55,21 +61,41 @@ def other_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield name, module, package
 
 
+def learned_by_others(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and zero points that quantizers of other packages learn; not the weights, which some of them hold, too."""
+    theirs = [module for _, module, _ in other_quantizers(model) if not _is_layer(module)]
+    inside = {part for module in theirs for part in module.modules()}
+    weights = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    return [p for module in theirs for p in module.parameters() if id(p) not in weights]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(
+        kind.__module__.startswith("torch.nn.modules.") for kind in type(module).__mro__ if kind is not nn.Module
+    )
+
+
 def live_observer(model: nn.Module) -> str:
     """The first fake quantizer that sets its scale by what passes through it, even in eval mode; or nothing."""
     found = (name for name, module, _ in other_quantizers(model) if bool(getattr(module, "observer_enabled", False)))
     return next(found, "")
 
 
-def check_definition_applies(model: nn.Module, definition: str) -> None:
-    """Raise `UserError` where another package's quantizer, recognised by its class, stands against the definition."""
-    converted = stored_as_integers(model)
-    if converted:
+def check_not_converted(model: nn.Module) -> None:
+    """Raise `UserError` if the network, or a part of it, computes with integers."""
+    stored = stored_as_integers(model)
+    passed = "" if stored else passed_as_integers(model)
+    if stored or passed:
+        what = f"'{stored}' is stored as integers" if stored else f"'{passed}' makes integers of what passes"
         raise UserError(
-            f"'{converted}' is stored as integers: the network was converted for inference. These weights have no "
+            f"{what}: the network was converted for inference. {'These weights have' if stored else 'Behind it is'} no "
             "gradient, and the Hessian would be that of the rest alone. Measure the network as it was before it was "
             "converted, with its fake quantizers."
         )
+
+
+def check_definition_applies(model: nn.Module, definition: str) -> None:
+    """Raise `UserError` where another package's quantizer, recognised by its class, stands against the definition."""
     observer = live_observer(model)
     if observer:
         raise UserError(
@@ -97,6 +123,19 @@ def stored_as_integers(model: nn.Module) -> str:
     return ""
 
 
+def passed_as_integers(model: nn.Module) -> str:
+    """The first module or node of a graph that quantizes to integers, as reference networks do; or nothing."""
+    for name, module in model.named_modules():
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith(CONVERTED)]
+        if any(kind.__module__.startswith(REFERENCE) or kind.__name__ == "Quantize" for kind in kinds):
+            return name
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            target = getattr(node.target, "__name__", str(node.target))
+            if node.op in ("call_function", "call_method") and target.startswith("quantize_"):
+                return str(node.name)
+    return ""
+
+
 def rounds_weights(model: nn.Module, x: Tensor) -> bool:
     """Whether something that is not of this package rounds weights, by its class or by what it does."""
     return any(WEIGHT in name for name, _, _ in other_quantizers(model)) or bool(rounded_weight(model, x))
@@ -117,6 +156,31 @@ def check_plain(view: nn.Module, x: Tensor, definition: str) -> None:
         if _rounds(view, (x,), {}, some):
             finding = "The activations are rounded in the forward pass, but not in the gradient"
             raise UserError(_refusal(finding, definition))
+
+
+def check_gradient_is_linear(view: nn.Module, x: Tensor) -> None:
+    """Raise `UserError` if the backward pass rounds to 8 bits, as those of fake quantizers to float8 do.
+
+    The second derivatives would be made of that rounding, and be zero where it underflows.
+
+    Args:
+        x: one input or more to run it on.
+    """
+    named = {name: p for name, p in view.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        outputs = view(x)
+        back = torch.linspace(0.5, 1, outputs.numel()).to(outputs).view_as(outputs)
+        once, scaled = (
+            torch.autograd.grad(outputs, list(named.values()), factor * back, retain_graph=True, allow_unused=True)
+            for factor in (1, SCALED)
+        )
+    for name, a, b in zip(named, once, scaled, strict=True):
+        if a is not None and not bool((b - SCALED * a).abs().max() <= LINEAR * b.abs().max()):
+            raise UserError(
+                f"The gradient in '{name}' is rounded in the backward pass: {SCALED:.0f} times as much into it is not "
+                f"{SCALED:.0f} times as much out of it, as where a layer works in float8. Second derivatives would be "
+                f"made of that rounding. Switch the quantizer off, or tell how it rounds: {REGISTER}."
+            )
 
 
 def _refusal(finding: str, definition: str) -> str:

@@ -28,6 +28,7 @@ from fpq_analysis.quantizers.adapters import adopt
 from fpq_analysis.quantizers.apply import quantizer_parameters, quantizers, weight_quantizers
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.copies import eval_copy
+from fpq_analysis.quantizers.others import learned_by_others
 
 
 def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
@@ -52,7 +53,7 @@ def view(model: nn.Module, definition: str, inputs: Any = None) -> nn.Module:
     if kinds & {torch.float16, torch.bfloat16}:
         # A second derivative in 8 or 11 bits is rounding, so it is that of these weights in float32.
         model.double() if torch.float64 in kinds else model.float()
-    for parameter in quantizer_parameters(model):
+    for parameter in (*quantizer_parameters(model), *learned_by_others(model)):
         parameter.requires_grad_(False)
     if definition != "latent":
         _take_off(model, definition)

@@ -30,9 +30,10 @@ class Difference:
 
     Attributes:
         value: difference of the traces.
-        sem: its standard error over the samples.
+        sem: its standard error over the samples; that of the random probes, for these samples, if `over_probes`.
         baseline_value: the baseline's trace.
         gaps: sample by sample, where single samples were seen: the difference is paired then.
+        over_probes: whether how the traces depend on the samples is not known.
     """
 
     run: str
@@ -42,6 +43,7 @@ class Difference:
     sem: float
     baseline_value: float
     gaps: np.ndarray | None = field(default=None, repr=False)
+    over_probes: bool = False
 
     @property
     def paired(self) -> bool:
@@ -174,7 +176,7 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     both are known, else over the random probes, for these samples.
     """
     pairs = ours["samples"], theirs["samples"]
-    gaps = None
+    gaps, here = None, False
     if all(isinstance(samples, list) for samples in pairs) and len(pairs[0]) == len(pairs[1]):
         gaps = np.asarray(pairs[0]) - np.asarray(pairs[1])
         value, sem = float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
@@ -183,7 +185,7 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
         halves = [Z95 * row["sem"] if here and pd.notna(row["sem_data"]) else row["ci95"] for row in (ours, theirs)]
         value, sem = ours["value"] - theirs["value"], math.hypot(*halves) / Z95
     return Difference(
-        str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), gaps
+        str(ours["run"]), str(theirs["run"]), int(ours["epoch"]), float(value), sem, float(theirs["value"]), gaps, here
     )
 
 

@@ -22,7 +22,7 @@ from fpq_analysis.quantizers.adapters.inputs import name_input_quantizers
 from fpq_analysis.quantizers.apply import quantize_input
 from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.copies import eval_copy
-from fpq_analysis.quantizers.others import WEIGHT, other_quantizers
+from fpq_analysis.quantizers.others import WEIGHT, check_not_converted, other_quantizers
 from fpq_analysis.ranks.wrapped import unwrapped
 
 Adapter = Callable[[Any], nn.Module]
@@ -33,6 +33,7 @@ FRONT_ENDS = {
     "torchao.quantization.pt2e.": "pt2e",
     "torch.fx.graph_module": "pt2e",
     "torchao.": "torchao",
+    "torchao.prototype.qat.": "torchao_blocks",
     "brevitas.": "brevitas",
     "modelopt.": "modelopt",
 }
@@ -119,9 +120,11 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
             features ask for).
 
     Raises:
-        UserError: if an adapter does not agree with the module that it is for, or does not apply to it.
+        UserError: if an adapter does not agree with the module that it is for, or does not apply to it; if the network
+            was converted for inference, or does not run.
     """
     model = unwrapped(model)
+    check_not_converted(model)
     if not any(has_adapter(module) for module in model.modules() if not isinstance(module, GraphModule)):
         return model  # (a graph is one of what is in it)
     theirs = eval_copy(model)

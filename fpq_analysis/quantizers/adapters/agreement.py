@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fpq_analysis.errors import UserError
+from fpq_analysis.forward import running
 from fpq_analysis.quantizers.base import Quantizer
 
 AGREES = 1e-5  # relative to the largest entry; some kernels hold their scales in float32
@@ -96,7 +97,8 @@ def check_agreement(
     Args:
         differentiated: those of the modules that have to pass the same gradients, too.
     """
-    before = Passed.of(original, names, inputs)
+    with running(inputs):
+        before = Passed.of(original, names, inputs)
     theirs, modules = dict(original.named_modules()), dict(adopted.named_modules())
     for name, calls in before.calls.items():
         for call in calls if name in modules else ():

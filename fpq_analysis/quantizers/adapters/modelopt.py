@@ -9,6 +9,7 @@ from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import TensorQuantizer
 from torch import Tensor, nn
 
+from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers.adapters.adapter import (
     UnknownQuantizerError,
     plain_layer,
@@ -65,13 +66,19 @@ def quantizer(module: Any) -> nn.Module:
 def _quantizer(module: Any) -> WithinMaximum | None:
     if module is not None and type(module) is not TensorQuantizer:
         raise UnknownQuantizerError(f"it is quantized by a {type(module).__name__}")
-    if module is None or not module.is_enabled:
+    if module is None:
         return None
+    if module.pre_quant_scale is not None or module.rotate_is_enabled:  # these stay where it is switched off
+        raise UnknownQuantizerError("its values are scaled or rotated")
+    if not module.is_enabled:
+        return None
+    if module._if_calib or not module._if_quant:
+        raise UserError("it is being calibrated, and does not quantize meanwhile; end that first")
     bits, maximum = module.num_bits, module.amax
     if not isinstance(bits, int) or not module.fake_quant or maximum is None:
         raise UnknownQuantizerError("it is quantized otherwise than to integers within a known maximum")
-    if module.block_sizes or module.pre_quant_scale is not None or module.bias or module.rotate_is_enabled:
-        raise UnknownQuantizerError("its values are scaled, rotated or shifted, or taken by blocks")
+    if module.block_sizes or module.bias:
+        raise UnknownQuantizerError("its values are shifted, or taken by blocks")
     maximum = maximum.detach().clone()
     if bool((maximum <= 2**-24).any()):
         raise UnknownQuantizerError("a maximum of it is zero")

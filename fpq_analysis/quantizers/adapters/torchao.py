@@ -50,6 +50,8 @@ def _of_weight(layer: Any) -> Affine | None:
         raise UnknownQuantizerError("it rounds a weight as if it were an activation")
     settled = copy.deepcopy(module).float()  # it knows no float64,
     settled(weight.float())  # and works its scale out when it runs
+    if settled.scale.dtype in (torch.float16, torch.bfloat16):
+        raise UnknownQuantizerError("it divides by its scale in half precision")
     low, high = _DTYPE_TO_QVALUE_BOUNDS[config.dtype]
     scale, zero = (_by_place(getattr(settled, name), weight) for name in ("scale", "zero_point"))
     if bool((zero != zero.round()).any()):
