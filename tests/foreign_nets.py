@@ -290,6 +290,15 @@ def _run_mlp(used: Any, rounded: Any, x: Tensor) -> Tensor:
     return F.linear(rounded("3", x), used("3.weight"), used("3.bias"))
 
 
+class Clamped(Grid):
+    """The gradient is that of `torch.clamp`, at the bounds, too, where it depends on torch's version."""
+
+    def straight_through(self, x: Tensor) -> Tensor:
+        ratio = x / self.scale
+        q = ratio + (ratio.round() - ratio).detach() + self.zero
+        return (q.clamp(self.low, self.high) - self.zero) * self.scale
+
+
 class ByToken(Grid):
     """Asymmetric 8-bit quantization with the range of each row, as torchao has it for activations."""
 
@@ -300,7 +309,7 @@ class ByToken(Grid):
         low, high = x.detach().amin(1, keepdim=True).clamp(max=0), x.detach().amax(1, keepdim=True).clamp(min=0)
         scale = ((high.float() - low.float()) / 255).clamp(min=torch.finfo(torch.float32).eps)
         zero = (self.low - (low.float() / scale).round()).clamp(self.low, self.high)
-        return Grid(scale.double(), zero.double(), self.low, self.high).straight_through(x)
+        return Clamped(scale.double(), zero.double(), self.low, self.high).straight_through(x)
 
 
 def torchao(learned: bool = False) -> Pair:
@@ -329,7 +338,7 @@ def torchao(learned: bool = False) -> Pair:
             narrow = (rows.median(1).values / 8).view_as(quantizer.scale)
             quantizer.scale.data.copy_(narrow)
         scale = quantizer.scale.detach().double()
-        grids[f"{name}.weight"] = Grid(scale.repeat_interleave(layer.in_features // scale.shape[1], 1), 0.0, -8, 7)
+        grids[f"{name}.weight"] = Clamped(scale.repeat_interleave(layer.in_features // scale.shape[1], 1), 0.0, -8, 7)
     tensors = {n: p.detach().clone() for n, p in model.named_parameters() if "quantizer" not in n}
     return Pair(model.eval(), tensors, grids, {"1": ByToken(), "3": ByToken()}, _run_mlp)
 

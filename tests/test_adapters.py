@@ -323,7 +323,7 @@ def test_quantizers_in_a_row_of_modelopt_are_refused_in_words():
     ("config", "pattern", "said"),
     [
         ("INT8_SMOOTHQUANT_CFG", "*input_quantizer", "is a quantizer of ModelOpt"),  # whose inputs it still scales
-        ("NVFP4_DEFAULT_CFG", "nothing", "on cpu .*CUDA"),
+        ("NVFP4_DEFAULT_CFG", "*weight_quantizer", "on cpu .*CUDA"),
     ],
 )
 def test_what_modelopt_does_beside_rounding_to_integers_is_refused_in_words(config, pattern, said):
@@ -357,6 +357,28 @@ def test_torchao_layers_of_block_formats_are_refused():
     for definition in DEFINITIONS:
         with pytest.raises(UserError, match="'0' .*lack the terms between layers"):
             hessian_trace(model, (torch.randn(12, 64), Y), definition=definition)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_torchao_latent_hessian_is_that_of_its_own_gradient(bits, symmetric):
+    """Where most weights are rounded to the bounds, at which `torch.clamp` may pass no gradient."""
+    qat = pytest.importorskip("torchao.quantization.qat")
+    from torchao.quantization import quantize_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
+    weights = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), group_size=32, is_symmetric=symmetric)
+    inputs = qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    prepare_all = qat.QATConfig(weight_config=weights, step="prepare")
+    quantize_(model, prepare_all, filter_fn=lambda layer, name: name == "0")
+    quantize_(model, qat.QATConfig(activation_config=inputs, step="prepare"), filter_fn=lambda layer, name: name == "2")
+    data = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)), Y
+    subject = prepare(model, data, definition="latent")
+    assert subject.model is not model  # it is known
+    dense = dense_hessian(model, [model.get_parameter(name) for name in subject.parameters], *data)
+    size = float(dense.abs().max())
+    torch.testing.assert_close(subject.operator().dense().to(dense), dense, rtol=0, atol=1e-5 * size)
 
 
 def test_torchao_scales_of_half_precision_have_a_latent_hessian_only():

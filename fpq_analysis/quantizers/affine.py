@@ -11,7 +11,16 @@ from fpq_analysis.quantizers.base import Quantizer
 from fpq_analysis.quantizers.fake_quantize import round_straight_through
 
 
-def affine(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, *, quotient: bool = False) -> Tensor:
+def affine(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    low: int,
+    high: int,
+    *,
+    quotient: bool = False,
+    torch_clamp: bool = False,
+) -> Tensor:
     """(clip(round(x / scale) + zero_point, low, high) - zero_point) scale, as torch's `fake_quantize_*` ops have it.
 
     Made of plain operations.  The gradient is one where the rounded value is within `low` .. `high`, zero elsewhere;
@@ -22,8 +31,12 @@ def affine(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, *,
         low, high: the least and the largest whole number.
         quotient: round(x / scale + zero_point), in place of torch's round(x (1 / scale)) + zero_point.  They differ in
             the last digit of the ratio, and where it is halfway.
+        torch_clamp: values that are rounded to `low` or `high` have the gradient of `torch.clamp` at its bounds, which
+            depends on torch's version (none in 2.14).
     """
     q, clipped = _rounded(x, scale, zero_point, low, high, quotient)
+    if torch_clamp:
+        return (q.clamp(low, high) - zero_point) * scale
     # A bound is in range: see `fake_quantize`.
     return (torch.where(q.detach() == clipped, q, clipped) - zero_point) * scale
 
@@ -48,7 +61,7 @@ class Affine(Quantizer):
         low, high: the least and the largest whole number.  `bits` is what it takes to store these.
         factor: x is multiplied by it before, and divided by it after: for a weight that a BatchNorm's slope is folded
             into.  Broadcastable to x, not zero.
-        quotient: see `affine`.
+        quotient, torch_clamp: see `affine`.
     """
 
     scale: Tensor
@@ -64,9 +77,11 @@ class Affine(Quantizer):
         *,
         factor: Tensor | None = None,
         quotient: bool = False,
+        torch_clamp: bool = False,
     ) -> None:
         super().__init__((high - low).bit_length())
-        self.low, self.high, self.levels, self.quotient = low, high, high - low, quotient
+        self.low, self.high, self.levels = low, high, high - low
+        self.quotient, self.torch_clamp = quotient, torch_clamp
         for name, value in (("scale", scale), ("zero", zero_point), ("factor", factor)):
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -93,7 +108,8 @@ class Affine(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """On the grid; straight-through."""
         x = x if self.factor is None else x * self.factor
-        x = affine(x, self.scale, self._zero(), self.low, self.high, quotient=self.quotient)
+        how = {"quotient": self.quotient, "torch_clamp": self.torch_clamp}
+        x = affine(x, self.scale, self._zero(), self.low, self.high, **how)
         return x if self.factor is None else x / self.factor
 
     @torch.no_grad()
@@ -109,17 +125,20 @@ class Dynamic(Quantizer):
 
     Args:
         choose: gives scale and zero point of an x, broadcastable to it.
-        low, high: as for `Affine`.
+        low, high, torch_clamp: as for `Affine`.
     """
 
-    def __init__(self, choose: Callable[[Tensor], tuple[Tensor, Tensor]], low: int, high: int) -> None:
+    def __init__(
+        self, choose: Callable[[Tensor], tuple[Tensor, Tensor]], low: int, high: int, *, torch_clamp: bool = False
+    ) -> None:
         super().__init__((high - low).bit_length())
         self.choose, self.low, self.high, self.levels = choose, low, high, high - low
+        self.torch_clamp = torch_clamp
         self.step_size = self.zero_point = torch.empty(0)
 
     def quantize(self, x: Tensor) -> Tensor:
         """On the grid; straight-through."""
-        return affine(x, *self._constants(x), self.low, self.high)
+        return affine(x, *self._constants(x), self.low, self.high, torch_clamp=self.torch_clamp)
 
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Networks prepared by torchao: `quantize_(model, QATConfig(..., step="prepare"))`.
 
 Scales of weights are worked out from the weights in each forward pass, unless they are learned, and are constants in
-the gradient; they are frozen here as they stand.  Those of activations are of each token, and stay so.
+the gradient; they are frozen here as they stand.  Those of activations are of each token, and stay so.  Values are
+clipped by `torch.clamp`, in the gradient, too: in newer versions what is rounded to the least or the largest whole
+number has none, which at two bits is most of the weights.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def _of_weight(layer: Any) -> Affine | None:
     scale, zero = (_by_place(getattr(settled, name), weight) for name in ("scale", "zero_point"))
     if bool((zero != zero.round()).any()):
         raise UnknownQuantizerError("it has learned a zero point that is no whole number")
-    return Affine(nn.Parameter(scale) if isinstance(module.scale, nn.Parameter) else scale, zero, low, high)
+    scale = nn.Parameter(scale) if isinstance(module.scale, nn.Parameter) else scale
+    return Affine(scale, zero, low, high, torch_clamp=True)
 
 
 def _by_place(constant: Tensor, weight: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def _of_tokens(module: Any) -> Dynamic | None:
         scale, zero = (t.reshape(*x.shape[:-1], 1) for t in found)
         return scale, zero
 
-    return Dynamic(choose, low, high)
+    return Dynamic(choose, low, high, torch_clamp=True)
 
 
 def _config(module: Any) -> Any:
