@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -32,7 +33,8 @@ def find(name: str, what: str) -> Any:
         sys.path.insert(0, here)  # as `python -m` does, and the installed command does not
     failed = f"Cannot import the {what} '{name}'"
     try:
-        found: Any = importlib.import_module(module_name)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for numbers
+            found: Any = importlib.import_module(module_name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's code: anything can happen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fpq_analysis import ForeignRuns, UserError, files, measure
+from fpq_analysis.cli import app
 from fpq_analysis.errors import UnfitError
 from fpq_analysis.pipeline import execute
 from fpq_analysis.pipeline.engines.engine import Engine, Resources, open_engine
@@ -216,6 +219,34 @@ def test_errors_come_back(engine):
 
 def test_cores_are_divided(engine):
     assert engine.submit(torch.get_num_threads).result() == engine.threads
+
+
+TALKS = """
+from torch import nn
+print("imported")
+class Net(nn.Sequential):
+    def __init__(self):
+        print("made")
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+    def forward(self, x):
+        print("called")
+        return super().forward(x)
+"""
+
+
+def test_what_the_users_code_prints_is_not_among_the_rows(tmp_path, monkeypatch, engine):
+    (tmp_path / "talking_net.py").write_text(TALKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.save({"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}, tmp_path / "epoch_1.pt")
+    options = ["--model", "talking_net:Net", "--data", "digits", "--n-data", "8", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(app, ["hessian", "--ckpt-dir", str(tmp_path), *options])
+    assert result.exit_code == 0
+    assert {json.loads(line)["epoch"] for line in result.stdout.splitlines()} == {1}
+    for word in ("imported", "made", "called"):
+        assert word in result.stderr
+    assert engine.submit(os.path.sameopenfile, 1, 2).result()
+    (tmp_path / "epoch_1.pt").write_bytes(b"")
+    assert CliRunner().invoke(app, ["hessian", "--ckpt-dir", str(tmp_path), *options]).stdout == ""
 
 
 def test_a_script_that_does_not_guard_its_main_is_told_so(tmp_path, runs):

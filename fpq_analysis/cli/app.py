@@ -239,7 +239,8 @@ def _main(
 def print_json(frame: pd.DataFrame) -> None:
     """Rows as JSON lines on stdout, without the long per-sample columns."""
     frame = frame.drop(columns="samples", errors="ignore")
-    print(frame.to_json(orient="records", lines=True), end="")
+    if len(frame):  # of nothing pandas makes an empty line
+        print(frame.to_json(orient="records", lines=True), end="")
 
 
 def new_table(columns: dict[str, str] | list[tuple[str, str]]) -> Table:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +35,7 @@ def execute(task: Task) -> TaskResult:
     Raises:
         UserError: if it cannot be measured, whatever the reason; with FPQ_DEBUG=1 what was raised is raised on.
     """
-    with _one_at_a_time:
+    with _one_at_a_time, redirect_stdout(sys.stderr):  # stdout is for numbers, whatever the user's code prints
         try:
             return _execute(task)
         except UserError:

@@ -153,6 +153,7 @@ def _serve(pipe: Connection, threads: int, gpu: int | None) -> None:
     """What a process does: calls, until there is nobody to ask for them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.dup2(2, 1)  # stdout is for the parent's numbers, whatever the user's code prints
     for name in THREADS:  # before numpy and torch are loaded
         given = os.environ.get(name, "")
         os.environ[name] = str(min(threads, int(given)) if given.isdecimal() else threads)
