@@ -641,6 +641,15 @@ def test_misuse(own):
     assert "epoch_1.pth' cannot be read" in words(result.stderr)
 
 
+def test_an_error_that_many_files_share_is_said_once(own):
+    for path in sorted(own.glob("*.pth")):
+        state = torch.load(path)
+        torch.save({name: t for name, t in state.items() if name != list(state)[-1]}, path)
+    text = words(call("hessian", "--ckpt-dir", own, *OPTIONS, code=1).stderr)
+    assert text.count("does not fit the model") == 1
+    assert "The same holds of 1 more file." in text
+
+
 def test_find_state_is_not_fooled():
     assert find_state({"loss": torch.ones(1), "epoch": 3}) == ({}, ())
     assert find_state({"model": None, "net": {"w": torch.ones(1)}})[1] == ("net",)

@@ -53,6 +53,17 @@ from tests.words import words
 FAST = {"n_data": 24, "device": "cpu", "model": "tests.nets:tiny"}
 
 
+class Rounding(nn.Linear):
+    """Rounded to tenths, straight-through, by code that nobody told of."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight + (rounded(self.weight) - self.weight).detach(), self.bias)
+
+
+def rounded(weight):
+    return (10 * weight).round() / 10
+
+
 def batch(n=20):
     return torch.randn(n, 1, 8, 8), torch.randint(10, (n,))
 
@@ -703,3 +714,17 @@ def test_of_a_single_image_no_error_is_known():
     losses = rows[rows["quantity"].str.startswith("loss")]
     assert losses["value"].notna().all()
     assert losses["sem_data"].isna().all()
+
+
+def test_weights_that_other_code_rounds_are_rounded_again_at_every_point():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), Rounding(64, 10)).double()
+    x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(10, (20,))
+    with pytest.raises(UserError, match="--weights requantized"):
+        landscape(model, (x, y), points=3, dim=1)
+    found = landscape(model, (x, y), points=5, dim=1, weights="requantized")
+    (direction,) = directions.random_directions({"1.weight": model[1].weight, "1.bias": model[1].bias}, 1, 0)
+    weight, bias = model[1].weight.detach(), model[1].bias.detach()
+    for place, loss in zip(np.linspace(-1, 1, 5), found.loss, strict=True):
+        logits = x.flatten(1) @ rounded(weight + place * direction["1.weight"]).T + bias + place * direction["1.bias"]
+        assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-12)

@@ -163,7 +163,8 @@ def test_every_figure_is_there_once(measured, written):
         frame = frame[frame["definition"] == "dequantized"]
         assert typeset(drawing.caption(frame)) in found.text["figcaption"]
     assert sum(tag == "figure" for tag, _ in found.attributes) == len(drawn) + 2  # and training's: accuracy, losses
-    assert {name for name, _ in report.missing} >= {d.title for d in FIGURES.values() if d not in drawn} | {"Sharpness"}
+    missing = {name for names, _ in report.missing for name in names.split(", ")}
+    assert missing >= {d.title for d in FIGURES.values() if d not in drawn} | {"Sharpness"}
 
 
 def test_numbers_are_those_of_the_files(measured, written):
@@ -439,6 +440,18 @@ def test_runs_of_ones_own_are_told_apart_and_compared(runs, tmp_path):
     assert "package.module:factory" not in text
     assert "<dt>Clipped</dt>" not in text
     assert "beside an accuracy" not in text
+    assert "How the networks were trained is not on record." in text
+    assert "None" not in text
+    assert "gradient descent" not in text
+
+
+def test_weights_that_other_code_rounds_are_called_latent(runs, tmp_path):
+    about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
+    about |= {"train_seed": None, "model": "mine:Net", "definition": "latent"}
+    records.append(tmp_path / "own" / "adam", "hessian_trace", [about])
+    text = page(tmp_path / "own", tmp_path)
+    assert "the latent weights behind the quantizers" in text
+    assert "all weights" not in text
 
 
 def test_many_runs_are_summed_up(tmp_path):

@@ -22,7 +22,7 @@ from fpq_analysis.errors import UserError, explained
 from fpq_analysis.progress import show_progress
 from fpq_analysis.quantspec import QuantSpec
 from fpq_analysis.references import find
-from fpq_analysis.text import printable
+from fpq_analysis.text import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,14 +76,20 @@ def fail(error: Exception | str) -> None:
     log(textwrap.fill(text, width=width, break_long_words=False, break_on_hyphens=False))
 
 
+FILE = "\0"  # stands for a file's name in an error that is the same of several
+
+
 def fail_all(faults: Mapping[Path, Exception]) -> None:
     """Each error once, with the files it is about; exit with 1 if there is any."""
     files: dict[str, list[Path]] = {}
     for path, fault in faults.items():
-        files.setdefault(str(fault), []).append(path)
+        files.setdefault(str(fault).replace(f"'{path}'", FILE), []).append(path)
     for text, paths in files.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        fail(text if str(paths[0]) in text else f"'{paths[0]}'{more}: {text}")
+        first, others = f"'{paths[0]}'", len(paths) - 1
+        if FILE in text:
+            fail(text.replace(FILE, first) + (f" The same holds of {counted(others, 'more file')}." if others else ""))
+        else:
+            fail(f"{first}{f' and {others} more' if others else ''}: {text}")
     if faults:
         raise typer.Exit(1)
 

@@ -35,8 +35,8 @@ SWITCHES = ("fake_quant_enabled", "enabled", "is_enabled", "is_quant_enabled")  
 DISABLE = "model.apply(torch.ao.quantization.disable_observer)"
 REGISTER = "fpq_analysis.register_adapter (docs/quantizers/own.md)"
 LATENT = (
-    "Measure definition='latent' (--definition latent), the Hessian in the trained weights; or tell how it rounds: "
-    f"{REGISTER}."
+    "Measure definition='latent' (--definition latent), the Hessian in the trained weights (of landscapes, "
+    f"weights='requantized', --weights requantized); or tell how it rounds: {REGISTER}."
 )
 DISAGREES = (
     "does not move the output as its gradient says (it is rounded behind a straight-through estimator, or a backward "

@@ -85,9 +85,14 @@ def _data(study: Study) -> str:
 
 
 def _training(study: Study) -> str:
-    floats = [run for run in study.runs if run.bits == "FP"]
-    quantized = [run for run in study.runs if run.bits != "FP"]
+    ours = [run for run in study.runs if "epochs" in run.config]  # of others the records say nothing of training
+    floats = [run for run in ours if run.bits == "FP"]
+    quantized = [run for run in ours if run.bits != "FP"]
     sentences = []
+    if len(ours) < len(study.runs):
+        names = [run.name for run in study.runs if run not in ours]
+        which = "the networks" if not ours else listed(names)
+        sentences.append(f"How {which} {'was' if which in names else 'were'} trained is not on record")
     if floats:
         sentences.append(f"Float networks were trained {_optimizer(floats)}")
     if quantized:
@@ -106,8 +111,9 @@ def _training(study: Study) -> str:
         if len(values) == 1 and (how := values.pop()):
             images = _settings(quantized, "calibration_images")
             sentences.append(f"The first step sizes of the inputs come from {how} on {images} training images")
-    several = len({run.seed for run in study.runs}) > 1
-    sentences.append(f"Training seed{'s' if several else ''}: {seeds_in_words(study.runs)}")
+    if any(run.seed is not None for run in study.runs):
+        several = len({run.seed for run in study.runs}) > 1
+        sentences.append(f"Training seed{'s' if several else ''}: {seeds_in_words(study.runs)}")
     return ". ".join(sentences) + "."
 
 
@@ -135,7 +141,7 @@ def _sample(rows: pd.DataFrame) -> str:
 
 def _variables(rows: pd.DataFrame) -> str:
     found = [VARIABLES.get(name, name) for name in dict.fromkeys(rows["definition"].dropna())]
-    if set(rows["bits"]) == {"FP"}:
+    if set(rows["bits"]) == {"FP"} and "latent" not in set(rows["definition"]):  # rounded by other code than ours
         return "all weights"
     return "; and, apart, ".join(found)
 

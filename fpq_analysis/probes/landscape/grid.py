@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fpq_analysis.curvature.batches import Batch
+from fpq_analysis.curvature.batches import Batch, as_batches
 from fpq_analysis.curvature.sampling import layer_of
 from fpq_analysis.errors import UserError
 from fpq_analysis.forward import ForwardFunction, with_forward
@@ -38,7 +38,7 @@ from fpq_analysis.probes.landscape.surface import Surface
 from fpq_analysis.probes.point import Rows
 from fpq_analysis.probes.subject import check_finite, prepare
 from fpq_analysis.probes.trace import ROOT
-from fpq_analysis.quantizers import adopt, view
+from fpq_analysis.quantizers import adopt, quantizers, view
 
 # A grid step that moves weights further than this, in quantization steps, passes over whole stairs of the staircase.
 ALIASED = 0.5
@@ -87,6 +87,11 @@ class LossGrid:
         if micro_batch is None and where.type == "cuda":
             micro_batch = DEVICE_BATCH
         base = "float" if choices.weights == "float" else "dequantized"
+        if choices.weights == "requantized":
+            batches = as_batches(batches, micro_batch)
+            model = adopt(model, batches[0][0])
+            if not any(True for _ in quantizers(model)):
+                base = "latent"  # by code that is not ours, if at all: as it stands, it rounds again at every point
         subject = prepare(model, batches, loss=loss, definition=base, device=where, micro_batch=micro_batch)
         model = subject.model
         network = make_movable(model, subject.view, choices.weights)
