@@ -90,9 +90,9 @@ def _training(study: Study) -> str:
     quantized = [run for run in ours if run.bits != "FP"]
     sentences = []
     if len(ours) < len(study.runs):
-        names = [run.name for run in study.runs if run not in ours]
-        which = "the networks" if not ours else listed(names)
-        sentences.append(f"How {which} {'was' if which in names else 'were'} trained is not on record")
+        others = [run.name for run in study.runs if run not in ours]
+        which = listed(others) if ours else "the networks"
+        sentences.append(f"How {which} {'was' if which in others else 'were'} trained is not on record")
     if floats:
         sentences.append(f"Float networks were trained {_optimizer(floats)}")
     if quantized:
