@@ -34,7 +34,7 @@ BOW_TIE = ((-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1))
 SPARE_MARKERS = ("X", BAR, HOURGLASS, BOW_TIE, "*")
 LINES: dict[str, Any] = {"FP": "-", "W4A4": "-", "W2A4": "--", "W2A2": ":", "W8A8": "-."}
 OTHER_LINE = (0, (5, 1, 1, 1, 1, 1))  # of other bit widths
-DASHES = ("-", "--", "-.", ":", OTHER_LINE)  # of lines without markers, one after the other
+DASHES = ("-", "--", "-.", ":", OTHER_LINE, (0, (10, 3)), (0, (1, 4)))  # of lines without markers, one after the other
 HATCHES = {"FP": "", "W4A4": "", "W2A4": "/////", "W2A2": "xxxxx", "W8A8": "....."}
 
 

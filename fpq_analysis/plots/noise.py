@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fpq_analysis.errors import NothingToDraw
@@ -50,8 +51,18 @@ def noise_figure(records: pd.DataFrame) -> Figure:
         _draw(axes, panel, looks.colour(panel.iloc[0]))
         head(axes, text)
     outer(places)
-    legend(figure, [artist for axes in places for artist in axes.get_legend_handles_labels()[0]], most=5)
+    artists = [artist for axes in places for artist in axes.get_legend_handles_labels()[0]]
+    legend(figure, [_key(artist) for artist in artists], most=5)
     return figure
+
+
+def _key(artist: Any) -> Any:
+    """What stands for an artist in the legend: points have no colour there, as they have another in each panel."""
+    for text, marker, filled, _ in KINDS.values():
+        if artist.get_label() == text:
+            face = "0.25" if filled else "white"
+            return Line2D([], [], color="0.25", linestyle="", marker=marker, markerfacecolor=face, label=text)
+    return artist
 
 
 def _draw(axes: Axes, panel: pd.DataFrame, color: str) -> None:
