@@ -197,6 +197,17 @@ def test_too_few_products_say_so():
     assert found.n_products == 10
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_what_stands_behind_a_zero_that_occurs_many_times_is_not_called_an_eigenvalue_there(which):
+    """Lanczos sees one copy: the third smallest of this matrix was called 0.5, and converged."""
+    truth = torch.cat([torch.tensor([-1.0]), torch.zeros(150), torch.linspace(0.5, 2, 150)]).double()
+    found = eigenpairs(DenseMatrix(truth.diag()), 3, which=which, tol=1e-6, generator=torch.Generator().manual_seed(0))
+    wanted = {"LA": truth.flip(0), "SA": truth, "LM": truth[(-truth.abs()).argsort()]}[which][:3]
+    assert bool(found.converged[0])
+    torch.testing.assert_close(found.values[found.converged], wanted[found.converged], rtol=1e-4, atol=1e-9)
+    assert bool(found.converged.all()) or which == "SA"
+
+
 def test_a_warm_start_saves_products_and_finds_the_same():
     values = torch.cat([torch.tensor([10.0, 8.0, 7.0, 6.5, 6.0]), torch.linspace(-1, 3, 300)])
     a = rotated(values)

@@ -40,7 +40,8 @@ class Eigenpairs:
         residuals: (k,) float64, `|A v - value v|`: an eigenvalue lies within this distance of each value.  Computed
             from the products that built the basis: exact to their rounding, or, where a fresh vector was tried, to
             `CLOSED` of the largest value.
-        converged: (k,) bool, whether the residual is within the tolerance, or within rounding.
+        converged: (k,) bool, whether the residual is within the tolerance, or within rounding; False behind a zero, of
+            which there may be more copies than one, unless that was found out.
         n_products: products with single vectors.
         start: (n,), for a warm start at a similar matrix.
     """
@@ -125,6 +126,10 @@ def eigenpairs(
         if fresh:
             lanczos.append_random(generator)
         trial = trial + 1 if found and (fresh or trial) else 0
+    if not closed and len(lanczos) < n:
+        # Of an eigenvalue that occurs many times one copy is seen, and zero often does: whatever stands behind one.
+        zero = values[:k].abs() <= floor
+        converged = converged & (zero | (zero.cumsum(0) == 0))
     try:
         vectors = combined(coefficients[:, :k].T, lanczos.q)
     except RuntimeError as error:
