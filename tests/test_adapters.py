@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fpq_analysis import (
     HessianTrace,
     UserError,
     diagnose,
+    draw_figures,
     feature_statistics,
     hessian_eigs,
     hessian_trace,
@@ -551,6 +553,26 @@ def test_records_of_another_programs_network_say_that_it_is_quantized(tmp_path):
     np.savez(tmp_path / "data.npz", x=X.float().numpy(), y=Y.numpy())
     rows = measure(ForeignRuns(tmp_path / "net", factory, tmp_path / "data.npz"), HessianTrace(), device="cpu")
     assert set(zip(rows["method"], rows["bits"], strict=True)) == {("quantized", "W8A7")}
+
+
+def test_so_do_those_of_a_network_that_rounds_in_its_own_forward(tmp_path):
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            rounded = (10 * self.weight).round() / 10
+            return nn.functional.linear(x, self.weight + (rounded - self.weight).detach(), self.bias)
+
+    for name, layer in (("rounded", Rounded), ("plain", nn.Linear)):
+        (tmp_path / name).mkdir()
+        factory = partial(layer, 4, 3)
+        torch.save(factory().state_dict(), tmp_path / name / "epoch_0.pt")
+        data = torch.randn(20, 4), torch.randint(3, (20,))
+        runs = ForeignRuns(tmp_path / name, factory, data)
+        rows = measure(runs, HessianTrace("latent", n_products=4), device="cpu")
+        assert set(rows["method"]) == {"quantized" if name == "rounded" else "fp"}
+        if name == "rounded":
+            drawn = draw_figures(runs, "5", tmp_path / "figures", device="cpu", on_fault=lambda path, fault: None)
+            assert drawn["path"].notna().all()
+            assert "latent" in drawn["note"].item()
 
 
 def test_a_quantizer_that_has_seen_no_data_is_said_to_have_no_scale():

@@ -454,6 +454,26 @@ def test_tied_and_unused_weights():
     assert "'spare.weight' (and 1 more)" in row["finding"]
 
 
+def test_weights_without_gradient():
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, (10 * self.weight).round() / 10, self.bias)
+
+    row = findings(nn.Sequential(nn.Flatten(), Rounded(64, 10)), IMAGES, LABELS).loc["used"]
+    assert row["status"] == "note"
+    assert "The gradient of '1.weight' is zero" in row["finding"]
+    assert "straight through" in row["cure"]
+
+
+def test_probabilities_where_logits_are_wanted():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    row = findings(nn.Sequential(net, nn.Softmax(1)), IMAGES, LABELS).loc["fit"]
+    assert row["status"] == "note"
+    assert "probabilities already" in row["finding"]
+    for other in (net, nn.Sequential(net, nn.LogSoftmax(1))):
+        assert "probabilities" not in findings(other, IMAGES, LABELS).loc["fit", "finding"]
+
+
 class Spare(nn.Module):
     def __init__(self):
         super().__init__()

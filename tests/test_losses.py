@@ -653,6 +653,7 @@ def test_losses_that_cannot_be_made(make, said):
         ((4, 3), torch.tensor([1, 2, 3, 1]), "y - 1"),
         ((4, 3), torch.tensor([0, 2, 7, 1]), "have the same classes"),
         ((4, 3), torch.tensor([0.0, 2.0, 1.0, 1.0]), "y.long()"),
+        ((4,), torch.tensor([0.0, 2.0, 1.0, 1.0]), "squared_error"),
         ((4, 3), torch.eye(3, dtype=torch.long)[[0, 1, 2, 0]], "y.argmax(1)"),
         ((4, 3), torch.tensor([[0], [1], [2], [0]]), "y.squeeze(1)"),
         ((4, 7, 3), torch.zeros(4, 7, dtype=torch.long), "causal_lm"),
@@ -663,3 +664,11 @@ def test_what_to_do_about_targets_that_do_not_fit(outputs, targets, cure):
     with pytest.raises(UnfitError) as caught:
         cross_entropy().check(torch.zeros(outputs), targets)
     assert cure in caught.value.cure
+
+
+def test_targets_that_are_broadcast_are_named():
+    def squares(outputs, targets):
+        return (outputs - targets).square().mean()
+
+    with pytest.raises(UnfitError, match=r"\(8, 1\), and targets \(8,\), of which .* different samples"):
+        check_mean(squares, torch.randn(8, 1), torch.randn(8))

@@ -34,6 +34,8 @@ def print_variances(frame: pd.DataFrame) -> None:
 
 def print_norms(frame: pd.DataFrame) -> None:
     """Norms over minibatches, clean and in noise, and that over all data."""
+    if frame.empty:
+        return
     minibatch = "grad_norm_minibatch"
     rows = frame[(frame["layer"] == "all") & frame["quantity"].str.startswith(f"{minibatch}@")]
     headings = {f"{minibatch}@{arm}": head for arm, head in ARMS.items()} if len(rows) else {}

@@ -20,7 +20,7 @@ from fpq_analysis.doctor.functions import ASYMMETRY, COARSE, REPORTS, check_func
 from fpq_analysis.doctor.model_under_test import FAULT, NOTE, OK, Finding, ModelUnderTest, first, nodes, owner, short
 from fpq_analysis.errors import UnfitError, UserError
 from fpq_analysis.losses import check_mean
-from fpq_analysis.nests import Nest, leaves, take
+from fpq_analysis.nests import Nest, leaves, size, take
 from fpq_analysis.probes.fit import examine
 from fpq_analysis.quantizers import (
     clipped_fraction,
@@ -157,11 +157,17 @@ def _loss(tested: ModelUnderTest, x: Nest, y: Nest) -> float:
 
 
 def _used(tested: ModelUnderTest) -> Finding:
-    unused = [f"'{name}'" for name, g in tested.gradients().items() if g is None]
-    if not unused:
-        return Finding(OK, "The loss uses every weight.")
-    text = f"The loss does not use {first(unused)}: rows of zeros in the Hessian."
-    return Finding(NOTE, text, "Nothing to do; set requires_grad_(False) on it to leave it out.")
+    gradients = tested.gradients()
+    unused = [f"'{name}'" for name, g in gradients.items() if g is None]
+    if unused:
+        text = f"The loss does not use {first(unused)}: rows of zeros in the Hessian."
+        return Finding(NOTE, text, "Nothing to do; set requires_grad_(False) on it to leave it out.")
+    still = [f"'{name}'" for name, g in gradients.items() if not bool(g.any())]  # type: ignore[union-attr]
+    if still:
+        text = f"The gradient of {first(still)} is zero, on {size(tested.few[0])} samples."
+        cure = "If it is rounded, let gradients pass straight through; else it is behind zeros, or units that are dead."
+        return Finding(NOTE, text, cure)
+    return Finding(OK, "The loss uses every weight.")
 
 
 def _repeatable(tested: ModelUnderTest) -> Finding:
@@ -191,11 +197,20 @@ def _fit(tested: ModelUnderTest) -> Finding:
     fit = examine(tested.model, tested.data, tested.loss)
     text = f"The mean loss is {fit.loss:.3g}"
     text += "" if math.isnan(fit.accuracy) else f", the accuracy {fit.accuracy:.1%}"
+    if tested.loss.name == "cross_entropy" and _are_probabilities(tested):
+        cure = "Return what goes into the softmax, unless the network was trained so."
+        return Finding(NOTE, f"{text}. Outputs are probabilities already, and this loss takes their softmax.", cure)
     if not (fit.at_chance or fit.above_guessing):
         return Finding(OK, f"{text}.")
     guess = f"{text}; guessing gives "
     guess += f"{fit.chance:.1%}." if fit.at_chance else f"a loss of {fit.guess:.3g}."
     return Finding(NOTE, guess, "If it is trained, check the scale of the inputs and the order of the classes.")
+
+
+@torch.no_grad()
+def _are_probabilities(tested: ModelUnderTest) -> bool:
+    z = tested.model(tested.few[0])
+    return z.shape[1] > 1 and bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-4).all())
 
 
 def _rounding(tested: ModelUnderTest) -> Finding:

@@ -55,6 +55,13 @@ def check_mean(loss: LossFunction, outputs: Tensor, y: Nest) -> Tensor:
             raise UnfitError("The loss adds up its samples where every measurement takes a mean over them.", cure)
     elif not bool(together.isfinite()):
         return singles[:n]  # which the caller finds
+    if isinstance(y, Tensor) and y.is_floating_point() and y.shape != outputs.shape:
+        shapes = f"outputs are {tuple(outputs.shape)}, and targets {tuple(y.shape)}"
+        raise UnfitError(
+            f"The loss of a batch is not the mean of its samples' losses: {shapes}, of which an operation makes pairs "
+            "of different samples (broadcasting).",
+            "Bring the targets into the outputs' shape.",
+        )
     raise UnfitError(
         "The loss of a batch is not the mean of its samples' losses: it weighs them by one another, as weights of "
         "classes or ignore_index do under reduction='mean'.",

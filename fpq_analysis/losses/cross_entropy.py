@@ -134,6 +134,8 @@ class CrossEntropy:
 def _cure_of_shape(outputs: Tensor, targets: Tensor) -> str:
     """What to do about targets whose shape or type does not fit (B, C, ...) outputs."""
     wanted = outputs.shape[:1] + outputs.shape[2:]
+    if targets.is_floating_point() and outputs.numel() == len(outputs):  # one number a sample
+        return "For real numbers as targets take another loss, as loss='squared_error' (--loss squared_error)."
     if targets.is_floating_point() and targets.shape == wanted:
         return "Give classes as whole numbers: y.long()."
     if not targets.is_floating_point() and targets.shape == outputs.shape:

@@ -19,11 +19,11 @@ from fpq_analysis.batch import Batch
 from fpq_analysis.data import own
 from fpq_analysis.devices import pick_device
 from fpq_analysis.errors import UserError, explained
-from fpq_analysis.nests import moved
+from fpq_analysis.nests import moved, take
 from fpq_analysis.pipeline.plan import key_now, network_code
 from fpq_analysis.pipeline.task import Sampling, Task, TaskResult
 from fpq_analysis.probes.point import Pieces, Piecewise, Point, Probe, Rows
-from fpq_analysis.quantizers import adopt, quantization
+from fpq_analysis.quantizers import adopt, quantization, rounded_weight
 from fpq_analysis.runs import file_hash
 from fpq_analysis.runs.checkpoint import Checkpoint
 from fpq_analysis.runs.foreign import ForeignCheckpoint
@@ -87,6 +87,9 @@ class _ActiveMeasurement:
         common = columns(task.probe, content, task.sampling, task.settings, measurement.key)
         if isinstance(content, ForeignCheckpoint) and content.quant is None:  # nothing says it but the network
             scheme, quant = quantization(point.model)
+            inputs, _ = point.batches[0] if isinstance(point.batches, list) else point.batches
+            if scheme == "fp" and rounded_weight(point.model, take(inputs, slice(1))):
+                scheme = "quantized"
             common |= {"method": scheme, "bits": _bits(quant)}
         named = "through" in task.probe.needs
         self._common = {**common, "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None}

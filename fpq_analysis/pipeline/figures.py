@@ -127,5 +127,8 @@ def _measured(
         if drawing.probe in PROBES:
             epochs = "last" if drawing.picture.last else "all"
             probe = PROBES[drawing.probe]()
-            return measure(ckpt_dir, probe, epochs=epochs, records=records, on_fault=on_fault, **where)
+            frame = measure(ckpt_dir, probe, epochs=epochs, records=records, on_fault=on_fault, **where)
+            if not frame.empty:
+                return frame
+    # Networks for which the default settings do not hold may have been measured with others.
     return rec.load(records or ckpt_dir, drawing.probe, on_fault)
