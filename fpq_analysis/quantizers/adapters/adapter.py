@@ -137,8 +137,6 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
                 getattr(module, switch).zero_()
     original: Any = None
     names = [name for name, module in theirs.named_modules() if has_adapter(module)]
-    # What the packages' quantizers pass on a bound of the grid is by their release and torch's; ours pass it.
-    own = [name for name in names if not _of_this_package(_find(theirs.get_submodule(name)))]
     if inputs is not None and torch.float64 in kinds:
         adopt(copy.deepcopy(theirs).float(), inputs)  # to check it: other programs' kernels may know float32 only
     elif inputs is not None:
@@ -152,7 +150,7 @@ def adopt(model: nn.Module, inputs: Any = None) -> nn.Module:
     if inputs is not None:
         parts = split(take(inputs, slice(None, None, -(-size(inputs) // SHOWN))), AT_ONCE)
         for part in parts if original is not None else []:
-            check_agreement(original, names, own, ours, part)
+            check_agreement(original, names, ours, part)
         name_input_quantizers(ours, parts[0])
     return ours
 
@@ -177,10 +175,6 @@ def _find(module: nn.Module) -> Adapter | None:
         if kind in _adapters:
             return _adapters[kind]
     return None
-
-
-def _of_this_package(adapter: Any) -> bool:
-    return str(adapter.__module__).startswith(f"{__package__}.")
 
 
 def _turn(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.Module:

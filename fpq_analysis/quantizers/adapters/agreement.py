@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,14 +89,8 @@ class Passed:
 
 
 @torch.no_grad()
-def check_agreement(
-    original: nn.Module, names: list[str], differentiated: Collection[str], adopted: nn.Module, inputs: Any
-) -> None:
-    """Raise `UserError` unless `adopted`, and each module of these names on its own, computes what `original` does.
-
-    Args:
-        differentiated: those of the modules that have to pass the same gradients, too.
-    """
+def check_agreement(original: nn.Module, names: list[str], adopted: nn.Module, inputs: Any) -> None:
+    """Raise `UserError` unless `adopted`, and each module of these names on its own, computes what `original` does."""
     with running(inputs):
         before = Passed.of(original, names, inputs)
     theirs, modules = dict(original.named_modules()), dict(adopted.named_modules())
@@ -108,8 +102,7 @@ def check_agreement(
             steps = [q.step_size for q in modules[name].children() if isinstance(q, Quantizer)]
             largest = max((float(step.max()) for step in steps if step.numel()), default=0.0)
             _check(f"what '{name}' puts out", call.output, output, largest, FLIPPED)
-            if name in differentiated:
-                _check_gradients(name, theirs[name], modules[name], call)
+            _check_gradients(name, theirs[name], modules[name], call)
     rounds = any(isinstance(module, Quantizer) for module in modules.values())
     with _failing("the network"):
         output = adopted(fitted(inputs, adopted))
