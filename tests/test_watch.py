@@ -166,3 +166,29 @@ def test_the_command_draws_and_ends_with_1_if_a_file_failed(tiny_runs, tmp_path)
     assert CliRunner().invoke(app, ["watch", str(tmp_path / "runs"), *options]).exit_code == 0
     result = CliRunner().invoke(app, ["watch", str(tmp_path / "runs"), *options, "--probes", "hesian_trace"])
     assert "Did you mean" in words(result.stderr) or "did you mean" in words(result.stderr)
+
+
+def test_the_command_says_why_nothing_could_be_measured_and_takes_a_definition(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs / "fp", tmp_path / "runs" / "fp", ignore=shutil.ignore_patterns("records"))
+    for path in run.glob("epoch_*.pt"):
+        half(path, path)
+    options = [
+        "--n-data",
+        "16",
+        "--device",
+        "cpu",
+        "--model",
+        "tests.nets:tiny",
+        "--interval",
+        "0.05",
+        "--timeout",
+        "0",
+    ]
+    result = CliRunner().invoke(app, ["watch", str(tmp_path / "runs"), *options])
+    assert result.exit_code == 1
+    assert "Watching" in result.stderr
+    assert "The same holds of 2 more files." in words(result.stderr)
+    shutil.copytree(tiny_runs / "lsq-w4a4", tmp_path / "lsq", ignore=shutil.ignore_patterns("records"))
+    result = CliRunner().invoke(app, ["watch", str(tmp_path / "lsq"), *options, "--definition", "latent"])
+    assert result.exit_code == 0, result.stderr
+    assert "latent" in result.stdout

@@ -60,6 +60,8 @@ def hessian(
             f"--operator {operator} measures the trace alone; --top-k, --density and --sharpness are of the Hessian. "
             "From Python, hessian_eigs and spectral_density take operator=."
         )
+    if sharpness and definition == "latent":
+        raise UserError("--sharpness is of the definitions dequantized and float; leave one of the two options out.")
     kinds = DEFINITIONS if definition == "all" else [definition]
     method = "pyhessian" if engine == "pyhessian" else method
     for kind in kinds:
