@@ -59,7 +59,7 @@ def watch(
     from fpq_analysis.report.page import write_report
 
     every = [PROBES[name]() for name in names]
-    defined = [replace(probe, definition=definition) if "definition" in vars(probe) else probe for probe in every]  # type: ignore[type-var]
+    defined = [replace(probe, definition=definition) if "definition" in vars(probe) else probe for probe in every]
     log(f"Watching '{Path(settings.ckpt_dir)}', with a look every {interval:g} seconds.")
     faults: dict[Path, UserError] = {}
 
