@@ -347,6 +347,14 @@ def test_a_network_that_modelopt_calibrates_is_said_to_be_calibrated():
         hessian_trace(model, (X.float(), Y))
 
 
+@pytest.mark.parametrize("name", ["1", "2"])
+def test_a_layer_of_brevitas_in_export_mode_is_named(name):
+    model = build("Brevitas").model
+    model.get_submodule(name).export_mode = True
+    with pytest.raises(UserError, match=f"'{name}' .* is in export mode"):
+        hessian_trace(model, (X.float(), Y))
+
+
 def test_torchao_layers_of_block_formats_are_refused():
     """Differentiated twice they lack the terms between layers, without a word."""
     qat = pytest.importorskip("torchao.quantization.qat")

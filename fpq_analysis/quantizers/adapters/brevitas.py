@@ -19,6 +19,7 @@ from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
 from torch import Tensor, nn
 
+from fpq_analysis.errors import UserError
 from fpq_analysis.quantizers.adapters.adapter import (
     UnknownQuantizerError,
     plain_layer,
@@ -86,6 +87,7 @@ class BrevitasWeight(Quantizer):
 @register_adapter(qnn.QuantLinear, qnn.QuantConv1d, qnn.QuantConv2d, qnn.QuantConv3d, qnn.QuantEmbedding)
 def layer(module: Any) -> nn.Module:
     """A layer with a quantized weight, and maybe input and output."""
+    _check_mode(module)
     kind = next(k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.modules."))
     if getattr(module, "bias_quant", None) is not None and module.bias_quant.is_quant_enabled:
         raise UnknownQuantizerError("its bias is quantized too")
@@ -102,6 +104,7 @@ def layer(module: Any) -> nn.Module:
 @register_adapter(QuantNonLinearActLayer)
 def activation(module: Any) -> nn.Module:
     """The plain activation, its input and output quantized; of an identity, the quantizer alone."""
+    _check_mode(module)
     inputs, output = _of_activations(module.input_quant), _of_activations(module.act_quant)
     proxy = module.act_quant.fused_activation_quant_proxy
     function = nn.Identity() if proxy is None else proxy.activation_impl
@@ -112,6 +115,11 @@ def activation(module: Any) -> nn.Module:
     if output is not None:
         quantize_output(function, output)
     return function
+
+
+def _check_mode(module: Any) -> None:
+    if module.export_mode:
+        raise UserError("it is in export mode, for inference; set export_mode = False first")
 
 
 def _of_weight(module: Any) -> BrevitasWeight | None:
