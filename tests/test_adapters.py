@@ -161,6 +161,23 @@ def test_noise_is_in_the_steps_of_the_quantizer_that_a_convolution_takes_from(fr
     assert {row["layer"] for row in noise_response(pair.model, (X.float(), Y), n_draws=2).rows()} >= {"conv1", "conv2"}
 
 
+@pytest.mark.parametrize("torch_clamp", [True, False])
+def test_the_gradient_at_the_bounds_of_an_affine_grid(torch_clamp):
+    x = torch.tensor([-9.0, -8.2, -7.0, 0.3, 7.1, 9.0], dtype=torch.float64, requires_grad=True)
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    (found,) = torch.autograd.grad(Affine(one, zero, -8, 7, torch_clamp=torch_clamp)(x).sum(), x)
+    k = x.detach().round().requires_grad_()
+    (clamped,) = torch.autograd.grad(k.clamp(-8, 7).sum(), k)
+    assert torch.equal(found, clamped if torch_clamp else (k.detach() == k.detach().clamp(-8, 7)).double())
+
+
+def test_the_doctor_says_in_what_another_programs_network_in_half_precision_is_measured():
+    model = foreign_nets.torch_ao().model.bfloat16()
+    row = diagnose(model, (X.float(), Y)).set_index("check").loc["dtype"]
+    assert row["status"] == "note"
+    assert "bfloat16, and are measured in float32" in row["finding"]
+
+
 # --- adapters of one's own ---
 
 
