@@ -447,10 +447,15 @@ def test_runs_of_ones_own_are_told_apart_and_compared(runs, tmp_path):
 
 def test_weights_that_other_code_rounds_are_called_latent(runs, tmp_path):
     about = read_jsonl(runs / "fp" / "records" / "hessian_trace.jsonl")[-1]
-    about |= {"train_seed": None, "model": "mine:Net", "definition": "latent"}
+    about |= {"train_seed": None, "model": "mine:Net", "definition": "latent", "method": "quantized"}
     records.append(tmp_path / "own" / "adam", "hessian_trace", [about])
     text = page(tmp_path / "own", tmp_path)
     assert "the latent weights behind the quantizers" in text
+    missing = dict(not_measured(read_study(tmp_path / "own"), {FIGURES["landscape"]: "", FIGURES["density"]: ""}).names)
+    assert missing["Landscape"].endswith("--data digits --weights requantized")
+    assert missing["Density"].endswith("--data digits --definition latent")
+    assert "Sharpness" not in missing
+    assert Page(text).column("Runs", "Bits") == {"adam": "–"}
     assert "all weights" not in text
 
 

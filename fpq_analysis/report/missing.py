@@ -12,6 +12,13 @@ from fpq_analysis.plots import Drawing
 from fpq_analysis.report.study import Study
 from fpq_analysis.runs.run import FOREIGN_OPTIONS
 
+# Of networks whose weights other code rounds, which have no other definition: what their commands need.
+LATENT = {
+    "hessian": " --definition latent",
+    "gradnorm": " --definition latent",
+    "landscape": " --weights requantized",
+}
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -50,13 +57,17 @@ def not_measured(study: Study, undrawn: Mapping[Drawing, str]) -> Missing:
     if study.kept != study.root:
         folder += f" --records {shlex.quote(str(study.kept))}"
     foreign = _foreign(study)
+    only = LATENT if study.definition == "latent" else {}
+    if only:
+        found.pop("Sharpness", None)  # it has no meaning there
     options: dict[str, str] = {}  # commands of one name are one, with the options of all
     for name, _, own in (command.partition(" ") for command in found.values()):
         if own not in options.setdefault(name, ""):
             options[name] += f" {own}"
-    together = [f"fpq-analyze {name}{own} {folder}{foreign}" for name, own in options.items()]
+    behind = {name: f"{folder}{foreign}{only.get(name, '')}" for name in options}
+    together = [f"fpq-analyze {name}{own} {behind[name]}" for name, own in options.items()]
     return Missing(
-        [(name, f"fpq-analyze {command} {folder}{foreign}") for name, command in found.items()],
+        [(name, f"fpq-analyze {command} {behind[command.partition(' ')[0]]}") for name, command in found.items()],
         [(drawing.title, why, f"fpq-analyze {drawing.command}") for drawing, why in undrawn.items() if why],
         "; \\\n".join([*together, f"fpq-analyze report {folder}"]) if together else "",
     )
@@ -71,5 +82,5 @@ def _foreign(study: Study) -> str:
     if len(models) > 1 or len(data) > 1:
         return f" {FOREIGN_OPTIONS}"
     model, name = models.pop(), data.pop()
-    known = name in DATASETS or ":" in name
+    known = name in DATASETS or ":" in name or name.endswith(".npz")
     return f" --model {shlex.quote(model)} --data {shlex.quote(name) if known else 'NAME'}"

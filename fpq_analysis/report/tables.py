@@ -53,7 +53,8 @@ def runs_table(study: Study) -> Table:
     for run in study.runs:
         row = [run_cell(study, run), Cell(method_label(run.method)), Cell(run.model)]
         row += [Cell(run.dataset)] if several else []
-        row += [Cell(run.bits), num(run.seed, text=str(run.seed)), num(run.last_epoch, text=str(run.last_epoch))]
+        unknown = run.method == "quantized" and run.bits == "FP"  # by code that says nothing of bits
+        row += [Cell(NONE if unknown else run.bits), num(run.seed, text=str(run.seed)), num(run.last_epoch, text=str(run.last_epoch))]
         row += [percent(run.last_accuracy), percent(run.best_accuracy), percent(run.clipped, 1)]
         if definition:
             last = study.last_trace(run)
