@@ -23,7 +23,7 @@ from fpq_analysis.data import load_dataset, training_sample
 from fpq_analysis.records.queries import totals
 from fpq_analysis.records.sentences import in_words
 
-CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a run, or a folder of runs, of your own
+CKPT_DIR = "../checkpoints/demo"  # `fpq-analyze demo` makes it; or a folder of runs that `fpq-analyze train` made
 
 # %% [markdown]
 # ## One network

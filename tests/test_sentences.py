@@ -8,7 +8,7 @@ import pytest
 
 from fpq_analysis.records.comparison import SeedsDifference, against_baseline
 from fpq_analysis.records.queries import totals
-from fpq_analysis.records.sentences import ONE_RUN, in_words, noise_in_words
+from fpq_analysis.records.sentences import OF_PROBES, ONE_RUN, in_words, noise_in_words
 from fpq_analysis.text import number
 from tests.test_records_and_plots import row
 
@@ -52,6 +52,14 @@ def test_two_runs_of_one_seed_stand_alone():
     *said, caveat = in_words(both)
     assert len(said) == 3
     assert caveat == ONE_RUN
+
+
+def test_errors_of_random_probes_are_called_so():
+    one = traces([0], methods=("fpq",)).assign(sem=1.0, sem_data=np.nan, samples=None)
+    assert in_words(one)[-1] == OF_PROBES
+    two = traces([0]).assign(sem=1.0, sem_data=np.nan, samples=None, estimator="deflated")
+    assert in_words(two)[-1] == OF_PROBES
+    assert "over the random probes, for these samples and training runs;" in OF_PROBES
 
 
 def test_a_run_without_another_is_described():

@@ -13,6 +13,7 @@ ONE_RUN = (
     "Intervals are over the samples, for these training runs; how the methods differ, rather than these runs of them, "
     "takes several training seeds."
 )
+OF_PROBES = ONE_RUN.replace("the samples, for these", "the random probes, for these samples and")
 Seeds = dict[object, list[Difference]]  # the differences of each training seed
 
 
@@ -42,7 +43,8 @@ def in_words(rows: pd.DataFrame, what: str = "trace", baseline: str = BASELINE) 
         f"The {what} of {row['run']} is {number(row['value'], 3)} ± {number(half, 2)} at epoch {row['epoch']}."
         for (_, row), half in zip(ends.iterrows(), half_widths(ends), strict=True)
     ]
-    return [*alone, ONE_RUN] if alone else []
+    of_probes = bool((ends["sem_data"].isna() & (ends["sem"] > 0)).any())
+    return [*alone, OF_PROBES if of_probes else ONE_RUN] if alone else []
 
 
 def noise_in_words(records: pd.DataFrame, quantity: str = "grad_norm_minibatch") -> list[str]:
@@ -82,4 +84,5 @@ def _over_seeds(groups: dict[tuple[str, ...], Seeds], what: str) -> list[str]:
         else:
             sentences += [found.sentence(what) for found in each]
             several = False
-    return sentences if several else [*sentences, ONE_RUN]
+    of_probes = any(found.over_probes for seeds in groups.values() for same in seeds.values() for found in same)
+    return sentences if several else [*sentences, OF_PROBES if of_probes else ONE_RUN]

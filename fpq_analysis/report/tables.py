@@ -54,7 +54,8 @@ def runs_table(study: Study) -> Table:
         row = [run_cell(study, run), Cell(method_label(run.method)), Cell(run.model)]
         row += [Cell(run.dataset)] if several else []
         unknown = run.method == "quantized" and run.bits == "FP"  # by code that says nothing of bits
-        row += [Cell(NONE if unknown else run.bits), num(run.seed, text=str(run.seed)), num(run.last_epoch, text=str(run.last_epoch))]
+        row += [Cell(NONE if unknown else run.bits), num(run.seed, text=str(run.seed))]
+        row += [num(run.last_epoch, text=str(run.last_epoch))]
         row += [percent(run.last_accuracy), percent(run.best_accuracy), percent(run.clipped, 1)]
         if definition:
             last = study.last_trace(run)
