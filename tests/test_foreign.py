@@ -654,6 +654,9 @@ def test_find_state_is_not_fooled():
     assert find_state({"loss": torch.ones(1), "epoch": 3}) == ({}, ())
     assert find_state({"model": None, "net": {"w": torch.ones(1)}})[1] == ("net",)
     assert find_state(None) == ({}, ())
+    adam = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}
+    assert find_state({"model_state": {"w": torch.ones(1)}, "optimizer": adam})[1] == ("model_state",)
+    assert find_state({"student": {"w": torch.ones(1)}, "teacher": {"w": torch.ones(1)}}) == ({}, ())
 
 
 def linear_that_prints():

@@ -120,6 +120,7 @@ def test_a_misused_command_answers_before_torch_is_loaded():
     ("command", "says"),
     [
         ("hessian theirs", "given as --ckpt-dir FOLDER"),
+        ("hessian --ckpt-dir theirs/a/ckpt_1.pth", "the folder is wanted that it is in: 'theirs/a'"),
         ("hessian --ckpt-dir full --sharpness --definition latent", "leave one of the two options out"),
         ("report theirs", "given as --ckpt-dir FOLDER"),
         ("figures 5 theirs", "given as --ckpt-dir FOLDER"),

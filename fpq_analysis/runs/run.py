@@ -265,6 +265,11 @@ def find_runs(folder: str | Path, *, monitored: bool = False) -> list[Path]:
         UserError: if the folder does not exist or holds no checkpoint.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(
+            f"'{folder}' is a file, and the folder is wanted that it is in: '{folder.parent}'. Of its checkpoints, "
+            "--epochs last (or a number) takes one."
+        )
     if not folder.is_dir():
         raise UserError(f"No folder '{folder}'. A run, or a folder of runs, is wanted; 'fpq-analyze train' makes one.")
     found = {path.parent for path in folder.rglob("epoch_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)}

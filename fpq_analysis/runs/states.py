@@ -44,7 +44,10 @@ def read_content(path: Path) -> Any:
 
 
 def find_state(content: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict in what a program saved, and the keys under which it was; ({}, ()) if there is none."""
+    """The state dict in what a program saved, and the keys under which it was; ({}, ()) if there is none.
+
+    Of several under other names than `WRAPPERS` it is not known which is meant: that is none, too.
+    """
     if not isinstance(content, dict) or not content:
         return {}, ()
     if all(isinstance(value, Tensor) for value in content.values()):
@@ -53,7 +56,13 @@ def find_state(content: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         state, keys = find_state(content.get(key))
         if state:
             return state, (key, *keys)
-    return {}, ()
+    # Under any other name, if it is the only one: an optimizer's state holds numbers beside tensors.
+    others = [key for key, value in content.items() if isinstance(value, dict) and _is_state(value)]
+    return (dict(content[others[0]]), (others[0],)) if len(others) == 1 else ({}, ())
+
+
+def _is_state(content: dict[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(key, str) and isinstance(t, Tensor) for key, t in content.items())
 
 
 def align(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
