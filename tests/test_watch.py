@@ -141,21 +141,13 @@ def test_nothing_to_watch(tmp_path):
         watch(tmp_path / "empty", HessianTrace(), **QUICK | {"interval": 0})
 
 
+WATCHED = ["--n-data", "16", "--device", "cpu", "--model", "tests.nets:tiny", "--interval", "0.05"]
+
+
 def test_the_command_draws_and_ends_with_1_if_a_file_failed(tiny_runs, tmp_path):
     run = shutil.copytree(tiny_runs / "fp", tmp_path / "runs" / "fp")
     half(tiny_runs / "fp" / "epoch_0001.pt", run / "epoch_0001.pt")
-    options = [
-        "--n-data",
-        "16",
-        "--device",
-        "cpu",
-        "--model",
-        "tests.nets:tiny",
-        "--interval",
-        "0.05",
-        "--timeout",
-        "0.5",
-    ]
+    options = [*WATCHED, "--timeout", "0.5"]
     result = CliRunner().invoke(app, ["watch", str(tmp_path / "runs"), *options])
     assert result.exit_code == 1
     assert "epoch_0001.pt" in words(result.stderr)
@@ -172,18 +164,7 @@ def test_the_command_says_why_nothing_could_be_measured_and_takes_a_definition(t
     run = shutil.copytree(tiny_runs / "fp", tmp_path / "runs" / "fp", ignore=shutil.ignore_patterns("records"))
     for path in run.glob("epoch_*.pt"):
         half(path, path)
-    options = [
-        "--n-data",
-        "16",
-        "--device",
-        "cpu",
-        "--model",
-        "tests.nets:tiny",
-        "--interval",
-        "0.05",
-        "--timeout",
-        "0",
-    ]
+    options = [*WATCHED, "--timeout", "0"]
     result = CliRunner().invoke(app, ["watch", str(tmp_path / "runs"), *options])
     assert result.exit_code == 1
     assert "Watching" in result.stderr
