@@ -280,6 +280,17 @@ def test_differences_among_runs_whose_seeds_are_not_known():
     assert [(d.run, d.baseline, d.value) for d in found] == [("late", "adam", 1.0), ("sgd", "adam", 3.0)]
 
 
+def test_a_difference_of_one_sample_has_no_error():
+    rows = [
+        row(name, method, value=value, samples=[value])
+        for name, method, value in (("a", "lsq", 4.0), ("b", "fpq", 5.0))
+    ]
+    (found,) = against_baseline(pd.DataFrame(rows))
+    assert found.sentence().endswith(
+        "is 1 higher than that of a at epoch 0 (25 % of 4); from so few samples the error is not known."
+    )
+
+
 def test_differences_of_estimates_are_over_the_probes():
     """Where one error is over probes, for these samples, the other is, too: none for an exact trace."""
     estimate = row("a", value=5.0, samples=None, sem=0.3, sem_data=math.nan, ci95=0.7)

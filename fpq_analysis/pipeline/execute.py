@@ -83,7 +83,12 @@ class _ActiveMeasurement:
         point = point_of(task, content)
         self.pieces = begin(task.probe, point)
         self._auxiliary = point.auxiliary
-        measurement = task.measurement
+        self._begun: tuple[Checkpoint, Point] | None = (content, point)  # until the first rows
+        self._common: dict[str, Any] = {}
+
+    def _describe(self, content: Checkpoint, point: Point) -> dict[str, Any]:
+        """The columns that all rows share, for a network that was measured: it runs."""
+        task, measurement = self.task, self.task.measurement
         common = columns(task.probe, content, task.sampling, task.settings, measurement.key)
         if isinstance(content, ForeignCheckpoint) and content.quant is None:  # nothing says it but the network
             scheme, quant = quantization(point.model)
@@ -92,10 +97,12 @@ class _ActiveMeasurement:
                 scheme = "quantized"
             common |= {"method": scheme, "bits": _bits(quant)}
         named = "through" in task.probe.needs
-        self._common = {**common, "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None}
+        return {**common, "through": "+".join(map(file_hash, measurement.auxiliary)) if named else None}
 
     def complete(self, rows: Rows, **more: Any) -> Rows:
         """The rows with the columns that say what they are about."""
+        if self._begun is not None:
+            self._common, self._begun = self._describe(*self._begun), None
         return [{**self._common, **self._about(row.get("network")), **row, **more} for row in rows]
 
     def _about(self, network: int | None) -> dict[str, Any]:

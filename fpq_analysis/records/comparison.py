@@ -66,13 +66,18 @@ class Difference:
         half = self.ci95
         where = f"at epoch {self.epoch}"
         percent = _percent(self.value, self.baseline_value)
+        word = "lower" if self.value < 0 else "higher"
+        if math.isnan(half):
+            return (
+                f"The {what} of {self.run} is {number(abs(self.value), 3)} {word} than that of {self.baseline} {where} "
+                f"({percent}); from so few samples the error is not known."
+            )
         if abs(self.value) <= half:
             sign = "+" if self.value > 0 else ""
             return (
                 f"The {what} of {self.run} and that of {self.baseline} do not differ measurably {where}: "
                 f"{sign}{number(self.value, 3)} ± {number(half, 2)} ({percent})."
             )
-        word = "lower" if self.value < 0 else "higher"
         return (
             f"The {what} of {self.run} is {number(abs(self.value), 3)} ± {number(half, 2)} {word} than that of "
             f"{self.baseline} {where} ({percent})."
@@ -179,7 +184,8 @@ def difference(ours: pd.Series, theirs: pd.Series) -> Difference:
     gaps, here = None, False
     if all(isinstance(samples, list) for samples in pairs) and len(pairs[0]) == len(pairs[1]):
         gaps = np.asarray(pairs[0]) - np.asarray(pairs[1])
-        value, sem = float(gaps.mean()), float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
+        value = float(gaps.mean())
+        sem = float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     else:
         here = any(pd.isna(row["sem_data"]) for row in (ours, theirs))
         halves = [Z95 * row["sem"] if here and pd.notna(row["sem_data"]) else row["ci95"] for row in (ours, theirs)]
