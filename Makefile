@@ -12,8 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # Of commands, files, pages and settings: what these print and write is the same on every processor.
-NOT_OF_NUMBERS := blocks cli dask data docstrings engines execution export extending factories figures files folder \
-	foreign guard hostile inspection integrations intervals methods misuse monitor notebooks own_data pages \
+NOT_OF_NUMBERS := blocks cli dask data docstrings doctor engines execution export extending factories figures files folder \
+	foreign guard hostile inspection integrations intervals memory methods misuse monitor notebooks own_data pages \
 	pipeline plots progress ranks records_and_plots references report results rooms runs sentences settings \
 	slurm sweeps tables tensorboard text training transformers watch
 OTHER_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1

@@ -199,6 +199,8 @@ class Ternary(nn.Linear):
 
 @pytest.fixture
 def registry(monkeypatch):
+    for front_end in set(adapter.FRONT_ENDS.values()):  # once only: else they would be gone with this test's own
+        adapter._load(front_end)
     monkeypatch.setattr(adapter, "_adapters", dict(adapter._adapters))
 
 
