@@ -25,6 +25,7 @@ from fpq_analysis.quantizers import QuantSpec, other_quantizers, quantize
 from fpq_analysis.runs.run import CHECKPOINT_NAME, FOREIGN_OPTIONS, Header
 from fpq_analysis.runs.stamps import Stamp, check_manifest, check_same, read_stamps, write_stamps
 from fpq_analysis.schema import CheckpointFile, check
+from fpq_analysis.text import counted
 
 FORMAT = 1
 MEASURED = "float32"
@@ -144,7 +145,7 @@ def load_state(
         else:
             example = f"'{missing[0]}' is not in the file" if missing else f"'{surplus[0]}' is not in the model"
         kinds = {"of another shape": reshaped, "missing": missing, "unknown": surplus}
-        counts = [f"{len(keys)} tensor{'s' * (len(keys) > 1)} {kind}" for kind, keys in kinds.items() if keys]
+        counts = [f"{counted(len(keys), 'tensor')} {kind}" for kind, keys in kinds.items() if keys]
         raise UserError(f"{whose} does not fit the model {what}: {', '.join(counts)} (for example, {example}). {cure}")
     other = [key for key in own if _kind(state[key]) != _kind(own[key]) and not key.endswith(COUNTER)]
     if other:
